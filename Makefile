@@ -1,0 +1,43 @@
+# make setup | demo | test | lint | bench | cluster-up | cluster-down | clean.
+# Needs python3 >= 3.11 with its venv module, and nothing else; cluster-up brings Slurm itself where it is root.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: setup demo test lint bench cluster-up cluster-down clean
+
+setup: $(READY)
+
+# torch comes first and alone: the index then offers the wheel of this machine (a CPU wheel where there is no GPU).
+$(READY): pyproject.toml
+	@$(SHELL) .ci/python "$(PYTHON)" "$(VENV)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python -m hpc_cpd.launch --stage all --config configs/quickstart.yaml --cluster local
+
+# One thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/windows.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixture.py
+
+# A private Slurm cluster on this machine, to try things on: eval "$(make -s cluster-up)"
+cluster-up: $(READY)
+	@$(BIN)/python -m tests.cluster.slurm_cluster up
+
+cluster-down: $(READY)
+	@$(BIN)/python -m tests.cluster.slurm_cluster down
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,216 @@
+"""The other doors: ``hpc-cpd status | evaluate | report | export | verify | tasks``, one screen each."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hpc_cpd.errors import UserError, run_command
+from hpc_cpd.run import Run, atomic_folder, is_done
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")]
+
+
+def main() -> None:
+    """Entry point of the ``hpc-cpd`` command: exit codes as everywhere (0, 1, 2, 3)."""
+    sys.exit(run_command(app))  # typer leaves by SystemExit, with 2 for words it does not know
+
+
+@app.command()
+def status(
+    run: RunFolder,
+    watch: Annotated[bool, typer.Option("--watch", help="draw it again every 10 s until everything is done")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON document instead of the table")] = False,
+) -> None:
+    """What every teacher and stage of a run is doing: from its files, and one question to Slurm about its jobs.
+
+    The keys of the JSON document (with --watch: one per line, when something changed):
+
+    - run; slurm: squeue, sacct, "not answering", or null if nobody was asked
+    - units, in order of work, each with
+      unit: "teacher TASK" (with its trajectories) or "stage K"
+      state: done, running, waiting, stopped, failed, given up, not started
+      job, reason (in Slurm's words), node, seconds_left (of its time limit)
+      restarts; failures: in a row, those above cluster.max_retries are given up
+      progress: null or phase, step, total, loss; steps_per_second
+      success (0 to 1); error: one line; log: the file that ends with it
+    - done, total: counts of teachers, trajectories and stages
+    - next: the command to run, or null; notes: sentences
+    """
+    from hpc_cpd.cluster.status import Rates, look
+    from hpc_cpd.report import status_table
+
+    at, rates = Run(run), Rates()
+    if watch:
+        status_table.watch(lambda: look(at, rates), Console(), as_json)
+    else:
+        status_table.show(look(at), Console(), as_json)
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    stage: Annotated[int | None, typer.Option(help="which student; default: the last that is published")] = None,
+    episodes: Annotated[int | None, typer.Option(min=1, help="per task; default: as in the run")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="of the goals; default: as in the run")] = None,
+) -> None:
+    """Evaluate a published student once more. Writes nothing."""
+    at = Run(run)
+    settings = at.config().evaluation
+    number = _published_stage(at, stage)
+
+    from hpc_cpd.evaluate.rollouts import evaluate_policy
+    from hpc_cpd.student.policy import load_student  # imports torch: only once there is a student
+
+    policy = load_student(at.stage(number) / "student")
+    count, goals = episodes or settings.episodes, settings.seed if seed is None else seed
+    table = Table(title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}")
+    table.add_column("Task")
+    for heading in ("Success", "Mean steps to success"):
+        table.add_column(heading, justify="right")
+    console = Console()
+    rates = []
+    for task in policy.task_ids:
+        with console.status(task):
+            results = evaluate_policy(policy, task, count, goals)
+        steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
+        rates.append(sum(result.success for result in results) / len(results))
+        table.add_row(task, f"{rates[-1]:.0%}", f"{sum(steps) / len(steps):.0f}" if steps else "-")
+    table.add_section()
+    table.add_row("mean", f"{sum(rates) / len(rates):.1%}", "", style="bold")
+    console.print(table)
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Build the report of a run again and print its table."""
+    Run(run).config()
+
+    from hpc_cpd.report.page import build_report
+    from hpc_cpd.report.table import print_table
+
+    page = build_report(Run(run))
+    print_table(Run(run))
+    Console().print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option(help="new folder to write")],
+    stage: Annotated[int | None, typer.Option(help="which student; default: the last that is published")] = None,
+    trajectories: Annotated[bool, typer.Option(help="also the trajectories, in robomimic's HDF5 form")] = False,
+) -> None:
+    """Copy a published student out of its run: OUT/student (and OUT/trajectories/TASK.hdf5)."""
+    from hpc_cpd.tasks.registry import run_plan
+    from hpc_cpd.trajectories.interop import export_robomimic
+
+    at = Run(run)
+    number = _published_stage(at, stage)
+    if out.exists():
+        raise UserError(f"{out} exists already; give another folder with --out")
+    with atomic_folder(out) as folder:
+        shutil.copytree(at.stage(number) / "student", folder / "student")
+        for task in (task for tasks in run_plan(at) for task in tasks) if trajectories else ():
+            if is_done(at.trajectories(task)):
+                file = folder / "trajectories" / f"{task}.hdf5"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                export_robomimic(at.trajectories(task), file)
+    Console().print(f"Student of stage {number}: {out / 'student'}", soft_wrap=True)
+
+
+@app.command()
+def verify(run: RunFolder) -> None:
+    """Check every published file of a run against its checksum; exit code 2 when something is wrong."""
+    from hpc_cpd.tasks.registry import run_plan
+
+    at = Run(run)
+    plan = run_plan(at)
+
+    from hpc_cpd.student.policy import load_student  # imports torch: only once there is a run
+    from hpc_cpd.teachers.policy import load_teacher
+    from hpc_cpd.trajectories.store import verify_folder
+
+    problems: list[str] = []
+    checked: Counter[str] = Counter()
+    for task in (task for tasks in plan for task in tasks):
+        if is_done(at.teacher(task)):
+            checked["teachers"] += 1
+            problems += _problem(load_teacher, at.teacher(task))
+        if is_done(at.trajectories(task)):
+            checked["trajectory folders"] += 1
+            problems += verify_folder(at.trajectories(task), task)
+    for stage in range(1, len(plan) + 1):
+        if is_done(at.stage(stage)):
+            checked["students and memories"] += 1
+            problems += _problem(load_student, at.stage(stage) / "student")
+            problems += verify_folder(at.stage(stage) / "memory")
+    console = Console()
+    for problem in problems:
+        console.print(f"- {problem}", soft_wrap=True, markup=False)
+    counts = ", ".join(f"{count} {name}" for name, count in checked.items()) or "nothing is published yet"
+    if problems:
+        raise UserError(f"{run} is damaged, problems: {len(problems)} (checked: {counts})")
+    console.print(f"{run}: all is well (checked: {counts})")
+
+
+@app.command()
+def tasks(
+    name: Annotated[str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, or a task id")] = None,
+) -> None:
+    """The task sets, or the tasks of one set with their sizes."""
+    from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks
+
+    console = Console()
+    if name is None:
+        for known, size in TASK_SETS.items():
+            console.print(f"{known}: {size} tasks")
+        console.print("Any other: a list of ids such as metaworld/reach-v3 or gymnasium/Pendulum-v1")
+        return
+    table = Table(title=name)
+    table.add_column("Task")
+    for heading in ("Observation", "Action", "Horizon"):
+        table.add_column(heading, justify="right")
+    for task in resolve_tasks(name):
+        spec = describe(task)
+        table.add_row(task, str(spec.observation_size), str(spec.action_size), str(spec.horizon))
+    console.print(table)
+
+
+def _problem(load: Callable[[Path], object], folder: Path) -> list[str]:
+    """What is wrong with something that checks itself when it is loaded."""
+    try:
+        load(folder)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _published_stage(run: Run, stage: int | None) -> int:
+    from hpc_cpd.tasks.registry import run_plan
+
+    stages = range(1, len(run_plan(run)) + 1)
+    published = [number for number in stages if is_done(run.stage(number))]
+    if stage is None and published:
+        return published[-1]
+    if stage is None or stage not in published:
+        wanted = f"the student of stage {stage}" if stage is not None else "a student"
+        have = f"published: {', '.join(map(str, published))}" if published else "no stage is done"
+        raise UserError(
+            f"{run.folder} has not published {wanted} ({have}); "
+            f"make it with: python -m hpc_cpd.launch --stage {stage or 'all'} --run {run.folder}"
+        )
+    return stage
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Where jobs run: ranks on this machine, or Slurm through submitit. Knows no models and no tasks."""

@@ -1,0 +1,78 @@
+"""Where a result comes from: commit, package versions, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "hpc_cpd",
+    "torch",
+    "deepspeed",
+    "numpy",
+    "scipy",
+    "gymnasium",
+    "metaworld",
+    "mujoco",
+    "h5py",
+    "mpi4py",
+    "mpich",
+    "submitit",
+)
+
+
+def describe_origin() -> dict[str, Any]:
+    """What does not depend on the settings. Values that cannot be found out are null."""
+    commit, dirty = _commit()
+    return {
+        "commit": commit,
+        "uncommitted_changes": dirty,
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "host": {
+            "system": f"{platform.system()} {platform.release()}",
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "gpus": sorted(path.name for path in Path("/dev").glob("nvidia[0-9]*")),
+        },
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _commit() -> tuple[str | None, bool | None]:
+    """The commit of the source tree this package runs from, and whether tracked files differ from it."""
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / ".git").exists():
+        return None, None
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)

@@ -1,0 +1,223 @@
+"""Asking Slurm: submit a script, requeue this job, what the jobs are doing, how much time is left.
+
+Nothing else in the package runs a Slurm command.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from hpc_cpd.errors import UserError
+
+SUBMIT_ATTEMPTS = 4
+_LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"}
+_LIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "RESV_DEL_HOLD"}
+
+
+@dataclass(frozen=True)
+class JobState:
+    """One job, or one element of an array, as Slurm tells it. `seconds_left`: None where it has no end."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+    seconds_left: float | None = None
+
+    @property
+    def live(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in _LIVE
+
+
+@dataclass(frozen=True)
+class Site:
+    """What the controller's settings mean for us: the largest array, and whether old jobs are remembered."""
+
+    max_array_size: int = 1001
+    accounting: bool = False
+
+
+def slurm_answers() -> bool:
+    """Whether sbatch can be run here."""
+    if shutil.which("sbatch") is None:
+        return False
+    try:
+        _ask(["sbatch", "--version"])
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True
+
+
+def ask_site() -> Site:
+    """Read the controller's settings. Raises UserError when Slurm does not answer."""
+    values = dict(_pairs(_ask_or_say(["scontrol", "show", "config"]).splitlines(), "="))
+    storage = values.get("AccountingStorageType", "")
+    return Site(int(values.get("MaxArraySize", Site.max_array_size)), storage.endswith("slurmdbd"))
+
+
+def job_states(jobs: Iterable[str], accounting: bool = False) -> dict[str, JobState]:
+    """The state of each of `jobs` (``ID`` or ``ID_INDEX``) that Slurm still knows, in one query, or two.
+
+    The controller is asked first: it alone knows a job from the moment of its submission. It forgets jobs a while after
+    their end (MinJobAge); those the database is asked about, with `accounting`. It lags behind, and older versions show
+    the waiting elements of an array as one. Raises UserError when Slurm does not answer.
+    """
+    wanted = set(jobs)
+    states = _known_to_squeue(wanted)
+    return states | (_known_to_sacct(wanted - states.keys()) if accounting else {})
+
+
+def _known_to_squeue(jobs: set[str]) -> dict[str, JobState]:
+    # "--states=all" or jobs that have ended are not told; of several unknown ids squeue says nothing, of one it fails
+    command = ["squeue", "--noheader", "--array", "--states=all", _ids(jobs), "--format=%i|%T|%r|%N|%L"]
+    answer = _ask_or_say(command, but="Invalid job id") if jobs else ""
+    return {job: state for job, state in map(_from_squeue, answer.splitlines()) if job in jobs}
+
+
+def _known_to_sacct(jobs: set[str]) -> dict[str, JobState]:
+    fields = "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed"
+    command = ["sacct", "--noheader", "--parsable2", "--allocations", _ids(jobs), fields]
+    answer = _ask_or_say(command) if jobs else ""
+    return {job: state for job, state in map(_from_sacct, answer.splitlines()) if job in jobs}
+
+
+def _ids(jobs: set[str]) -> str:
+    return f"--jobs={','.join(sorted({job.partition('_')[0] for job in jobs}))}"
+
+
+def _from_squeue(line: str) -> tuple[str, JobState]:
+    job, state, reason, nodes, left = (line.strip().split("|") + [""] * 5)[:5]
+    return job, JobState(state, "" if reason == "None" else reason, nodes, parse_duration(left))
+
+
+def _from_sacct(line: str) -> tuple[str, JobState]:
+    job, state, reason, nodes, limit, elapsed = (line.strip().split("|") + [""] * 6)[:6]
+    total, passed = parse_duration(limit), parse_duration(elapsed)
+    left = None if total is None or passed is None else total - passed
+    state = state.split(" ")[0]  # "CANCELLED by 1000"
+    return job, JobState(state, "" if reason == "None" else reason, "" if nodes.startswith("None") else nodes, left)
+
+
+def parse_duration(text: str) -> float | None:
+    """Seconds of Slurm's ``[D-][HH:]MM:SS``; None for UNLIMITED, INVALID and whatever else is no duration."""
+    days, _, clock = text.rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not days) or not 2 <= len(parts) <= 3:
+        return None
+    seconds = 0.0
+    for part in parts:
+        seconds = seconds * 60 + int(part)
+    return seconds + 86400 * int(days or 0)
+
+
+def this_job() -> str | None:
+    """The id of the job whose step this process belongs to, ``ID_INDEX`` for an element of an array."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the last element's own id is the array's, which means all of it
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
+
+
+def seconds_left(job: str) -> float | None:
+    """How long `job` may still run; None where it has no end, or Slurm does not answer now."""
+    try:
+        return parse_duration(_ask(["squeue", "--noheader", f"--jobs={job}", "--format=%L"]).strip())
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def requeue_this_job() -> None:
+    """Put the Slurm job of this process back into the queue: work remains.
+
+    Only while Slurm calls it running: a job that is being evicted or cancelled is not ours to requeue.
+    """
+    job = str(this_job())
+    try:
+        state = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
+        if state == "RUNNING":
+            _ask(["scontrol", "requeue", job])
+    except (OSError, subprocess.SubprocessError) as error:
+        print(
+            f"could not requeue job {job} ({_words(error)}); its caretaker submits it anew", file=sys.stderr, flush=True
+        )
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """Cancel jobs that wait; those that run or have ended are left alone."""
+    if jobs:
+        with outside_any_job():
+            subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True, timeout=60, check=False)
+
+
+def submit(folder: Path, name: str, text: str) -> str:
+    """Hand the script `text` to sbatch, through submitit, and return the job id. Retries while the controller restarts.
+
+    Raises UserError with Slurm's own words when it refuses.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    class PlainExecutor(submitit.SlurmExecutor):
+        """submitit's own submission, of a plain command instead of a pickled function."""
+
+        def _make_submission_file_text(self, command: str, uid: str) -> str:
+            return text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for attempt in range(SUBMIT_ATTEMPTS):
+        try:
+            with outside_any_job():
+                return str(PlainExecutor(folder)._submit_command("").job_id)
+        except (FailedJobError, FailedSubmissionError) as error:
+            words = " ".join(str(error).split())
+            if "contact" not in words.lower() or attempt == SUBMIT_ATTEMPTS - 1:
+                raise UserError(f"Slurm refused the job '{name}': {words[-600:]}") from None
+            time.sleep(5 * (attempt + 1))
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def outside_any_job() -> Iterator[None]:
+    """A job submitted from inside a job must not inherit its memory and task settings, only where Slurm is."""
+    import submitit
+
+    where = os.environ.get("SLURM_CONF")
+    with submitit.helpers.clean_env(extra_names=("OMP_NUM_THREADS",)):
+        if where is not None:
+            os.environ["SLURM_CONF"] = where
+        yield
+
+
+def _ask(command: Sequence[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+
+def _ask_or_say(command: Sequence[str], but: str | None = None) -> str:
+    """The answer, "" for an error that contains `but`, or UserError with Slurm's words."""
+    try:
+        return _ask(command)
+    except (OSError, subprocess.SubprocessError) as error:
+        words = _words(error)
+        if but is not None and but in words:
+            return ""
+        raise UserError(f"Slurm does not answer ({command[0]}: {words}); try again, or use --cluster local") from None
+
+
+def _words(error: Exception) -> str:
+    return (getattr(error, "stderr", "") or str(error)).strip()
+
+
+def _pairs(lines: Iterable[str], separator: str) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        key, found, value = line.partition(separator)
+        if found:
+            yield key.strip(), value.strip()

@@ -1,0 +1,355 @@
+"""Every setting of a run: typed, documented, validated.
+
+Settings come from a YAML file, are overridden by dotted ``key=value`` words, and are stored resolved in
+the run folder. Units stand in the names. A field marked :data:`RESUMABLE` says only *how* the work is
+done, never what comes out, so it may differ when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hpc_cpd.errors import UserError
+
+SCHEMA_VERSION = 1
+RESUMABLE: dict[str, Any] = {"resumable": True}
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamSettings(Settings):
+    """Which tasks arrive, and in which stages."""
+
+    tasks: str | list[str] = Field("MT10", description="a task set (MT10, MT25, MT50) or a list of task ids")
+    tasks_per_stage: int = Field(5, ge=1, description="tasks that arrive together")
+    order_seed: int | None = Field(None, description="shuffle the tasks with this seed; null keeps the list order")
+
+
+class DemonstrationSettings(Settings):
+    """Warm start of a teacher by behavioural cloning."""
+
+    folder: str | None = Field(
+        None, description="trajectory folder holding TASK/ folders to clone; null records the scripted policy"
+    )
+    episodes: int = Field(100, ge=1, description="successful demonstrations recorded per task")
+    action_noise: list[float] = Field(
+        [0.0, 0.1, 0.3, 0.5], min_length=1, description="standard deviations of the noise, one drawn per episode"
+    )
+    gradient_steps: int = Field(3000, ge=1, description="Adam steps of cloning (facts: 3,000 reach 98% on MT25)")
+    batch_size: int = Field(512, ge=1, description="samples per step, over all ranks")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam step size of cloning")
+
+
+class PPOSettings(Settings):
+    """Proximal policy optimisation (arXiv 1707.06347) with generalised advantages (arXiv 1506.02438)."""
+
+    iterations: int = Field(40, ge=0, description="rollout and update rounds; 0 publishes the warm start")
+    num_envs: int = Field(16, ge=1, description="environments over all ranks")
+    rollout_steps: int = Field(500, ge=1, description="steps per environment and iteration, from fresh episodes")
+    epochs: int = Field(10, ge=1, description="passes over a rollout")
+    minibatches: int = Field(8, ge=1, description="gradient steps per pass")
+    learning_rate: float = Field(3e-4, gt=0, description="Adam step size")
+    discount: float = Field(0.99, gt=0, le=1, description="gamma")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the advantage estimate")
+    clip_range: float = Field(0.2, gt=0, description="clip of the probability ratio")
+    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    entropy_coefficient: float = Field(0.0, ge=0, description="entropy bonus (Metaworld#115: none works best)")
+    max_gradient_norm: float = Field(0.5, gt=0, description="global gradient norm clip")
+    initial_log_std: float = Field(0.0, description="start of the state-independent log standard deviation")
+    warm_log_std: float = Field(-1.0, description="the same after a warm start: explore close to the demonstrations")
+    warm_learning_rate: float = Field(3e-5, gt=0, description="Adam step size of the policy after a warm start")
+    warm_value_iterations: int = Field(1, ge=0, description="after a warm start, rounds that fit the critic alone")
+    target_kl: float = Field(0.03, gt=0, description="a round ends early past this divergence from the rollout policy")
+    reward_scale: float = Field(0.1, gt=0, description="rewards are multiplied by this before learning")
+
+
+class TeacherSettings(Settings):
+    """Single-task experts."""
+
+    start: Literal["demonstrations", "scratch"] = Field("demonstrations", description="how a teacher begins")
+    ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
+    hidden: list[int] = Field([256, 256], min_length=1, description="widths of the hidden layers")
+    demonstrations: DemonstrationSettings = DemonstrationSettings()
+    ppo: PPOSettings = PPOSettings()
+    evaluation_episodes: int = Field(20, ge=1, description="episodes per evaluation while training")
+    evaluate_every_iterations: int = Field(5, ge=1, description="PPO rounds between two evaluations")
+    target_success: float = Field(
+        0.95, gt=0, le=1, description="stop once evaluated at this twice in a row; a clone is evaluated twice at once"
+    )
+
+
+class TrajectorySettings(Settings):
+    """What a teacher leaves behind."""
+
+    episodes: int = Field(100, ge=1, description="episodes kept per task")
+    action_noise: list[float] = Field(
+        [0.0, 0.1, 0.3, 0.5], min_length=1, description="standard deviations of the noise, one drawn per episode"
+    )
+    success_only: bool = Field(True, description="drop episodes that never succeed")
+    max_attempts_factor: int = Field(4, ge=1, description="give up after episodes x factor attempts")
+    steps_after_success: int = Field(15, ge=0, description="an episode ends this many steps after its first success")
+    episodes_per_shard: int = Field(25, ge=1, description="a shard is closed and renamed after this many episodes")
+
+
+class TaskEncoderSettings(Settings):
+    """Contrastive task embedding (InfoNCE, arXiv 1807.03748)."""
+
+    size: int = Field(32, ge=1, description="length of a task vector")
+    window: int = Field(8, ge=1, description="observations per encoded window")
+    width: int = Field(128, ge=1, description="hidden width")
+    gradient_steps: int = Field(400, ge=1, description="Adam steps per stage")
+    windows_per_task: int = Field(16, ge=2, description="windows per task and step")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam step size")
+    temperature: float = Field(0.1, gt=0, description="softmax temperature of the similarities")
+
+
+class StudentSettings(Settings):
+    """The generalist: a causal Transformer, then a mixture of experts that grows."""
+
+    width: int = Field(128, ge=8, description="token width")
+    layers: int = Field(1, ge=1, description="Transformer blocks before the mixture")
+    heads: int = Field(4, ge=1, description="attention heads; must divide width")
+    history: int = Field(4, ge=1, description="observations the student sees")
+    expert_hidden: int = Field(256, ge=1, description="hidden width of an expert")
+    experts_see_observation: bool = Field(
+        True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
+    )
+    experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
+    grow: bool = Field(True, description="false: the experts of stage 1 serve every later stage (ablation)")
+    top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
+    gate_bias_at_birth: float = Field(-5.0, description="gate bias of a new expert (arXiv 2601.22475)")
+    task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
+    task_encoder: TaskEncoderSettings = TaskEncoderSettings()
+
+
+class MemorySettings(Settings):
+    """The replay memory."""
+
+    budget_fraction: float = Field(0.095, gt=0, le=1, description="share of each task's steps that is kept")
+    selection: Literal["dpp", "uniform"] = Field("dpp", description="determinantal point process, or at random")
+
+
+class DistillSettings(Settings):
+    """Learning a stage."""
+
+    ranks: int = Field(2, ge=1, description="DeepSpeed ranks", json_schema_extra=RESUMABLE)
+    expert_parallel_size: int = Field(
+        0, ge=0, description="ranks that share one set of experts; 0: all of them", json_schema_extra=RESUMABLE
+    )
+    batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
+    phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
+    phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and all experts learning")
+    learning_rate: float = Field(1e-3, gt=0, description="peak AdamW step size of each phase, cosine to 10%")
+    warmup_steps: int = Field(100, ge=0, description="linear warm-up of each phase")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_gradient_norm: float = Field(1.0, gt=0, description="global gradient norm clip")
+    load_balancing_coefficient: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
+    replay_fraction: float = Field(0.5, ge=0, lt=1, description="share of a batch drawn from the replay memory")
+    anchor_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the replayed rows that ask for what the student before this stage did: new "
+        "observations, the vector of an old task",
+    )
+    freeze_shared: bool = Field(True, description="false: shared layers go on learning after stage 1 (ablation)")
+    penalty: Literal["none", "l2", "ewc", "online_ewc"] = Field("none", description="baseline: weight regulariser")
+    penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
+    online_ewc_decay: float = Field(0.95, ge=0, le=1, description="gamma of Online EWC (arXiv 1805.06370)")
+
+
+class EvaluationSettings(Settings):
+    """How success is measured."""
+
+    episodes: int = Field(20, ge=1, description="episodes per task, each on a goal of its own while they last")
+    seed: int = Field(10_000, ge=0, description="seed of the evaluation goals; never the training seed")
+    forward_transfer: bool = Field(True, description="also evaluate new tasks before they are learnt")
+
+
+class ClusterSettings(Settings):
+    """Where jobs run, and what a site wants to be told. Site names belong in configs/cluster/*.yaml, never in code."""
+
+    partition: str | None = Field(None, description="Slurm partition", json_schema_extra=RESUMABLE)
+    stage_partition: str | None = Field(
+        None, description="partition of the stages, where it is another (GPUs)", json_schema_extra=RESUMABLE
+    )
+    account: str | None = Field(None, description="Slurm account", json_schema_extra=RESUMABLE)
+    qos: str | None = Field(None, description="Slurm quality of service", json_schema_extra=RESUMABLE)
+    constraint: str | None = Field(None, description="node feature of the stages", json_schema_extra=RESUMABLE)
+    gres: str | None = Field(
+        None, description="generic resource of the stages, where GPUs are asked for so", json_schema_extra=RESUMABLE
+    )
+    nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job", json_schema_extra=RESUMABLE)
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each", json_schema_extra=RESUMABLE)
+    cpus_per_rank: int = Field(1, ge=1, description="cores per rank", json_schema_extra=RESUMABLE)
+    memory_per_cpu: str | None = Field(None, description="for example 4G", json_schema_extra=RESUMABLE)
+    time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job", json_schema_extra=RESUMABLE)
+    signal_seconds_before_end: int = Field(
+        120, ge=1, description="a job saves and leaves this long before its time limit", json_schema_extra=RESUMABLE
+    )
+    array_parallelism: int = Field(64, ge=1, description="teachers at once", json_schema_extra=RESUMABLE)
+    mpi_plugin: str = Field("pmi2", description="srun --mpi plugin of the teachers", json_schema_extra=RESUMABLE)
+    network_interface: str | None = Field(
+        None, description="network that ranks of several nodes talk over, for example ib0", json_schema_extra=RESUMABLE
+    )
+    setup: list[str] = Field(
+        [], description="shell lines before each job: module load, conda activate", json_schema_extra=RESUMABLE
+    )
+    options: dict[str, bool | int | str] = Field(
+        {}, description="further sbatch options of its jobs, by their long names", json_schema_extra=RESUMABLE
+    )
+    continuation: Literal["requeue", "resubmit", "chain"] = Field(
+        "requeue",
+        description="how stopped work goes on: Slurm requeues its job; a new job is submitted for it; or, where jobs "
+        "may do neither, each job is submitted chain_length times, one after the other",
+        json_schema_extra=RESUMABLE,
+    )
+    chain_length: int = Field(4, ge=1, description="links of a chain", json_schema_extra=RESUMABLE)
+    max_retries: int = Field(
+        2,
+        ge=0,
+        description="times a failed teacher or stage is tried again without a human",
+        json_schema_extra=RESUMABLE,
+    )
+
+
+class Config(Settings):
+    """One experiment."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
+    seed: int = Field(0, ge=0, description="seed of everything but the evaluation goals")
+    checkpoint_every_seconds: float = Field(
+        20.0, gt=0, description="most work lost to a kill", json_schema_extra=RESUMABLE
+    )
+    stream: StreamSettings = StreamSettings()
+    teachers: TeacherSettings = TeacherSettings()
+    trajectories: TrajectorySettings = TrajectorySettings()
+    student: StudentSettings = StudentSettings()
+    memory: MemorySettings = MemorySettings()
+    distill: DistillSettings = DistillSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+
+def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
+    """Read `path` (YAML; None: all defaults), apply dotted ``key=value`` words, validate.
+
+    ``cluster.site`` is no setting but names a file of them (configs/cluster/example.yaml): in a YAML file it fills in
+    the cluster settings that the file does not name, as a word it replaces those of the words before it.
+
+    Raises UserError: no such file, not a mapping, an unknown key, or a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if path is not None:
+        values = _read_mapping(Path(path), "there is no config file {}; give one of configs/*.yaml with --config")
+        version = values.pop("schema_version", SCHEMA_VERSION)
+        if version != SCHEMA_VERSION:
+            raise UserError(f"{path} has schema_version {version}, but this version reads {SCHEMA_VERSION}")
+        cluster = values.get("cluster")
+        if isinstance(cluster, dict) and "site" in cluster:
+            values["cluster"] = _site(cluster.pop("site")) | cluster
+    for word in overrides:
+        key, separator, text = word.partition("=")
+        if not separator:
+            raise UserError(f"'{word}' is not an override; write key=value, for example seed=1")
+        if key == "cluster.site":
+            values["cluster"] = (values.get("cluster") or {}) | _site(text)
+        else:
+            _assign(values, key.split("."), text)
+    return parse_config(values)
+
+
+def _read_mapping(file: Path, absent: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(absent.format(file))
+    try:
+        values = yaml.safe_load(file.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold settings as 'key: value' lines")
+    return values
+
+
+def _site(file: Any) -> dict[str, Any]:
+    absent = "there is no site file {} (cluster.site); copy configs/cluster/example.yaml and edit it"
+    values = _read_mapping(Path(str(file)), absent)
+    for key in values:
+        if key not in ClusterSettings.model_fields:
+            known = ", ".join(ClusterSettings.model_fields)
+            raise UserError(f"{file}: unknown setting '{key}'; a site file holds cluster settings only: {known}")
+    return values
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate plain values. Raises UserError with one sentence for the first mistake."""
+    try:
+        return Config.model_validate(values)
+    except ValidationError as failure:
+        raise UserError(_sentence(failure.errors()[0])) from None
+
+
+def config_as_yaml(config: Config) -> str:
+    """The resolved settings with their schema version, as stored in a run folder."""
+    return yaml.safe_dump({"schema_version": SCHEMA_VERSION, **config.model_dump()}, sort_keys=False)
+
+
+def changed_keys(old: Config, new: Config) -> list[str]:
+    """Sentences naming each setting that differs and must not, when a run is resumed."""
+    return [f"{key} was {before!r} and is now {after!r}" for key, before, after in _differences(old, new, "")]
+
+
+def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
+    for key in keys[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"'{key}' is a single value, so '{'.'.join(keys)}' is not a setting")
+        values = inner
+    try:
+        values[keys[-1]] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[keys[-1]] = text
+
+
+def _differences(old: Settings, new: Settings, prefix: str) -> Iterable[tuple[str, Any, Any]]:
+    for name, field in type(old).model_fields.items():
+        before, after = getattr(old, name), getattr(new, name)
+        extra = field.json_schema_extra
+        if before == after or (isinstance(extra, dict) and extra.get("resumable")):
+            continue
+        if isinstance(before, Settings):
+            yield from _differences(before, after, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", before, after
+
+
+def _sentence(error: Mapping[str, Any]) -> str:
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    group: type[BaseModel] = Config
+    for part in location[:-1]:
+        annotation = group.model_fields[part].annotation if part in group.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        group = annotation
+    if error["type"] == "extra_forbidden":
+        names = list(group.model_fields)
+        near = difflib.get_close_matches(location[-1], names, n=1) or difflib.get_close_matches(
+            location[-1], names, n=1, cutoff=0.3
+        )
+        hint = f"did you mean '{'.'.join([*location[:-1], near[0]])}'? " if near else ""
+        return f"unknown setting '{key}'; {hint}Known here: {', '.join(names)}"
+    name = next((part for part in reversed(location) if part in group.model_fields), None)
+    about = f" ({group.model_fields[name].description})" if name and group.model_fields[name].description else ""
+    text = error["msg"][0].lower() + error["msg"][1:]
+    return f"setting '{key}'{about}: {text}, but it is {error['input']!r}"

@@ -1,0 +1,1 @@
+"""Continual distillation: how a stage turns trajectories into the next student."""

@@ -1,0 +1,170 @@
+"""DeepSpeed: starting the ranks, and one training engine per phase.
+
+DeepSpeed's engine, gradient averaging and expert-parallel groups are used as they are; the mixture
+layer and the checkpoints are ours (`hpc_cpd.student`). ZeRO stage 0 in float32: the engine then steps the
+plain AdamW it is given, so the optimiser's state can be saved one tensor per parameter.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpc_cpd.config import DistillSettings
+from hpc_cpd.errors import StopRequested
+from hpc_cpd.student.transformer import Student
+
+COLLECTIVE_TIMEOUT_SECONDS = 300.0
+
+
+def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tuple[int, int]:
+    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return (rank, world size).
+
+    Without these variables the process is alone. A second call returns the same answer.
+    """
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ.setdefault("MASTER_PORT", "0")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # This op is compiled at start-up, is used for inference alone, and would demand a compiler of every user.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not torch.distributed.is_initialized():
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def finish_distributed() -> None:
+    """Leave together: a process that ends while its groups live can abort at exit."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def device_of_rank() -> torch.device:
+    """The GPU of this local rank, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+class PhaseEngine:
+    """One DeepSpeed engine over one module for one phase.
+
+    A new module and a new engine are built for every phase: DeepSpeed does not notice parameters that are
+    frozen or freed later, and a second engine on the same module would keep the first alive.
+    """
+
+    def __init__(self, student: Student, settings: DistillSettings, total_steps: int) -> None:
+        """Wrap `student`, whose ``requires_grad`` flags already say what learns in this phase."""
+        import deepspeed
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+        self.student = student
+        self.settings = settings
+        self.total_steps = total_steps
+        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        groups = split_params_into_different_moe_groups_for_optimizer(
+            {"params": trainable, "name": "dense", "lr": settings.learning_rate}, max_group_size=None
+        )
+        # Frozen parameters have no state and weight decay 0 is honoured exactly: nothing frozen can move.
+        self.optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            foreach=True,
+        )
+        self.engine: Any = deepspeed.initialize(
+            model=student,
+            optimizer=self.optimizer,
+            config={
+                "train_micro_batch_size_per_gpu": 1,
+                "gradient_accumulation_steps": 1,
+                "zero_optimization": {"stage": 0},
+                "steps_per_print": 10**9,
+            },
+        )[0]
+        self.world_size = torch.distributed.get_world_size()
+        # DeepSpeed makes its sub-groups with half an hour of patience; a lost peer must be noticed sooner.
+        from torch.distributed import distributed_c10d
+
+        for group in list(distributed_c10d._world.pg_map):
+            distributed_c10d._set_pg_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS), group)
+
+    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(actions [B, L, act], load-balancing loss, gate probabilities [B, L, E])."""
+        result: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs)
+        return result
+
+    def step(self, loss: Tensor, step: int) -> float:
+        """One update from this rank's share of the loss; returns the global gradient norm before clipping.
+
+        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients.
+        """
+        self.engine.backward(loss)
+        norm = self._clip()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.settings, step, self.total_steps)
+        self.engine.step()
+        return norm
+
+    def close(self) -> None:
+        """Free the engine and its hooks before the next phase builds another."""
+        self.engine.destroy()
+        del self.engine, self.optimizer
+        gc.collect()
+
+    def _clip(self) -> float:
+        # ZeRO 0 would average the ranks' local norms, which depends on where the experts live.
+        dense: list[Tensor] = []
+        expert: list[Tensor] = []
+        for parameter in self.student.parameters():
+            if parameter.grad is not None:
+                (dense if getattr(parameter, "allreduce", True) else expert).append(parameter.grad)
+        squares = torch.zeros(2, dtype=torch.float64)
+        for slot, gradients in enumerate((dense, expert)):
+            if gradients:
+                norms = torch.stack(torch._foreach_norm(gradients)).double()
+                squares[slot] = (norms * norms).sum().cpu()
+        expert_square = squares[1].to(device_of_rank())
+        torch.distributed.all_reduce(expert_square)  # every expert is held by world / expert-parallel-size ranks
+        replicas = self.world_size // self.student.expert_parallel_size
+        norm = math.sqrt(float(squares[0]) + float(expert_square) / replicas)
+        scale = self.settings.max_gradient_norm / (norm + 1e-6)
+        if scale < 1.0:
+            torch._foreach_mul_(dense + expert, scale)
+        return norm
+
+
+def learning_rate(settings: DistillSettings, step: int, total_steps: int) -> float:
+    """Step size of update `step` (from 0): linear warm-up, then a cosine down to a tenth."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+def all_ranks_max(values: list[float]) -> list[float]:
+    """Element-wise maximum over ranks: how flags are agreed upon at a step boundary."""
+    tensor = torch.tensor(values, device=device_of_rank())
+    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    return [float(value) for value in tensor]
+
+
+def stop_together(stop: Callable[[], bool], what: str) -> None:
+    """Raise StopRequested on all ranks when any was asked to stop (a collective)."""
+    if all_ranks_max([float(stop())])[0]:
+        raise StopRequested(f"{what}; run it again to go on")

@@ -1,0 +1,206 @@
+"""Learning a stage: its phases, step after step, with checkpoints that lose nothing."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hpc_cpd.config import Config
+from hpc_cpd.distill.batches import Batch, StageBatches
+from hpc_cpd.distill.engine import PhaseEngine, all_ranks_max, device_of_rank
+from hpc_cpd.distill.losses import action_mean_error
+from hpc_cpd.distill.penalties import Penalty
+from hpc_cpd.distill.phases import Phase, freeze, phases_of
+from hpc_cpd.errors import StopRequested, UserError
+from hpc_cpd.progress import Progress
+from hpc_cpd.run import MetricsLog, Run, SaveDue
+from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint, together
+from hpc_cpd.student.transformer import Student, StudentShape
+
+LOG_EVERY_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a stage starts from: the grown student and what it will be told."""
+
+    state: Mapping[str, Tensor]  # canonical names
+    shape: StudentShape
+    experts_by_stage: list[list[int]]
+    new_experts: list[int]
+
+
+def learn_stage(
+    run: Run,
+    stage: int,
+    config: Config,
+    beginning: Beginning,
+    batches: StageBatches,
+    penalty: Penalty | None,
+    stop: Callable[[], bool],
+) -> dict[str, Tensor]:
+    """Run the phases of `stage` and return the canonical state the student ends with, on every rank.
+
+    Goes on from the newest of the stage's checkpoints, on any number of ranks. Raises StopRequested
+    once all ranks agreed to stop and saved together.
+    """
+    phases = phases_of(stage, config.distill, config.student.grow)
+    if not phases:
+        raise UserError("distill.phase1_steps and distill.phase2_steps are both 0; a stage must learn in one of them")
+    folder = run.stage(stage)
+    checkpoints = folder / "checkpoints"
+    first_rank = torch.distributed.get_rank() == 0
+    newest = together(lambda: newest_checkpoint(checkpoints), on=0)
+    reached = position_of(newest) if newest is not None else (phases[0].number, 0)
+    offset = sum(phase.steps for phase in phases if phase.number < reached[0])
+    metrics = MetricsLog(folder / "metrics.jsonl", offset + reached[1]) if first_rank else None
+
+    state: Mapping[str, Tensor] = beginning.state
+    done = 0
+    for phase in phases:
+        if phase.number >= reached[0]:
+            student = build_student(beginning, config)
+            student.load_canonical(state)
+            freeze(student, phase, beginning.new_experts)
+            engine = PhaseEngine(student, config.distill, phase.steps)
+            start = 0
+            if newest is not None and phase.number == reached[0]:
+                load_checkpoint(newest, student, engine.optimizer if reached[1] else None)
+                start = reached[1]
+            save = _Saver(checkpoints, engine, SaveDue(run, config.checkpoint_every_seconds), stop)
+            _run_phase(engine, phase, start, done, config, batches, penalty, metrics, save, f"stage {stage}")
+            state = gather_state(student)
+            if phase is not phases[-1]:
+                save.write(phase.number + 1, 0, None)
+            engine.close()
+        done += phase.steps
+    return dict(state)
+
+
+def build_student(beginning: Beginning, config: Config) -> Student:
+    """An untrained module of the right shape for this rank, on its device."""
+    world_size = torch.distributed.get_world_size()
+    size = config.distill.expert_parallel_size or world_size
+    if world_size % size:
+        raise UserError(
+            f"setting 'distill.expert_parallel_size' is {size}, which does not divide the {world_size} ranks; "
+            "choose a divisor, or 0 for all of them"
+        )
+    student = Student(beginning.shape, beginning.experts_by_stage, size, config.seed)
+    return student.to(device_of_rank())
+
+
+def batch_loss(engine: PhaseEngine, batch: Batch, coefficient: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, squared errors [B, L], load-balancing loss): the mean of `loss` over ranks is the global loss."""
+    actions, balance, _ = engine.forward(batch.observations, batch.task_vectors, batch.valid, batch.lift)
+    errors = action_mean_error(actions, batch.teacher_mean, batch.valid)
+    share = engine.world_size / batch.global_valid  # DeepSpeed averages over ranks, the loss over valid steps
+    return errors.sum() * share + coefficient * balance, errors.detach(), balance.detach()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The furthest whole checkpoint: one without its index, which is written last, does not count."""
+    found = [path for path in folder.glob("phase-*-step-*") if (path / "index.json").is_file()]
+    return max(found, key=position_of, default=None)
+
+
+def position_of(checkpoint: Path) -> tuple[int, int]:
+    """(phase, step) from the folder's name."""
+    _, phase, _, step = checkpoint.name.split("-")
+    return int(phase), int(step)
+
+
+def _run_phase(
+    engine: PhaseEngine,
+    phase: Phase,
+    start: int,
+    offset: int,
+    config: Config,
+    batches: StageBatches,
+    penalty: Penalty | None,
+    metrics: MetricsLog | None,
+    save: _Saver,
+    name: str,
+) -> None:
+    rank, world_size = torch.distributed.get_rank(), engine.world_size
+    settings = config.distill
+    lift = phase.gate_learns  # new experts must be given tokens while the gate still learns to choose them
+    progress = Progress(name, enabled=metrics is not None)
+    for step in range(start, phase.steps):
+        save.if_due(phase.number, step)
+        batch = batches.batch(phase.number, step, rank, world_size)
+        if not lift:
+            batch = batch.without_lift()
+        loss, errors, balance = batch_loss(engine, batch, settings.load_balancing_coefficient)
+        if penalty is not None:
+            loss = loss + settings.penalty_coefficient * penalty.loss(engine.student)
+        norm = engine.step(loss, step)
+        if (step + 1) % LOG_EVERY_STEPS == 0 or step + 1 == phase.steps:
+            record = _record(errors, balance, batch, world_size)
+            if metrics is not None:
+                metrics.append(offset + step + 1, phase=phase.number, gradient_norm=norm, **record)
+                progress.update(
+                    f"phase {phase.number} step {step + 1}/{phase.steps} loss {record['loss']:.5f}",
+                    last=step + 1 == phase.steps,
+                    step=step + 1,
+                )
+
+
+def _record(errors: Tensor, balance: Tensor, batch: Batch, world_size: int) -> dict[str, float | None]:
+    """Global means of one step, the same on every rank (a collective)."""
+    new = batch.is_new_task[:, None] & batch.valid
+    old = ~batch.is_new_task[:, None] & batch.valid
+    zero = torch.zeros_like(errors)
+    sums = torch.stack(
+        [
+            torch.where(new, errors, zero).sum(),
+            new.sum().to(errors),
+            torch.where(old, errors, zero).sum(),
+            old.sum().to(errors),
+            balance,
+        ]
+    )
+    torch.distributed.all_reduce(sums)
+    new_sum, new_count, old_sum, old_count, balance_sum = (float(value) for value in sums)
+    return {
+        "loss": (new_sum + old_sum) / (new_count + old_count),
+        "new_loss": new_sum / new_count if new_count else None,
+        "replay_loss": old_sum / old_count if old_count else None,
+        "load_balancing_loss": balance_sum / world_size,
+    }
+
+
+class _Saver:
+    """Decides with all ranks, at a step boundary, whether to save, and whether to stop after that."""
+
+    def __init__(self, folder: Path, engine: PhaseEngine, due: SaveDue, stop: Callable[[], bool]) -> None:
+        self.folder = folder
+        self.engine = engine
+        self.due = due
+        self.stop = stop
+        self.first_rank = torch.distributed.get_rank() == 0
+
+    def if_due(self, phase: int, step: int) -> None:
+        """Save before `step` when time is up or somebody asked to stop; raise StopRequested in that case."""
+        due = self.first_rank and self.due()
+        stopping, saving = all_ranks_max([float(self.stop()), float(due)])
+        if stopping or saving:
+            self.write(phase, step, self.engine.optimizer if step else None)
+        if stopping:
+            raise StopRequested(f"all ranks saved {self.folder} at phase {phase} step {step}; run it again to go on")
+
+    def write(self, phase: int, step: int, optimizer: torch.optim.AdamW | None) -> None:
+        """Publish one checkpoint (a collective) and drop the older ones."""
+        target = self.folder / f"phase-{phase}-step-{step:08d}"
+        if together(lambda: not target.exists(), on=0):
+            save_checkpoint(target, self.engine.student, optimizer, {"phase": phase, "step": step})
+        if self.first_rank:
+            for old in self.folder.glob("phase-*-step-*"):
+                if position_of(old) < (phase, step):
+                    shutil.rmtree(old, ignore_errors=True)
+        self.due.saved()

@@ -1,0 +1,46 @@
+"""Who learns when: the two phases of a stage (arXiv 2601.22475; design section 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hpc_cpd.config import DistillSettings
+from hpc_cpd.student.transformer import Student
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is trainable during one phase of a stage."""
+
+    number: int
+    steps: int
+    shared_learns: bool
+    gate_learns: bool
+    old_experts_learn: bool
+
+
+def phases_of(stage: int, settings: DistillSettings, grows: bool) -> list[Phase]:
+    """The phases of `stage` (from 1), those with no steps left out.
+
+    Stage 1 has nothing to protect: shared layers learn in both phases. Later, phase 1 trains new experts and
+    the gate against everything old frozen; without growth there are no new experts, so all of them learn.
+    """
+    first = stage == 1
+    shared = first or not settings.freeze_shared
+    phases = [
+        Phase(1, settings.phase1_steps, shared, gate_learns=True, old_experts_learn=first or not grows),
+        Phase(2, settings.phase2_steps, shared, gate_learns=False, old_experts_learn=True),
+    ]
+    return [phase for phase in phases if phase.steps > 0]
+
+
+def freeze(student: Student, phase: Phase, new_experts: list[int]) -> None:
+    """Set ``requires_grad`` for `phase`. Call before the engine is built; it does not look again."""
+    for _, parameter in student.shared_parameters():
+        parameter.requires_grad_(phase.shared_learns)
+    for _, parameter in student.gate_parameters():
+        parameter.requires_grad_(phase.gate_learns)
+    for _, parameter in student.expert_parameters():
+        parameter.requires_grad_(phase.old_experts_learn)
+    for _, parameter in student.expert_parameters(new_experts):
+        parameter.requires_grad_(True)

@@ -1,0 +1,163 @@
+"""A stage of continual distillation, top to bottom.
+
+Each step leaves a file or folder that is published by a rename; a stage that is run again takes up at the first
+step whose result is not there. Section 4 of the design numbers the steps.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc_cpd.config import Config
+from hpc_cpd.distill.batches import StageBatches
+from hpc_cpd.distill.beginning import begin_stage, load_beginning
+from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
+from hpc_cpd.distill.learn import learn_stage
+from hpc_cpd.distill.needs import do_without_missing, require_stage
+from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task, update_penalty
+from hpc_cpd.distill.penalties import Penalty
+from hpc_cpd.progress import Progress
+from hpc_cpd.run import Run, is_done, mark_done, write_json
+from hpc_cpd.student.checkpoint import together
+from hpc_cpd.student.policy import StudentPolicy, load_student, load_student_parts, save_student
+from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
+from hpc_cpd.tasks.registry import run_plan
+from hpc_cpd.trajectories.memory import open_memory
+from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
+
+Evaluate = Callable[[StudentPolicy, str, int, int, list[int]], list[EpisodeResult]]
+"""(policy, task id, episodes, seed, episode numbers of this rank) -> their results."""
+Stop = Callable[[], bool]
+"""Whether this rank was asked to stop."""
+
+
+def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missing: bool = False) -> None:
+    """Learn stage `stage` (from 1) of `run`; called by every rank of the job.
+
+    With `allow_missing`, tasks whose teachers are missing when the stage begins are left out for good.
+
+    Publishes ``stages/K/student``, ``memory``, ``evaluation.json``, ``routing.json``, and ``DONE`` last. Does nothing
+    when the stage is done. Raises UserError naming what is missing, StopRequested after all ranks saved.
+    """
+    config = run.config()
+    if allow_missing:
+        start_distributed()
+        together(lambda: do_without_missing(run, stage), on=0)
+    plan = run_plan(run, config)
+    require_stage(run, plan, stage)
+    folder = run.stage(stage)
+    if is_done(folder):
+        return
+    rank, _ = start_distributed()
+    say = Progress(f"stage {stage}", every_seconds=0, enabled=rank == 0)
+    seen = [task for tasks in plan[:stage] for task in tasks]
+    tasks = plan[stage - 1]
+    new = open_trajectories([run.trajectories(task) for task in tasks], tasks)
+    memory = open_memory([run.stage(k) / "memory" for k in range(1, stage)])
+
+    def lacks(name: str) -> bool:
+        """Whether a step is to be done, as rank 0 sees it: a slower rank may look when its result is there already."""
+        stop_together(stop, f"stage {stage} stops between two steps")
+        return together(lambda: not (folder / name).exists(), on=0)
+
+    if lacks("start"):
+        say.update("task embeddings and growth")
+        together(lambda: begin_stage(run, config, plan, stage, new, memory), on=0)
+    if config.evaluation.forward_transfer and lacks("evaluation_before.json"):
+        say.update("evaluating the new tasks before they are learnt")
+        _evaluate_before(run, config, stage, plan[stage - 1], evaluate, stop)
+    if lacks("student"):
+        _learn(run, config, plan, stage, new, memory, stop)
+    if lacks("memory"):
+        say.update("choosing the replay memory")
+        errors = episode_errors(folder / "student", new)
+        together(lambda: keep_memory(folder, config, stage, new, errors), on=0)
+    if lacks("routing.json"):
+        stores = [new] if memory is None else [new, memory]
+        together(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)), on=0)
+    if lacks("evaluation.json"):
+        say.update(f"evaluating {len(seen)} tasks")
+        records = _evaluate_all(load_student(folder / "student"), seen, config, evaluate, stop)
+        evaluation = evaluation_json(stage, config.evaluation, records)
+        together(lambda: write_json(folder / "evaluation.json", evaluation), on=0)
+    together(lambda: mark_done(folder, {"stage": stage, "tasks": seen}), on=0)
+    finish_distributed()
+
+
+def _learn(
+    run: Run,
+    config: Config,
+    plan: list[list[str]],
+    stage: int,
+    new: TrajectoryStore,
+    memory: TrajectoryStore | None,
+    stop: Stop,
+) -> None:
+    folder = run.stage(stage)
+    beginning, parts = load_beginning(folder / "start", stage)
+    batches = StageBatches(
+        new,
+        memory if config.distill.replay_fraction > 0 else None,
+        parts.task_vectors,
+        config.student.history,
+        config.distill.batch_size,
+        config.distill.replay_fraction,
+        seed=[config.seed, stage],
+        device=device_of_rank(),
+        past=load_student(run.stage(stage - 1) / "student") if stage > 1 else None,
+        anchor_fraction=config.distill.anchor_fraction,
+    )
+    penalty = None
+    if config.distill.penalty != "none" and stage > 1:
+        penalty = Penalty.load(run.stage(stage - 1) / "penalty.safetensors")
+    state = learn_stage(run, stage, config, beginning, batches, penalty, stop)
+
+    def publish() -> None:
+        if config.distill.penalty != "none":
+            update_penalty(folder, config, beginning, state, batches, penalty)
+        metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed}
+        save_student(
+            folder / "student",
+            state,
+            beginning.shape,
+            beginning.experts_by_stage,
+            parts.task_vectors,
+            parts.task_encoder_state,
+            metadata,
+        )
+
+    together(publish, on=0)
+
+
+def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], evaluate: Evaluate, stop: Stop) -> None:
+    """Zero-shot success of the student so far, and of one that never learnt: what forward transfer compares."""
+    folder: Path = run.stage(stage)
+    start = load_student_parts(folder / "start")
+    untrained = dataclasses.replace(load_student_parts(run.stage(1) / "start"), task_vectors=start.task_vectors)
+    records = {"untrained": _evaluate_all(StudentPolicy(untrained), tasks, config, evaluate, stop)}
+    if stage == 1:
+        records["before"] = records["untrained"]
+    else:
+        records["before"] = _evaluate_all(StudentPolicy(start), tasks, config, evaluate, stop)
+    together(lambda: write_json(folder / "evaluation_before.json", {"stage": stage - 1, **records}), on=0)
+
+
+def _evaluate_all(
+    policy: StudentPolicy, tasks: list[str], config: Config, evaluate: Evaluate, stop: Stop
+) -> dict[str, dict[str, Any]]:
+    """The record of every task; the episodes are shared out over the ranks (a collective)."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    episodes, seed = config.evaluation.episodes, config.evaluation.seed
+    mine = {}
+    for task in tasks:
+        stop_together(stop, "an evaluation stops and will be played again")
+        mine[task] = evaluate(policy, task, episodes, seed, list(range(episodes))[rank::world_size])
+    gathered: list[dict[str, list[EpisodeResult]]] = [{} for _ in range(world_size)]
+    torch.distributed.all_gather_object(gathered, mine)
+    results = {task: [result for part in gathered for result in part[task]] for task in tasks}
+    return {task: task_record(sorted(results[task], key=lambda result: result.episode)) for task in tasks}

@@ -1,0 +1,78 @@
+"""Exit codes, and the errors that are the user's to mend rather than ours.
+
+A :class:`UserError` is one clear sentence: it names the file or the key, what was expected and what to
+do. Commands print it without a traceback and leave with exit code 2.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_FAULT = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 3
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full; free some space, then run the same command again",
+    errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
+    errno.EROFS: "the file system is read-only; choose a writable folder with --run",
+    errno.EACCES: "permission was refused; choose a folder that you may write to with --run",
+    errno.EPERM: "permission was refused; choose a folder that you may write to with --run",
+}
+
+
+class UserError(Exception):
+    """A mistake the user can mend: the message is the one sentence shown, and the exit code is 2."""
+
+
+class StopRequested(Exception):
+    """Work remains, a checkpoint is on disk, and the job was asked to stop: the exit code is 3."""
+
+
+class LockLost(Exception):
+    """Another process has taken this one's work over. The message says who, and that nothing was written.
+
+    No mistake of the user's, and nothing to go on with: the process must end and leave the work to the other.
+    """
+
+
+def disk_error_sentence(error: BaseException) -> str | None:
+    """Return one sentence when `error` says that the disk refused a write, else None.
+
+    HDF5 and safetensors wrap the operating system's number in text, so the text is searched as well.
+    """
+    number = getattr(error, "errno", None)
+    if number not in _DISK_ERRORS:
+        text = str(error)
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            return None
+        number = next((n for n in _DISK_ERRORS if os.strerror(n) in text or f"errno = {n}," in text), None)
+    if number is None:
+        return None
+    name = getattr(error, "filename", None)
+    return f"cannot write {name or 'to the run folder'}: {_DISK_ERRORS[number]}"
+
+
+def run_command(main: Callable[[], int | None]) -> int:
+    """Run `main` and turn what it raises into the exit codes of the public interface (0, 2, 3; 1 by traceback)."""
+    try:
+        return main() or EXIT_DONE
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except StopRequested as stop:
+        print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        return EXIT_STOPPED
+    except LockLost as lost:
+        print(f"taken over: {lost}", file=sys.stderr, flush=True)
+        return EXIT_FAULT
+    except Exception as error:
+        sentence = disk_error_sentence(error)
+        if sentence is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR

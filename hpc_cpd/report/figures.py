@@ -1,0 +1,299 @@
+"""The pictures of a report. Each function returns a figure, or None when there is nothing to show yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hpc_cpd.report.gather import Facts, Record, short_names
+from hpc_cpd.report.style import ROW_INCHES, Theme, legend, new_figure, outline, task_axis, tiles
+
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
+POINTS = FuncFormatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
+MAX_NUMBERED_COLUMNS = 30
+_NAMES_INCHES = 2.6
+
+
+def success_matrix(facts: Facts, theme: Theme) -> Figure | None:
+    """Success per task (rows) after each stage (columns), the teacher beside it; own stages outlined."""
+    if not facts.evaluations and not facts.teachers:
+        return None
+    tasks, total = facts.tasks, len(facts.stages)
+    values = np.full((len(tasks), total), np.nan)
+    if facts.evaluations:
+        values[:, : len(facts.evaluations)] = facts.matrix().T
+    cell = 0.56 if total <= 14 else 0.38
+    figure, axes = new_figure(theme, max(6.0, _NAMES_INCHES + cell * (total + 1.5) + 0.6), _height(len(tasks)))
+    ax = axes[0, 0]
+    task_axis(ax, tasks, _stages(facts), theme, bands=False)
+    numbers = total <= MAX_NUMBERED_COLUMNS
+    teacher = np.array([[row["teacher"] if row["teacher"] is not None else np.nan] for row in facts.rows])
+    tiles(ax, teacher, theme.success_colours, theme, left=-1.4)
+    tiles(ax, values, theme.success_colours, theme, numbers=numbers)
+    top = 0
+    for stage, members in enumerate(facts.stages):
+        outline(ax, stage, top, 1, len(members), theme.text if stage < len(facts.evaluations) else theme.line)
+        top += len(members)
+    ax.set_xlim(-2.0, total - 0.4)
+    marks = [k for k in range(total) if numbers or (k + 1) % 5 == 0]
+    ax.set_xticks([-1.4, *marks], ["teacher", *(str(k + 1) for k in marks)])
+    ax.xaxis.set_ticks_position("top")
+    middle = (2.0 + (total - 1) / 2) / (total + 1.6)
+    ax.set_xlabel("success in % after stage", x=middle, ha="center")
+    ax.xaxis.set_label_position("top")
+    return figure
+
+
+def teacher_and_student(facts: Facts, theme: Theme) -> Figure | None:
+    """Per task: the teacher, the student after the task's own stage, and at the end."""
+    rows = [row for row in facts.rows if row["teacher"] is not None or row.get("final") is not None]
+    if not rows:
+        return None
+    figure, axes = new_figure(theme, 8.2, _height(len(rows)) + 0.3)
+    ax = axes[0, 0]
+    task_axis(ax, [row["task"] for row in rows], [row["stage"] for row in rows], theme)
+    ax.xaxis.grid(True, color=theme.line, linewidth=0.8)
+    ax.set_axisbelow(True)
+    for y, row in enumerate(rows):
+        final, own, interval = row.get("final"), row.get("after_own_stage"), row.get("final_interval")
+        if interval:
+            ax.plot(interval, [y, y], color=theme.student, alpha=0.25, linewidth=4, solid_capstyle="round", zorder=2)
+        if final is not None and own is not None and own != final:
+            colour = theme.loss if final < own else theme.gain
+            ax.plot([own, final], [y, y], color=colour, linewidth=1.8, zorder=3)
+    end = "student at the end" if len(facts.evaluations) == len(facts.stages) else "student now"
+    for name, label, style in (
+        ("teacher", "teacher", {"marker": "D", "s": 46, "facecolors": "none", "edgecolors": theme.teacher}),
+        ("after_own_stage", "after its own stage", {"marker": "o", "s": 34, "color": theme.earlier}),
+        ("final", end, {"marker": "o", "s": 13, "color": theme.student}),
+    ):
+        points = [(row[name], y) for y, row in enumerate(rows) if row.get(name) is not None]
+        if points:
+            x, y_values = zip(*points, strict=True)
+            ax.scatter(x, y_values, label=label, zorder=4, linewidths=1.3, clip_on=False, **style)
+    ax.plot([], [], color=theme.student, alpha=0.25, linewidth=4, label="95% interval")
+    ax.set_xlim(-0.02, 1.02)
+    ax.xaxis.set_major_formatter(PERCENT)
+    ax.set_xlabel("success rate")
+    legend(ax, theme, columns=4)
+    return figure
+
+
+def forgetting(facts: Facts, theme: Theme) -> Figure | None:
+    """Per old task: success lost since its own stage, in percentage points, with 95% intervals."""
+    rows = [row for row in facts.rows if row.get("forgetting") is not None]
+    if not rows or not facts.metrics:
+        return None
+    figure, axes = new_figure(theme, 8.2, _height(len(rows)) + 0.3)
+    ax = axes[0, 0]
+    task_axis(ax, [row["task"] for row in rows], [row["stage"] for row in rows], theme)
+    ax.xaxis.grid(True, color=theme.line, linewidth=0.8)
+    ax.set_axisbelow(True)
+    for y, row in enumerate(rows):
+        value, interval = row["forgetting"], row["forgetting_interval"]
+        colour = theme.loss if value > 0 else theme.gain
+        ax.barh(y, value, height=0.56, color=colour, alpha=0.9, zorder=2)
+        if interval:
+            ax.plot(interval, [y, y], color=theme.muted, linewidth=1.1, zorder=3)
+            ax.plot(interval, [y, y], "|", color=theme.muted, markersize=4, zorder=3)
+        if value == 0:
+            ax.plot([0], [y], "o", color=theme.muted, markersize=3, zorder=4)
+    mean = facts.metrics["forgetting_mean"]
+    interval = facts.metrics["intervals"]["forgetting_mean"]
+    ax.axvline(0, color=theme.text, linewidth=1.0, zorder=3)
+    if interval:
+        ax.axvspan(*interval, color=theme.student, alpha=0.12, zorder=1, linewidth=0)
+    ax.axvline(mean, color=theme.student, linewidth=1.4, linestyle=(0, (4, 2)), label="mean, 95% interval", zorder=3)
+    ax.bar([0], [0], color=theme.loss, label="forgotten")
+    ax.bar([0], [0], color=theme.gain, label="improved")
+    ax.plot([], [], color=theme.muted, linewidth=1.1, label="95% interval of a task")
+    ax.xaxis.set_major_formatter(POINTS)
+    ax.set_xlabel("forgetting: percentage points lost between the task's own stage and the last one")
+    legend(ax, theme, columns=4)
+    return figure
+
+
+def stage_curves(facts: Facts, theme: Theme) -> Figure | None:
+    """Loss of the student over all stages, one after the other; colours tell the phases."""
+    curves = {
+        stage: [line for line in lines if isinstance(line.get("loss"), int | float)]
+        for stage, lines in facts.stage_curves().items()
+    }
+    curves = {stage: lines for stage, lines in curves.items() if lines}
+    if not curves:
+        return None
+    figure, axes = new_figure(theme, 9.0, 3.6)
+    ax = axes[0, 0]
+    names = list(dict.fromkeys(str(line.get("phase", "")) for lines in curves.values() for line in lines))
+    palette = [theme.student, theme.teacher, theme.gain, theme.loss]
+    labelled: set[str] = set()
+    start = 0.0
+    for stage, lines in curves.items():
+        x = _running_steps(lines)
+        left, right = start, start + x[-1]
+        if stage % 2:
+            ax.axvspan(left, right, color=theme.band, zorder=0, linewidth=0)
+        if len(curves) <= 16 or stage % 5 == 0:
+            label = f"stage {stage}" if len(curves) <= 10 else str(stage)
+            place = ax.get_xaxis_transform()
+            ax.text((left + right) / 2, 1.01, label, ha="center", color=theme.muted, fontsize=8, transform=place)
+        for phase in names:
+            part = [i for i, line in enumerate(lines) if str(line.get("phase", "")) == phase]
+            if not part:
+                continue
+            colour = palette[names.index(phase) % len(palette)]
+            label = (f"phase {phase}" if phase.isdigit() else phase.replace("_", " ")) or "loss"
+            loss = np.array([float(lines[i]["loss"]) for i in part])
+            at = start + x[part]
+            ax.plot(at, loss, color=colour, alpha=0.22, linewidth=0.7, zorder=2)
+            ax.plot(at, _smooth(loss), color=colour, linewidth=1.6, zorder=3, label=_once(label, labelled))
+            replay = [i for i in part if isinstance(lines[i].get("replay_loss"), int | float)]
+            if replay:
+                values = _smooth(np.array([float(lines[i]["replay_loss"]) for i in replay]))
+                name = _once("on replay", labelled)
+                ax.plot(start + x[replay], values, color=theme.muted, linewidth=1.1, linestyle=":", label=name)
+        start = right
+    positive = [line["loss"] for lines in curves.values() for line in lines]
+    if min(positive) > 0:
+        ax.set_yscale("log")
+        ax.tick_params(which="minor", length=0)
+    ax.set_xlim(0, start)
+    ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
+    ax.set_axisbelow(True)
+    ax.set_xlabel("gradient steps, stage after stage")
+    ax.set_ylabel("distillation loss")
+    ax.legend(loc="upper right", frameon=False, fontsize=8, labelcolor=theme.text, ncols=4)
+    return figure
+
+
+def teacher_curves(facts: Facts, theme: Theme) -> Figure | None:
+    """Evaluated success of every teacher against its environment steps, one small plot each."""
+    curves = {task: _evaluations(lines) for task, lines in facts.teacher_curves().items()}
+    curves = {task: points for task, points in curves.items() if points}
+    if not any(len(points) > 1 for points in curves.values()):  # a single point is no curve; the table has it
+        return None
+    columns = min(5, len(curves))
+    rows = -(-len(curves) // columns)
+    figure, axes = new_figure(theme, 1.9 * columns + 0.4 if columns > 2 else 6.0, 1.25 * rows + 0.35, rows, columns)
+    last = max(step for points in curves.values() for step, _ in points)
+    for ax in axes.flat[len(curves) :]:
+        ax.set_visible(False)
+    for number, (ax, name, points) in enumerate(
+        zip(axes.flat, short_names(list(curves)), curves.values(), strict=False)
+    ):
+        steps, success = zip(*points, strict=True)
+        ax.fill_between(steps, success, color=theme.teacher, alpha=0.15, linewidth=0)
+        ax.plot(steps, success, color=theme.teacher, linewidth=1.5, clip_on=False)
+        ax.plot(steps[-1:], success[-1:], "o", color=theme.teacher, markersize=3.6, clip_on=False)
+        ax.set_title(name, fontsize=7 if len(name) > 22 else 8, loc="left", pad=4, color=theme.text)
+        ax.set_ylim(0, 1)
+        ax.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
+        ax.set_yticks([0, 0.5, 1], ["0", "50", "100%"] if number % columns == 0 else ["", "", ""])
+        ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
+        ax.set_axisbelow(True)
+        ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        ax.tick_params(labelsize=7)
+        if number + columns < len(curves):
+            ax.set_xticklabels([])
+    figure.supxlabel("environment steps", color=theme.muted, fontsize=8.5)
+    return figure
+
+
+def routing(facts: Facts, theme: Theme) -> Figure | None:
+    """Mean gate probability of every expert (columns) for every task (rows); a task's own experts outlined."""
+    record = facts.routing()
+    experts: list[Record] = (record or {}).get("experts") or []
+    answer: dict[str, list[float]] = (record or {}).get("tasks") or {}
+    tasks = [task for task in facts.tasks if task in answer]
+    if not experts or not tasks:
+        return None
+    values = np.full((len(tasks), len(experts)), np.nan)
+    for row, task in enumerate(tasks):
+        shares = answer[task][: len(experts)]
+        values[row, : len(shares)] = shares
+    cell = 0.46 if len(experts) <= 16 else 0.26
+    figure, axes = new_figure(theme, max(6.0, _NAMES_INCHES + cell * len(experts) + 0.6), _height(len(tasks)))
+    ax = axes[0, 0]
+    stage_of = dict(zip(facts.tasks, _stages(facts), strict=True))
+    task_axis(ax, tasks, [stage_of[task] for task in tasks], theme, bands=False)
+    tiles(ax, values, theme.share_colours, theme, numbers=len(experts) <= 16)
+    for column, expert in enumerate(experts):
+        if expert.get("task") in tasks:
+            outline(ax, column, tasks.index(str(expert["task"])), 1, 1, theme.text)
+        if column and expert.get("stage") != experts[column - 1].get("stage"):
+            ax.axvline(column - 0.5, color=theme.line, linewidth=0.8, zorder=1)
+    ax.set_xlim(-0.6, len(experts) - 0.4)
+    step = 1 if len(experts) <= 30 else 5
+    marks = range(0, len(experts), step)
+    ax.set_xticks(list(marks), [str(experts[i].get("id", i)) for i in marks])
+    ax.xaxis.set_ticks_position("top")
+    ax.xaxis.set_label_position("top")
+    ax.set_xlabel("expert, in order of birth: mean gate probability in %")
+    return figure
+
+
+FIGURES: dict[str, Callable[[Facts, Theme], Figure | None]] = {
+    "success_matrix": success_matrix,
+    "teacher_and_student": teacher_and_student,
+    "forgetting": forgetting,
+    "routing": routing,
+    "stage_curves": stage_curves,
+    "teacher_curves": teacher_curves,
+}
+
+
+def _height(rows: int) -> float:
+    return ROW_INCHES * rows + 0.8
+
+
+def _stages(facts: Facts) -> list[int]:
+    return [number for number, tasks in enumerate(facts.stages, 1) for _ in tasks]
+
+
+def _evaluations(lines: list[Record]) -> list[tuple[float, float]]:
+    """(environment steps, success) of a teacher's evaluations; success of noisy rollouts does not count."""
+    return [
+        (float(line["environment_steps"] if "environment_steps" in line else line["step"]), float(line["success"]))
+        for line in lines
+        if line.get("phase", "evaluation") == "evaluation" and isinstance(line.get("success"), int | float)
+    ]
+
+
+def _running_steps(lines: list[Record]) -> np.ndarray:
+    """Steps since the start of the stage, also where each phase counts from its own zero."""
+    steps, offset, last = [], 0.0, 0.0
+    for line in lines:
+        step = float(line["step"])
+        if step + offset < last:
+            offset = last
+        last = step + offset
+        steps.append(last)
+    return np.array(steps)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred moving average over about a twentieth of the curve, shorter at the ends."""
+    half = len(values) // 40
+    if half == 0:
+        return values
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _once(label: str, seen: set[str]) -> str | None:
+    if label in seen:
+        return None
+    seen.add(label)
+    return label
+
+
+def _thousands(value: float, _: object) -> str:
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value / 1e3:g}k" if abs(value) >= 1000 else f"{value:g}"

@@ -1,0 +1,227 @@
+"""What the files of a run say, in one object. Unfinished folders are skipped, and every gap becomes a note."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_cpd.config import Config
+from hpc_cpd.errors import UserError
+from hpc_cpd.evaluate.metrics import STUDENT_FIELDS, continual_metrics, wilson
+from hpc_cpd.run import DONE, Run, is_done, read_json, read_metrics
+from hpc_cpd.tasks.registry import run_plan
+
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass
+class Facts:
+    """A run as far as it has come.
+
+    `stages` is the plan (task ids per stage); `evaluations` has one entry per finished stage; `rows` one
+    per task of the plan, in the order of learning, as `continual_metrics` gives them, plus ``task``.
+    """
+
+    run: Run
+    config: Config
+    provenance: dict[str, Any]
+    stages: list[list[str]]
+    teachers: dict[str, Record] = field(default_factory=dict)
+    evaluations: list[dict[str, Record]] = field(default_factory=list)
+    before: dict[str, Record] = field(default_factory=dict)
+    untrained: dict[str, Record] = field(default_factory=dict)
+    metrics: dict[str, Any] | None = None
+    rows: list[Row] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task for stage in self.stages for task in stage]
+
+    def matrix(self) -> np.ndarray:
+        """Success rates [finished stages, tasks], NaN where not evaluated."""
+        return np.array([[_rate(stage.get(task)) for task in self.tasks] for stage in self.evaluations])
+
+    def teacher_curves(self) -> dict[str, list[Record]]:
+        """The metrics of the published teachers that have any."""
+        curves = {task: _published_metrics(self.run.teacher(task)) for task in self.tasks}
+        return {task: lines for task, lines in curves.items() if lines}
+
+    def stage_curves(self) -> dict[int, list[Record]]:
+        """The metrics of the finished stages that have any."""
+        curves = {k: _published_metrics(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}
+        return {stage: lines for stage, lines in curves.items() if lines}
+
+    def routing(self) -> Record | None:
+        """The routing of the last finished stage."""
+        path = self.run.stage(len(self.evaluations)) / "routing.json"
+        return _object(path) if self.evaluations and path.is_file() else None
+
+    def memories(self) -> dict[int, Record]:
+        """What each finished stage put into the replay memory."""
+        paths = {k: self.run.stage(k) / "memory" / "selection.json" for k in range(1, len(self.evaluations) + 1)}
+        return {stage: _object(path) for stage, path in paths.items() if path.is_file()}
+
+
+def gather(run: Run) -> Facts:
+    """Read the finished parts of `run`. Raises UserError: not a run folder, or a damaged file."""
+    config = run.config()
+    provenance = _object(run.provenance_file) if run.provenance_file.is_file() else {}
+    facts = Facts(run, config, provenance, run_plan(run, config))
+    if not provenance:
+        facts.notes.append("provenance.json is missing, so versions and commit are unknown.")
+    if provenance.get("uncommitted_changes"):
+        facts.notes.append(
+            "The source had changes that are in no commit, so the commit alone does not repeat this run."
+        )
+    _teachers(facts)
+    _stages(facts)
+    _numbers(facts)
+    return facts
+
+
+def short_names(tasks: Sequence[str]) -> list[str]:
+    """Task ids without their family where all share one: ``reach-v3`` for ``metaworld/reach-v3``."""
+    families = {task.partition("/")[0] for task in tasks}
+    return [task.partition("/")[2] if len(families) == 1 and "/" in task else task for task in tasks]
+
+
+def _teachers(facts: Facts) -> None:
+    waiting, strange = [], []
+    for task in facts.tasks:
+        folder = facts.run.teacher(task)
+        path = folder / "evaluation.json"
+        if not is_done(folder) or not path.is_file():
+            waiting.append(task)
+            continue
+        evaluation = _object(path)
+        if task in evaluation.get("tasks", {}):
+            facts.teachers[task] = _record(evaluation["tasks"][task], path)
+            if evaluation.get("seed") != facts.config.evaluation.seed:
+                strange.append(task)
+        else:
+            waiting.append(task)
+    if waiting:
+        facts.notes.append(f"No finished teacher with an evaluation yet for {_names(waiting)}.")
+    if strange:
+        facts.notes.append(
+            f"The teachers of {_names(strange)} were evaluated on other goals than the student, "
+            "so their recovery compares different episodes."
+        )
+
+
+def _stages(facts: Facts) -> None:
+    total = len(facts.stages)
+    for stage in range(1, total + 1):
+        folder = facts.run.stage(stage)
+        path = folder / "evaluation.json"
+        if not is_done(folder):
+            facts.notes.append(
+                f"Stage {stage} of {total} is not finished (it has no {DONE} file); "
+                f"everything below is as of stage {stage - 1}."
+                if stage > 1
+                else f"No stage is finished yet (of {total})."
+            )
+            return
+        if not path.is_file():
+            facts.notes.append(f"Stage {stage} is finished but was not evaluated ({path.name} is missing).")
+            return
+        evaluation = _object(path).get("tasks", {})
+        facts.evaluations.append({task: _record(record, path) for task, record in evaluation.items()})
+        zero_shot = folder / "evaluation_before.json"
+        if zero_shot.is_file():
+            answer = _object(zero_shot)
+            facts.before |= {task: _record(r, zero_shot) for task, r in (answer.get("before") or {}).items()}
+            facts.untrained |= {task: _record(r, zero_shot) for task, r in (answer.get("untrained") or {}).items()}
+        elif facts.config.evaluation.forward_transfer:
+            facts.notes.append(
+                f"Stage {stage} has no {zero_shot.name}, so its tasks do not count for forward transfer."
+            )
+
+
+def _numbers(facts: Facts) -> None:
+    tasks, finished = facts.tasks, len(facts.evaluations)
+    taught = {task: k for k, stage in enumerate(facts.stages, 1) for task in stage}
+    counted = []
+    for task in tasks:
+        needed = {taught[task] - 1, finished - 1} if taught[task] <= finished else set()
+        complete = all(task in facts.evaluations[i] for i in needed)
+        if not complete:
+            facts.notes.append(f"{task} lacks an evaluation after its own or the last stage and is left out.")
+        counted.append(taught[task] if complete else len(facts.stages) + 1)
+    teacher = [facts.teachers.get(task) for task in tasks]
+    if finished:
+        grid = [[stage.get(task) for task in tasks] for stage in facts.evaluations]
+        facts.metrics = continual_metrics(
+            facts.matrix(),
+            counted,
+            [_rate(r) for r in teacher],
+            before=[_rate(facts.before.get(task)) for task in tasks],
+            untrained=[_rate(facts.untrained.get(task)) for task in tasks],
+            episodes=[[_episodes(r) for r in row] for row in grid],
+            teacher_episodes=[_episodes(r) for r in teacher],
+        )
+        facts.rows = facts.metrics.pop("per_task")
+    else:
+        unknown = dict.fromkeys(STUDENT_FIELDS)
+        facts.rows = [{"teacher": r and _rate(r), "teacher_interval": r and _interval(r), **unknown} for r in teacher]
+    facts.rows = [
+        {"task": task, "episodes": facts.config.evaluation.episodes, **row, "stage": taught[task]}
+        for task, row in zip(tasks, facts.rows, strict=True)
+    ]
+    for row in facts.rows:
+        row.pop("index", None)
+    if facts.metrics:
+        for name in ("not_learnt", "recovery_excluded", "teacher_unknown"):
+            facts.metrics[name] = [tasks[index] for index in facts.metrics[name]]
+        for name in ("forgetting_worst_task", "forgetting_from_best_worst_task"):
+            index = facts.metrics[name]
+            facts.metrics[name] = None if index is None else tasks[index]
+        if facts.metrics["recovery_excluded"]:
+            facts.notes.append(
+                f"The teachers of {_names(facts.metrics['recovery_excluded'])} never succeed, "
+                "so the mean recovery leaves them out."
+            )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object; delete it and run the command that makes it again")
+    return value
+
+
+def _record(record: Any, path: Path) -> Record:
+    fine = isinstance(record, dict) and all(isinstance(record.get(key), int) for key in ("successes", "episodes"))
+    if not fine or not 0 <= record["successes"] <= record["episodes"] or record["episodes"] < 1:
+        raise UserError(
+            f"{path} is damaged: every task needs whole numbers 0 <= successes <= episodes; "
+            "delete it and run the command that makes it again"
+        )
+    return dict(record)
+
+
+def _rate(record: Record | None) -> float:
+    return record["successes"] / record["episodes"] if record else float("nan")
+
+
+def _episodes(record: Record | None) -> int:
+    return int(record["episodes"]) if record else 1
+
+
+def _interval(record: Record) -> list[float]:
+    low, high = wilson(_rate(record), record["episodes"])
+    return [float(low), float(high)]
+
+
+def _published_metrics(folder: Path) -> list[Record]:
+    return read_metrics(folder / "metrics.jsonl") if is_done(folder) else []
+
+
+def _names(tasks: list[str]) -> str:
+    return ", ".join(tasks[:6]) + (f" and {len(tasks) - 6} more" if len(tasks) > 6 else "")

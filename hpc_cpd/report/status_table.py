@@ -1,0 +1,293 @@
+"""How a run stands: what is known of each unit, as a table that fits its place, as JSON, and watched.
+
+The table is laid out here and not by rich.table, which takes longer for 1,000 tasks than reading all their files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
+from typing import Any, Literal, get_args
+
+from rich.console import Console, ConsoleOptions
+from rich.segment import Segment
+from rich.style import Style
+
+State = Literal["done", "running", "waiting", "stopped", "failed", "given up", "not started"]
+Row = dict[str, str]
+
+_STYLES: Mapping[str, str] = {
+    "done": "green",
+    "running": "cyan",
+    "waiting": "blue",
+    "stopped": "yellow",
+    "failed": "red",
+    "given up": "bold red",
+    "not started": "dim",
+}
+_HEADINGS = ("Task", "State", "Progress", "Steps/s", "Success", "Time left", "Node", "Restarts")
+_RIGHT = {"Steps/s", "Success", "Time left", "Restarts"}
+_NARROW = ("Task", "State", "Success", "Progress")  # where all do not fit; the last column tells the rest in words
+_GAP = "  "
+_ERRORS_SHOWN = 20
+_LEAST_PROGRESS = len("DependencyNeverSatisfied")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a unit is: `step` of `total` of a phase, or a phase alone, such as ``evaluating 10 tasks``."""
+
+    phase: str
+    step: int | None = None
+    total: int | None = None
+    loss: float | None = None
+
+    @property
+    def words(self) -> str:
+        of = "" if self.total is None else f"/{self.total}"
+        step = "" if self.step is None else f": {self.step}{of}"
+        return f"{self.phase}{step}" + ("" if self.loss is None else f", loss {self.loss:.3g}")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One line of the table; ``hpc-cpd status --help`` tells what the fields mean."""
+
+    unit: str
+    state: State
+    job: str | None = None
+    reason: str | None = None
+    node: str | None = None
+    restarts: int = 0
+    failures: int = 0
+    progress: Progress | None = None
+    steps_per_second: float | None = None
+    success: float | None = None
+    seconds_left: float | None = None
+    error: str | None = None
+    log: str | None = None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment. `notes`: sentences for below the table."""
+
+    run: str
+    slurm: str | None
+    units: list[Unit]
+    done: dict[str, int]
+    total: dict[str, int]
+    next: str | None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(unit.state == "done" for unit in self.units)
+
+    def document(self) -> dict[str, Any]:
+        """What ``hpc-cpd status --json`` prints; ``hpc-cpd status --help`` tells what the keys mean."""
+        document = asdict(self)
+        for unit in document["units"]:
+            progress = unit["progress"]
+            if progress is not None and progress["loss"] is not None and not math.isfinite(progress["loss"]):
+                progress["loss"] = None  # JSON has no NaN
+        return document
+
+
+@dataclass(frozen=True)
+class StatusTable:
+    """What rich draws. `watched`: on a screen of one size, so long lines are wrapped and dull rows left out."""
+
+    status: RunStatus
+    watched: bool = False
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        width, height = options.max_width, options.size.height
+        below = [line for text in self._below() for line in (_wrap(text, width) if self.watched else [text])]
+        units, hidden = list(self.status.units), 0
+        if self.watched and len(units) + len(below) + 5 > height:
+            units = [unit for unit in units if unit.state not in ("done", "not started")]
+            units = units[: max(1, height - len(below) - 6)]
+            hidden = len(self.status.units) - len(units)
+        yield from _line(self.status.run, "bold")
+        yield from _lay_out(_rows(units), width)
+        if hidden:
+            yield from _line(f"and {hidden} more, which fit no screen: hpc-cpd status without --watch", "dim")
+        for text in ["", *below]:
+            yield from _line(text)
+
+    def _below(self) -> list[str]:
+        status = self.status
+        lines = [line for unit in status.units if unit.error for line in _error_lines(unit)]
+        if len(lines) > 2 * _ERRORS_SHOWN:
+            more = len(lines) // 2 - _ERRORS_SHOWN
+            lines = [*lines[: 2 * _ERRORS_SHOWN], f"- and {more} more: see --json"]
+        done = ", ".join(f"{status.done[name]} of {total} {name}" for name, total in status.total.items())
+        states = Counter(unit.state for unit in status.units if unit.state not in ("done", "not started"))
+        now = ", ".join(f"{states[state]} {state}" for state in get_args(State) if states[state])
+        lines += [f"Done: {done}" + (f". Now: {now}" if now else ""), *status.notes]
+        if status.next is not None and not (self.watched and status.next.endswith("--watch")):
+            lines.append(f"Go on with: {status.next}")
+        return lines
+
+
+def watch(look: Callable[[], RunStatus], console: Console, as_json: bool = False, every_seconds: float = 10.0) -> None:
+    """Show what `look` sees until everything is done, or until Ctrl-C.
+
+    On a terminal in place; elsewhere, and as JSON (one document per line), whenever something has changed.
+    """
+    from rich.live import Live
+
+    status, shown = look(), None
+    try:
+        if console.is_terminal and not as_json:
+            with Live(StatusTable(status, watched=True), console=console, auto_refresh=False) as live:
+                while not status.finished:
+                    time.sleep(every_seconds)
+                    status = look()
+                    live.update(StatusTable(status, watched=True), refresh=True)
+            return
+        while True:
+            if (news := _without_clocks(status)) != shown:
+                shown = news
+                show(status, console, as_json, indent=None)
+            if status.finished:
+                return
+            time.sleep(every_seconds)
+            status = look()
+    except KeyboardInterrupt:
+        return
+
+
+def show(status: RunStatus, console: Console, as_json: bool = False, indent: int | None = 1) -> None:
+    """Print it once."""
+    if as_json:
+        print(json.dumps(status.document(), indent=indent, allow_nan=False), file=console.file, flush=True)
+    else:
+        console.print(StatusTable(status), soft_wrap=True)
+
+
+def short_duration(seconds: float) -> str:
+    """For example ``2d03h``, ``3h58m``, ``58m`` or ``45s``."""
+    minutes, rest = divmod(max(0, int(seconds)), 60)
+    hours, days = minutes // 60, minutes // 1440
+    if days:
+        return f"{days}d{hours % 24:02d}h"
+    if hours:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{minutes}m" if minutes else f"{rest}s"
+
+
+def _without_clocks(status: RunStatus) -> dict[str, Any]:
+    units = [replace(unit, seconds_left=None, steps_per_second=None) for unit in status.units]
+    return replace(status, units=units).document()
+
+
+def _error_lines(unit: Unit) -> tuple[str, str]:
+    return f"- {unit.unit}: {unit.error}", f"  log: {unit.log or 'none'}"
+
+
+def _rows(units: Sequence[Unit]) -> list[Row]:
+    tasks = [unit.unit.partition(" ")[2] for unit in units if unit.unit.startswith("teacher ")]
+    families = {task.partition("/")[0] for task in tasks}
+    return [_row(unit, len(families) == 1) for unit in units]
+
+
+def _row(unit: Unit, one_family: bool) -> Row:
+    kind, _, name = unit.unit.partition(" ")
+    task = unit.unit if kind == "stage" else name.partition("/")[2] if one_family and "/" in name else name
+    at_work = unit.state != "done"
+    reason = None if unit.reason == "FAILED" else unit.reason
+    said = [reason, unit.progress.words if unit.progress else None] if at_work else []
+    left = "" if unit.seconds_left is None or not at_work else short_duration(unit.seconds_left)
+    return {
+        "Task": task,
+        "State": unit.state,
+        "Progress": "; ".join(text for text in said if text),
+        "Steps/s": "" if unit.steps_per_second is None else _rate(unit.steps_per_second),
+        "Success": "" if unit.success is None else f"{unit.success:.0%}",
+        "Time left": left,
+        "Node": (unit.node or "") if at_work else "",
+        "Restarts": str(unit.restarts) if unit.restarts else "",
+    }
+
+
+def _rate(value: float) -> str:
+    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _in_words(row: Row) -> Row:
+    """All that has no column of its own in a narrow table, told in the column of the progress."""
+    restarts = row["Restarts"] + (" restart" if row["Restarts"] == "1" else " restarts")
+    parts = [
+        row["Progress"],
+        row["Steps/s"] and f"{row['Steps/s']} steps/s",
+        row["Time left"] and f"{row['Time left']} left",
+        row["Node"] and f"on {row['Node']}",
+        row["Restarts"] and restarts,
+    ]
+    return {**row, "Progress": ", ".join(part for part in parts if part)}
+
+
+def _lay_out(rows: list[Row], width: int) -> Iterator[Segment]:
+    """The lines of the table. Columns that nobody fills are left out."""
+    headings = _filled(rows, _HEADINGS)
+    widths = _shrunk(_natural(rows, headings), width, {"Progress": _LEAST_PROGRESS})
+    if _total(widths) > width:
+        rows = [_in_words(row) for row in rows]
+        headings = _filled(rows, _NARROW)
+        widths = _shrunk(_natural(rows, headings), width, {"Progress": _LEAST_PROGRESS, "Task": 12})
+    yield from _cells({heading: heading for heading in headings}, widths, Style.parse("bold"))
+    yield from _line("─" * min(_total(widths), width), "dim")
+    for row in rows:
+        yield from _cells(row, widths, Style.parse(_STYLES[row["State"]]))
+
+
+def _filled(rows: list[Row], headings: Sequence[str]) -> list[str]:
+    return [heading for heading in headings if heading in ("Task", "State") or any(row[heading] for row in rows)]
+
+
+def _natural(rows: list[Row], headings: Sequence[str]) -> dict[str, int]:
+    return {heading: max([len(heading), *(len(row[heading]) for row in rows)]) for heading in headings}
+
+
+def _shrunk(widths: dict[str, int], width: int, least: Mapping[str, int]) -> dict[str, int]:
+    """Take from the columns of `least`, in turn, what is too much for `width`; their cells are wrapped."""
+    for heading, enough in least.items():
+        excess = _total(widths) - width
+        if heading in widths and excess > 0:
+            widths[heading] = max(min(enough, widths[heading]), widths[heading] - excess)
+    return widths
+
+
+def _total(widths: Mapping[str, int]) -> int:
+    return sum(widths.values()) + len(_GAP) * (len(widths) - 1)
+
+
+def _cells(row: Row, widths: Mapping[str, int], style: Style) -> Iterator[Segment]:
+    """One row, of as many lines as its longest cell takes. `style` is that of the state, or of all headings."""
+    for texts in zip_longest(*(_wrap(row[heading], width) for heading, width in widths.items()), fillvalue=""):
+        task, word, *others = (
+            text.rjust(width) if heading in _RIGHT else text.ljust(width)
+            for (heading, width), text in zip(widths.items(), texts, strict=True)
+        )
+        rest = _GAP + _GAP.join(others) if others else ""
+        yield Segment(task + _GAP, style if row["State"] == "State" else None)
+        yield Segment(word if rest.strip() else word.rstrip(), style)
+        yield Segment(rest.rstrip(), style if row["State"] == "State" else None)
+        yield Segment.line()
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    return [text] if len(text) <= width else textwrap.wrap(text, max(1, width), break_on_hyphens=False)
+
+
+def _line(text: str, style: str | None = None) -> Iterator[Segment]:
+    yield Segment(text, None if style is None else Style.parse(style))
+    yield Segment.line()

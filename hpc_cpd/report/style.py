@@ -1,0 +1,185 @@
+"""How pictures look: two themes (light, dark), tile maps and task axes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.typing import ColorType
+
+from hpc_cpd.report.gather import short_names
+
+DPI = 150
+ROW_INCHES = 0.24
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a picture. `ramp` runs from failure to success; the others are safe for colour-blind eyes."""
+
+    name: str
+    background: str
+    text: str
+    muted: str
+    line: str
+    band: str
+    teacher: str
+    student: str
+    earlier: str
+    loss: str
+    gain: str
+    ramp: tuple[tuple[float, str], ...]
+
+    @property
+    def suffix(self) -> str:
+        return "" if self.name == "light" else f"-{self.name}"
+
+    @property
+    def success_colours(self) -> LinearSegmentedColormap:
+        """From failure to success; steepest near the top, where policies differ."""
+        return LinearSegmentedColormap.from_list(f"success-{self.name}", self.ramp)
+
+    @property
+    def share_colours(self) -> LinearSegmentedColormap:
+        """From nothing to all."""
+        return LinearSegmentedColormap.from_list(f"share-{self.name}", [self.band, self.student])
+
+
+LIGHT = Theme(
+    name="light",
+    background="#ffffff",
+    text="#1b2430",
+    muted="#667282",
+    line="#d9dfe6",
+    band="#f5f7f9",
+    teacher="#b7791f",
+    student="#0b62a8",
+    earlier="#9cc6e8",
+    loss="#c8551b",
+    gain="#1d8a6b",
+    ramp=((0.0, "#f6ece6"), (0.4, "#d3e3ee"), (0.7, "#94c3e3"), (0.9, "#3f8fc8"), (1.0, "#0a4f8c")),
+)
+DARK = Theme(
+    name="dark",
+    background="#171c23",
+    text="#e6ebf1",
+    muted="#93a0b0",
+    line="#323b47",
+    band="#1d232c",
+    teacher="#e2b458",
+    student="#5fb2f2",
+    earlier="#2f5f86",
+    loss="#f08a4f",
+    gain="#55c9a3",
+    ramp=((0.0, "#3a2a26"), (0.4, "#24384b"), (0.7, "#2a618f"), (0.9, "#479ade"), (1.0, "#a9dbff")),
+)
+THEMES = (LIGHT, DARK)
+
+
+def new_figure(theme: Theme, width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure of the given inches and its axes [rows, columns], painted in `theme`; no global state."""
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.background)
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_facecolor(theme.background)
+        ax.tick_params(colors=theme.muted, labelcolor=theme.text, labelsize=8, length=0)
+        for side in ax.spines.values():
+            side.set_visible(False)
+        ax.xaxis.label.set_color(theme.muted)
+        ax.yaxis.label.set_color(theme.muted)
+        ax.xaxis.label.set_fontsize(8.5)
+        ax.yaxis.label.set_fontsize(8.5)
+    return figure, axes
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as PNG bytes; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    # Curves of long runs would otherwise be simplified to different bytes at different sizes.
+    with matplotlib.rc_context({"path.simplify": False}):
+        figure.savefig(buffer, format="png", dpi=DPI, facecolor=figure.get_facecolor(), metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Theme, bands: bool = True) -> None:
+    """Label the y axis with tasks, first on top, and mark which stage each belongs to."""
+    ax.set_ylim(len(tasks) - 0.5, -0.5)
+    ax.set_yticks(range(len(tasks)), short_names(tasks))
+    right = ax.secondary_yaxis("right")
+    right.tick_params(colors=theme.muted, labelcolor=theme.muted, labelsize=8, length=0)
+    right.spines["right"].set_visible(False)
+    middles, labels = [], []
+    for stage in sorted(set(stages)):
+        members = [row for row, own in enumerate(stages) if own == stage]
+        top, bottom = min(members) - 0.5, max(members) + 0.5
+        middles.append((top + bottom) / 2)
+        labels.append(f"stage {stage}")
+        if bands and stage % 2:
+            ax.axhspan(top, bottom, color=theme.band, zorder=0, linewidth=0)
+        if top > 0:
+            ax.axhline(top, color=theme.line, linewidth=0.8, zorder=2.5)
+    right.set_yticks(middles, labels)
+
+
+def tiles(
+    ax: Axes, values: np.ndarray, colours: Colormap, theme: Theme, left: float = 0.0, numbers: bool = True
+) -> None:
+    """Draw rates [rows, columns] as tiles from x = `left` - 0.5 on; NaN leaves the place empty."""
+    rows, columns = values.shape
+    edges = np.arange(columns + 1) + left - 0.5, np.arange(rows + 1) - 0.5
+    masked = np.ma.masked_invalid(np.clip(values, 0, 1))
+    ax.pcolormesh(*edges, masked, cmap=colours, vmin=0, vmax=1, edgecolors=theme.background, linewidth=1.6, zorder=2)
+    if numbers:
+        size = 7.5 if columns <= 14 else 6.0
+        for row, column in zip(*np.nonzero(~np.isnan(values)), strict=True):
+            value = values[row, column]
+            ink = _ink(colours(float(np.clip(value, 0, 1))))
+            text = f"{100 * value:.0f}"
+            ax.text(left + column, row, text, color=ink, fontsize=size, ha="center", va="center_baseline")
+
+
+def outline(ax: Axes, left: float, top: float, width: float, height: float, colour: str) -> None:
+    """Draw a border around whole tiles."""
+    ax.add_patch(
+        Rectangle(
+            (left - 0.5, top - 0.5),
+            width,
+            height,
+            fill=False,
+            edgecolor=colour,
+            linewidth=1.4,
+            zorder=4,
+            clip_on=False,
+        )
+    )
+
+
+def legend(ax: Axes, theme: Theme, columns: int = 3) -> None:
+    """A quiet legend above the axes."""
+    ax.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        labelcolor=theme.text,
+        borderaxespad=0.4,
+        handletextpad=0.4,
+        columnspacing=1.4,
+    )
+
+
+def _ink(colour: ColorType) -> str:
+    """Black or white, whichever has the higher contrast on `colour` (WCAG 2 relative luminance)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return "#10151b" if luminance > 0.18 else "#ffffff"

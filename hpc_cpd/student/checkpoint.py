@@ -1,0 +1,253 @@
+"""Canonical checkpoints: one tensor per parameter and per expert, nothing that depends on the number of ranks.
+
+    FOLDER/dense.safetensors          everything outside the experts, written by rank 0
+    FOLDER/expert-0007.safetensors    one expert, written by the rank of the first group that holds it
+    FOLDER/index.json                 sizes, position and the SHA-256 of each file, written last
+
+Keys are parameter names; the optimiser's state of a parameter stands beside it as ``NAME|exp_avg`` and so on.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch import distributed as dist
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.run import atomic_folder, read_json, write_json
+from hpc_cpd.student.transformer import Student, StudentShape, expert_of
+
+CHECKPOINT_SCHEMA_VERSION = 1
+DENSE_FILE = "dense.safetensors"
+INDEX_FILE = "index.json"
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+Result = TypeVar("Result")
+
+
+def save_checkpoint(
+    folder: Path,
+    student: Student,
+    optimizer: torch.optim.Optimizer | None,
+    position: Mapping[str, Any],
+) -> None:
+    """Publish `student`, the state of `optimizer` (AdamW) and `position` (plain JSON) as `folder`. A collective.
+
+    `folder` appears whole or not at all. When any rank cannot write, every rank raises.
+    """
+    with ExitStack() as stack:
+        temporary = Path(together(lambda: str(stack.enter_context(atomic_folder(folder))), on=0))
+        mine = together(lambda: _write_tensors(temporary, _files_of(student, optimizer)))
+        hashes = {name: digest for part in _all_gather(mine) for name, digest in part.items()}
+        index = {
+            "schema_version": CHECKPOINT_SCHEMA_VERSION,
+            "shape": student.shape.as_json(),
+            "experts_by_stage": student.experts_by_stage,
+            "position": dict(position),
+            "files": dict(sorted(hashes.items())),
+        }
+        together(lambda: write_json(temporary / INDEX_FILE, index), on=0)
+        together(stack.pop_all().close, on=0)  # rank 0 fsyncs and renames; the others see it published
+
+
+def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Load into `student`, on any number of ranks, and return the position. A collective.
+
+    `optimizer` (a plain AdamW over the student's trainable parameters) receives the saved state. Raises UserError on
+    every rank when the checkpoint is damaged, has another schema, or holds another student.
+    """
+    return together(lambda: _load(folder, student, optimizer))
+
+
+def gather_state(student: Student) -> dict[str, Tensor]:
+    """The canonical state on the CPU, complete on every rank. A collective when the experts are spread over ranks."""
+    state = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
+    if student.expert_parallel_size == 1:
+        return dict(sorted(state.items()))
+    layout = _all_gather([(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None])
+    device = next(student.parameters()).device
+    for owner in range(student.expert_parallel_size):
+        names = layout[owner]
+        if not names:
+            continue
+        if dist.get_rank() == owner:
+            flat = torch.cat([state[name].flatten() for name, _ in names]).to(device)
+        else:
+            flat = torch.empty(sum(shape.numel() for _, shape in names), device=device)
+        dist.broadcast(flat, src=owner)
+        for (name, shape), values in zip(names, flat.cpu().split([s.numel() for _, s in names]), strict=True):
+            state[name] = values.view(shape).clone()
+    return dict(sorted(state.items()))
+
+
+def together(work: Callable[[], Result], on: int | None = None) -> Result:
+    """Run `work` on every rank (or on rank `on` alone, whose result all get); if it fails anywhere, raise everywhere.
+
+    A rank that failed raises its own error. The others raise UserError or OSError with the same text when that is what
+    it was, RuntimeError otherwise; nobody is left waiting.
+    """
+    if not _distributed():
+        return work()
+    result: Any = None
+    failure: Exception | None = None
+    if on is None or dist.get_rank() == on:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    outcomes = _all_gather((result if on is not None else None, _describe(failure)))
+    if failure is not None:
+        raise failure
+    for rank, (_, failed) in enumerate(outcomes):
+        if failed is not None:
+            raise _again(rank, *failed)
+    return result if on is None else outcomes[on][0]
+
+
+def _describe(failure: Exception | None) -> tuple[str, int | None, str] | None:
+    if failure is None:
+        return None
+    return type(failure).__name__, getattr(failure, "errno", None), str(failure)
+
+
+def _again(rank: int, kind: str, number: int | None, text: str) -> Exception:
+    if kind == UserError.__name__:
+        return UserError(text)
+    if number is not None:
+        return OSError(number, f"{os.strerror(number)} (on rank {rank}: {text})")
+    return RuntimeError(f"rank {rank} failed: {kind}: {text}")
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_gather(value: Any) -> list[Any]:
+    if not _distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _file_of(name: str) -> str:
+    expert = expert_of(name)
+    return DENSE_FILE if expert is None else f"expert-{expert:04d}.safetensors"
+
+
+def _files_of(student: Student, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Tensor]]:
+    """What this rank has to write: dense things on rank 0, experts in the first group that holds them."""
+    rank = dist.get_rank() if _distributed() else 0
+    parameters = dict(student.named_parameters())
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in student.state_dict().items():
+        spread = expert_of(name) is not None
+        if rank >= (student.expert_parallel_size if spread else 1):
+            continue
+        file = files.setdefault(_file_of(name), {})
+        file[name] = tensor
+        moments = optimizer.state.get(parameters[name], {}) if optimizer is not None and name in parameters else {}
+        for moment in _MOMENTS:
+            if moment in moments:
+                file[f"{name}|{moment}"] = moments[moment]
+    return files
+
+
+def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+    """Write and fsync; return each file's SHA-256."""
+    hashes = {}
+    for name, tensors in files.items():
+        data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        with open(folder / name, "xb") as file:
+            if file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
+            file.flush()
+            os.fsync(file.fileno())
+        hashes[name] = hashlib.sha256(data).hexdigest()
+    return hashes
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX_FILE
+    index = read_json(path)
+    version = index.get("schema_version") if isinstance(index, dict) else None
+    if version != CHECKPOINT_SCHEMA_VERSION:
+        raise UserError(
+            f"{path} has schema_version {version}, but this version reads {CHECKPOINT_SCHEMA_VERSION}; "
+            "delete the checkpoint to start the stage again"
+        )
+    missing = [key for key in ("shape", "experts_by_stage", "position", "files") if key not in index]
+    if missing:
+        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; delete the checkpoint")
+    return dict(index)
+
+
+def _read_tensors(folder: Path, name: str, index: Mapping[str, Any]) -> dict[str, Tensor]:
+    return read_tensors(folder / name, index["files"].get(name))
+
+
+def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file whose SHA-256 must be the expected one. Raises UserError naming the file."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; delete its folder and run the command that makes it again") from None
+    damaged = f"{path} is damaged (%s); delete its folder and run the command that makes it again"
+    if hashlib.sha256(data).hexdigest() != expected_sha256:
+        raise UserError(damaged % "its SHA-256 is not the recorded one")
+    try:
+        # load() returns views of one buffer at any offset; copies are aligned alike on every run
+        return {key: value.clone() for key, value in safetensors.torch.load(data).items()}
+    except SafetensorError as error:
+        raise UserError(damaged % error) from None
+
+
+def _load(folder: Path, student: Student, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    index = _read_index(folder)
+    for what, saved, wanted in (
+        ("shape", index["shape"], student.shape.as_json()),
+        ("experts_by_stage", index["experts_by_stage"], student.experts_by_stage),
+    ):
+        if saved != wanted:
+            raise UserError(f"{folder / INDEX_FILE} holds another student: its {what} is {saved}, wanted {wanted}")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted({_file_of(name) for name in student.state_dict()}):
+        tensors |= _read_tensors(folder, name, index)
+    try:
+        student.load_canonical(tensors)
+    except ValueError as error:
+        raise UserError(f"{folder} does not hold this student: {error}") from None
+    if optimizer is not None:
+        names = {parameter: name for name, parameter in student.named_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                saved = {
+                    m: tensors[f"{names[parameter]}|{m}"] for m in _MOMENTS if f"{names[parameter]}|{m}" in tensors
+                }
+                if saved:
+                    # AdamW keeps its step count on the CPU
+                    optimizer.state[parameter] = {
+                        m: tensor if m == "step" else tensor.to(parameter) for m, tensor in saved.items()
+                    }
+    position = index["position"]
+    if not isinstance(position, dict):
+        raise UserError(f"{folder / INDEX_FILE} is damaged: its position is not an object; delete the checkpoint")
+    return position
+
+
+def shape_from_json(values: Mapping[str, Any], path: Path) -> StudentShape:
+    """The shape stored in `path`. Raises UserError when fields are missing or unknown."""
+    try:
+        return StudentShape(**values)
+    except TypeError as error:
+        raise UserError(f"{path} does not describe a student this version knows ({error})") from None

@@ -1,0 +1,224 @@
+"""A published student: how it is stored, and how it acts. No other process is needed, and no DeepSpeed.
+
+FOLDER/model.safetensors    canonical student state, task vectors and task encoder
+FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256, metadata
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.run import atomic_folder, read_json, sha256, write_bytes, write_json
+from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
+from hpc_cpd.student.task_encoder import TaskEncoder
+from hpc_cpd.student.transformer import OBSERVATION_CLIP, Student, StudentShape
+
+STUDENT_SCHEMA_VERSION = 1
+MODEL_FILE = "model.safetensors"
+JSON_FILE = "student.json"
+
+
+@dataclass(frozen=True)
+class StudentParts:
+    """What a student folder holds, for the next stage or for analysis."""
+
+    state: dict[str, Tensor]  # canonical names
+    shape: StudentShape
+    experts_by_stage: list[list[int]]
+    task_vectors: dict[str, np.ndarray]  # float32 [D] each, in the order learnt
+    task_encoder_state: dict[str, Tensor] | None
+    metadata: dict[str, Any]
+
+    def normaliser(self) -> tuple[np.ndarray, np.ndarray]:
+        """(mean, standard deviation) of observations, float32 [obs] each."""
+        return self.state["observation_mean"].numpy(), self.state["observation_std"].numpy()
+
+
+def save_student(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    shape: StudentShape,
+    experts_by_stage: list[list[int]],
+    task_vectors: Mapping[str, np.ndarray],
+    task_encoder_state: Mapping[str, Tensor] | None,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Write a student folder atomically. `state` is canonical; `metadata` is plain JSON without NaN."""
+    tensors = {f"student/{name}": value for name, value in state.items()}
+    tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(vector)) for task, vector in task_vectors.items()}
+    tensors |= {f"task_encoder/{name}": value for name, value in (task_encoder_state or {}).items()}
+    encoder = None
+    if task_encoder_state is not None:
+        encoder = TaskEncoder.sizes_of(task_encoder_state, shape.observation_size)
+    with atomic_folder(folder) as temporary:
+        model = temporary / MODEL_FILE
+        write_bytes(model, safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
+        description = {
+            "schema_version": STUDENT_SCHEMA_VERSION,
+            "shape": shape.as_json(),
+            "experts_by_stage": [list(stage) for stage in experts_by_stage],
+            "tasks": list(task_vectors),
+            "task_encoder": encoder,
+            "model_sha256": sha256(model),
+            "metadata": dict(metadata),
+        }
+        write_json(temporary / JSON_FILE, description)
+
+
+def load_student_parts(folder: str | Path) -> StudentParts:
+    """Read and verify a student folder. Raises UserError when it is missing, damaged, or of another schema."""
+    path = Path(folder) / JSON_FILE
+    if not path.is_file():
+        raise UserError(f"{folder} is not a student folder (no {JSON_FILE}); give a run's stages/K/student")
+    description = read_json(path)
+    version = description.get("schema_version") if isinstance(description, dict) else None
+    if version != STUDENT_SCHEMA_VERSION:
+        raise UserError(f"{path} has schema_version {version}, but this version reads {STUDENT_SCHEMA_VERSION}")
+    missing = [k for k in ("shape", "experts_by_stage", "tasks", "model_sha256", "metadata") if k not in description]
+    if missing:
+        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; run the stage that makes it again")
+    tensors = read_tensors(Path(folder) / MODEL_FILE, description["model_sha256"])
+    vectors = {}
+    for task in description["tasks"]:
+        if f"task_vector/{task}" not in tensors:
+            raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
+        vectors[task] = tensors[f"task_vector/{task}"].numpy()
+    return StudentParts(
+        state=_with_prefix(tensors, "student/"),
+        shape=shape_from_json(description["shape"], path),
+        experts_by_stage=description["experts_by_stage"],
+        task_vectors=vectors,
+        task_encoder_state=_with_prefix(tensors, "task_encoder/") or None,
+        metadata=description["metadata"],
+    )
+
+
+def load_student(folder: str | Path) -> StudentPolicy:
+    """Load a published student for acting. Raises UserError when the folder is not a whole student."""
+    parts = load_student_parts(folder)
+    try:
+        return StudentPolicy(parts)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{folder} does not hold a student this version can build: {error}") from None
+
+
+class StudentPolicy:
+    """Acts in `num_envs` environments of one task at once, with the last observations as its memory."""
+
+    def __init__(self, parts: StudentParts) -> None:
+        self.shape = parts.shape
+        self.experts_by_stage = parts.experts_by_stage
+        self.task_vectors = parts.task_vectors
+        self.metadata = parts.metadata
+        self.student = Student(parts.shape, parts.experts_by_stage, inference=True)
+        self.student.load_canonical(parts.state)
+        self.student.eval().requires_grad_(False)
+        self.encoder: TaskEncoder | None = None
+        if parts.task_encoder_state is not None:
+            self.encoder = TaskEncoder.from_state(parts.task_encoder_state, parts.shape.observation_size)
+        self._rows = 0
+
+    @property
+    def num_experts(self) -> int:
+        return sum(map(len, self.experts_by_stage))
+
+    @property
+    def task_ids(self) -> list[str]:
+        """Tasks this student has learnt, in that order."""
+        return list(self.task_vectors)
+
+    def reset(self, task_id: str | None, num_envs: int) -> None:
+        """Forget everything and act in `num_envs` environments of `task_id`; None: infer the task from what is seen.
+
+        Raises UserError for a task the student does not know.
+        """
+        if num_envs < 1:
+            raise UserError(f"num_envs is {num_envs}, but a policy acts in at least 1 environment")
+        if task_id is None:
+            if self.encoder is None:
+                raise UserError("this student has no task encoder to infer the task with; name a task instead of None")
+            vectors = torch.zeros(num_envs, self.shape.task_vector_size)
+        elif task_id in self.task_vectors:
+            vectors = torch.tensor(self.task_vectors[task_id]).repeat(num_envs, 1)
+        else:
+            near = difflib.get_close_matches(task_id, self.task_ids, n=1)
+            hint = f"did you mean '{near[0]}'? " if near else ""
+            raise UserError(f"this student does not know task '{task_id}'; {hint}It knows: {', '.join(self.task_ids)}")
+        self._rows = num_envs
+        self._infer = task_id is None
+        self._vectors = vectors
+        self._history = torch.zeros(num_envs, self.shape.history, self.shape.observation_size)
+        self._ages = torch.zeros(num_envs, dtype=torch.int64)  # observations seen, per environment
+        window = self.encoder.window if self.encoder is not None and self._infer else 1
+        self._window = torch.zeros(num_envs, window, self.shape.observation_size)
+        self._encoding_sum = torch.zeros(num_envs, self.shape.task_vector_size)
+        self._gate_sum = torch.zeros(self.num_experts, dtype=torch.float64)
+        self._gate_rows = 0
+
+    def reset_rows(self, mask: np.ndarray) -> None:
+        """Forget the history of the environments flagged by `mask` bool [num_envs]: they begin a new episode."""
+        rows = torch.tensor(np.asarray(mask, dtype=bool))
+        self._ages[rows] = 0
+        self._encoding_sum[rows] = 0.0
+
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Observations float32 [num_envs, obs] -> actions float32 [num_envs, act], clipped to [-1, 1].
+
+        Raises UserError when `reset` was not called or the shape is another.
+        """
+        seen = torch.tensor(np.asarray(observations, dtype=np.float32))
+        wanted = (self._rows, self.shape.observation_size)
+        if self._rows == 0:
+            raise UserError("call reset(task_id, num_envs) before act(observations)")
+        if tuple(seen.shape) != wanted:
+            raise UserError(f"observations have shape {list(seen.shape)}, but [num_envs, obs] is {list(wanted)}")
+        with torch.inference_mode():
+            position = self._remember(self._history, seen)
+            if self._infer:
+                self._remember(self._window, seen)
+            self._ages += 1
+            if self._infer:
+                self._infer_tasks()
+            actions, gate = self.student.act_at(self._history, self._vectors, position)
+            self._gate_sum += gate.double().sum(dim=0)
+            self._gate_rows += self._rows
+            clipped: np.ndarray = actions.clamp(-1.0, 1.0).numpy()
+        return clipped
+
+    @property
+    def gate_usage(self) -> np.ndarray:
+        """Mean gate probability of every expert (ascending global id) since `reset`, float64 [E]."""
+        usage: np.ndarray = (self._gate_sum / max(1, self._gate_rows)).numpy()
+        return usage
+
+    def _remember(self, buffer: Tensor, seen: Tensor) -> Tensor:
+        """Put `seen` behind what each row of `buffer` holds, oldest first out; the rest repeats it, as in training."""
+        length = buffer.shape[1]
+        full = self._ages >= length
+        buffer[full, :-1] = buffer[full, 1:].clone()
+        position = self._ages.clamp(max=length - 1)
+        behind = torch.arange(length) >= position[:, None]
+        buffer.copy_(torch.where(behind[:, :, None], seen[:, None], buffer))
+        return position
+
+    def _infer_tasks(self) -> None:
+        """Each environment's nearest known task vector to the mean encoding of its episode so far."""
+        assert self.encoder is not None
+        normalised = (self._window - self.student.observation_mean) / self.student.observation_std
+        self._encoding_sum += self.encoder(normalised.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP))
+        known = torch.tensor(np.stack(list(self.task_vectors.values())))
+        self._vectors = known[(self._encoding_sum @ known.T).argmax(dim=1)]
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

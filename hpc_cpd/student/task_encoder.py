@@ -1,0 +1,154 @@
+"""The task encoder: a few observations in, a unit vector out; windows of one task lie together.
+
+Contrastive (InfoNCE, arXiv 1807.03748): two windows of one task are a positive pair, windows of other tasks are the
+negatives. A task's vector is fixed once and for all in the stage that brings the task; later stages pull the windows
+of old tasks to the stored vectors and keep new tasks away from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_cpd.config import TaskEncoderSettings
+from hpc_cpd.student.gate import seeded_generator, seeded_linear
+from hpc_cpd.student.transformer import OBSERVATION_CLIP
+
+POOL_WINDOWS = 1024
+"""Windows drawn once per task; the steps sample from them, and their mean encoding is the task's vector."""
+
+WindowsOf = Callable[[str, int, np.random.Generator], np.ndarray]
+
+
+class TaskEncoder(nn.Module):
+    """Normalised observations float32 [B, window, obs] -> unit vectors float32 [B, size]."""
+
+    def __init__(self, observation_size: int, settings: TaskEncoderSettings, seed: int = 0) -> None:
+        super().__init__()
+        self.window = settings.window
+        generator = seeded_generator(seed, 3)
+        self.first = seeded_linear(settings.window * observation_size, settings.width, generator)
+        self.second = seeded_linear(settings.width, settings.width, generator)
+        self.last = seeded_linear(settings.width, settings.size, generator)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        """Encode windows."""
+        hidden = F.gelu(self.second(F.gelu(self.first(windows.flatten(1)))))
+        return F.normalize(self.last(hidden), dim=1)
+
+    @staticmethod
+    def sizes_of(state: Mapping[str, Tensor], observation_size: int) -> dict[str, int]:
+        """The settings that fix an encoder's tensors, read off its state: size, window, width."""
+        width, inputs = state["first.weight"].shape
+        return {"size": state["last.weight"].shape[0], "window": inputs // observation_size, "width": width}
+
+    @staticmethod
+    def from_state(state: Mapping[str, Tensor], observation_size: int) -> TaskEncoder:
+        """The encoder whose `state_dict` is `state`, for inference."""
+        sizes = TaskEncoder.sizes_of(state, observation_size)
+        encoder = TaskEncoder(observation_size, TaskEncoderSettings.model_validate(sizes))
+        encoder.load_state_dict(dict(state))
+        return encoder.eval().requires_grad_(False)
+
+
+def info_nce(first: Tensor, second: Tensor, task_index: Tensor, temperature: float) -> Tensor:
+    """Contrastive loss of pairs of unit vectors, float [B, D] each; `task_index` int64 [B].
+
+    Row i of `second` is the positive of row i of `first`. Other windows of the same task are no negatives: they are
+    left out of the softmax.
+    """
+    logits = first @ second.T / temperature
+    same = task_index[:, None] == task_index[None, :]
+    same.fill_diagonal_(False)
+    return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(first), device=first.device))
+
+
+def learn_task_vectors(
+    windows_of: WindowsOf,
+    new_tasks: list[str],
+    old_vectors: Mapping[str, np.ndarray],
+    encoder_state: Mapping[str, Tensor] | None,
+    mean: np.ndarray,
+    std: np.ndarray,
+    settings: TaskEncoderSettings,
+    seed: int,
+    stage: int,
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """Train the encoder for one stage and give every new task its vector.
+
+    ``windows_of(task, n, rng)`` returns raw observations float32 [n, window, obs] of a new task, or of an old one from
+    the replay memory. Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its
+    arguments; old vectors are read, never changed.
+    """
+    rng = np.random.default_rng([seed, stage, 4])
+    old_tasks = list(old_vectors)
+    pools = {task: _pool(windows_of, task, mean, std, rng) for task in [*new_tasks, *old_tasks]}
+    encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, seed)
+    if encoder_state is not None:
+        encoder.load_state_dict(dict(encoder_state))
+    stored = torch.tensor(np.stack([old_vectors[task] for task in old_tasks])) if old_tasks else None
+    optimizer = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
+    per_task = settings.windows_per_task
+    new_index = torch.arange(len(new_tasks)).repeat_interleave(per_task)
+    for _ in range(settings.gradient_steps):
+        drawn = {task: _augmented(_sample(pool, 2 * per_task, rng), rng) for task, pool in pools.items()}
+        encoded = encoder(torch.cat(list(drawn.values()))).view(len(pools), 2, per_task, -1)
+        new = encoded[: len(new_tasks)]
+        first, second = new[:, 0].flatten(0, 1), new[:, 1].flatten(0, 1)
+        if stored is None:
+            loss = info_nce(first, second, new_index, settings.temperature)
+        else:
+            loss = _info_nce_beside(first, second, new_index, stored, settings.temperature)
+            loss = loss + _pull(encoded[len(new_tasks) :], new, stored, settings.temperature)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    encoder.requires_grad_(False)
+    vectors = {}
+    for task in new_tasks:
+        encoded = encoder(torch.cat([pools[task], _augmented(pools[task], rng)]))
+        vectors[task] = F.normalize(encoded.double().mean(dim=0), dim=0).float().numpy()
+    return {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}, vectors
+
+
+def _info_nce_beside(first: Tensor, second: Tensor, index: Tensor, stored: Tensor, temperature: float) -> Tensor:
+    """`info_nce` with the stored vectors of old tasks as further negatives."""
+    candidates = torch.cat([second, stored])
+    none = torch.full((len(stored),), -1)
+    same = index[:, None] == torch.cat([index, none])[None, :]
+    same.fill_diagonal_(False)
+    logits = (first @ candidates.T / temperature).masked_fill(same, -torch.inf)
+    return F.cross_entropy(logits, torch.arange(len(first)))
+
+
+def _pull(old: Tensor, new: Tensor, stored: Tensor, temperature: float) -> Tensor:
+    """Windows of old tasks [tasks, 2, n, D] towards their stored vectors, away from the others and the new tasks."""
+    centres = F.normalize(new.flatten(1, 2).mean(dim=1), dim=1)
+    logits = old.flatten(1, 2) @ torch.cat([stored, centres]).T / temperature
+    target = torch.arange(len(stored)).repeat_interleave(logits.shape[1])
+    distance = 1.0 - (old.flatten(1, 2) * stored[:, None]).sum(dim=2)
+    return F.cross_entropy(logits.flatten(0, 1), target) + distance.mean() / temperature
+
+
+def _pool(windows_of: WindowsOf, task: str, mean: np.ndarray, std: np.ndarray, rng: np.random.Generator) -> Tensor:
+    windows = (torch.tensor(windows_of(task, POOL_WINDOWS, rng)) - torch.tensor(mean)) / torch.tensor(std)
+    return windows.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP).float()
+
+
+def _sample(pool: Tensor, count: int, rng: np.random.Generator) -> Tensor:
+    return pool[torch.tensor(rng.integers(len(pool), size=count))]
+
+
+def _augmented(windows: Tensor, rng: np.random.Generator) -> Tensor:
+    """Half of the windows [n, window, obs] cut after a random observation, which is repeated to the end.
+
+    So looks the history of an episode that has just begun, when the task has to be inferred.
+    """
+    length = windows.shape[1]
+    last = np.where(rng.random(len(windows)) < 0.5, rng.integers(length, size=len(windows)), length - 1)
+    steps = np.minimum(np.arange(length), last[:, None])
+    return windows.gather(1, torch.tensor(steps)[:, :, None].expand(-1, -1, windows.shape[2]))

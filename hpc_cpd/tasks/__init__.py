@@ -1,0 +1,1 @@
+"""Tasks: named simulators, stepped in batches. Nothing here knows about learning."""

@@ -1,0 +1,1 @@
+"""Teachers: single-task experts, and the trajectories they leave behind."""

@@ -1,0 +1,170 @@
+"""Shard schema v1: recorded episodes of one task in one HDF5 file.
+
+Each actor rank writes its own files, ``shard-RRRR-NNNNN.h5`` (rank, part), so no file has two writers. A
+shard appears under its name only when it is complete; what a killed writer leaves behind is a hidden
+temporary file that no reader looks at. Layout (T steps, E episodes)::
+
+    observations        float32 (images: uint8) [T, ...]    what the policy saw
+    actions             float32 [T, act]                    what was executed
+    teacher_mean        float32 [T, act]                    the target; discrete tasks: teacher_logits [T, A]
+    rewards             float32 [T]
+    success             bool [T]
+    episode_offsets     int64 [E + 1]                       episode e is the steps offsets[e]:offsets[e + 1]
+    final_observations  like observations [E, ...]          what the last action led to
+    episode_index       int64 [E]                           number of the attempt, unique within a task
+    attributes          schema_version, task_id, teacher_sha256, seed, goal_index [E], reward_version,
+                        environment_version
+
+The bytes of a shard are a function of its contents: no time stamps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.run import is_done
+
+SCHEMA_VERSION = 1
+TARGETS = ("teacher_mean", "teacher_logits")
+_STEP_FIELDS = ("observations", "actions", "rewards", "success")
+KINDS = {
+    "observations": ("float32", "uint8"),
+    "final_observations": ("float32", "uint8"),
+    "actions": ("float32",),
+    "teacher_mean": ("float32",),
+    "teacher_logits": ("float32",),
+    "rewards": ("float32",),
+    "success": ("bool",),
+    "episode_offsets": ("int64",),
+    "episode_index": ("int64",),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One recorded episode of T steps.
+
+    `teacher_mean` is the target: action means [T, act], or logits [T, A] in a shard written with
+    ``target="teacher_logits"``. `goal_index` is -1 where a task has no goals; `index` is the number of the
+    attempt that made it.
+    """
+
+    observations: NDArray[Any]  # float32 (images: uint8) [T, ...]
+    actions: NDArray[np.float32]  # [T, act]
+    teacher_mean: NDArray[np.float32]  # [T, act]
+    rewards: NDArray[np.float32]  # [T]
+    success: NDArray[np.bool_]  # [T]
+    final_observation: NDArray[Any]  # [...]
+    goal_index: int
+    index: int
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who recorded a shard, and where. All shards of one task must agree."""
+
+    task_id: str
+    teacher_sha256: str
+    seed: int
+    reward_version: str
+    environment_version: str
+    target: str = "teacher_mean"
+
+
+def episode_problem(episode: Episode, other: Episode | None, target: str) -> str | None:
+    """Why an episode cannot go into a shard, after the episode `other` of the same shard; None: it can."""
+    steps = len(episode)
+    if steps == 0:
+        return "it has no steps"
+    for name in ("actions", "teacher_mean", "rewards", "success"):
+        if len(getattr(episode, name)) != steps:
+            return f"it has {steps} observations but {len(getattr(episode, name))} {name}"
+    if episode.final_observation.shape != episode.observations.shape[1:]:
+        return f"its final_observation has shape {episode.final_observation.shape}"
+    if episode.rewards.ndim != 1 or episode.success.ndim != 1:
+        return "rewards and success must be one number per step"
+    if episode.actions.ndim != 2 or episode.teacher_mean.ndim != 2:
+        return "actions and teacher_mean must be [steps, numbers]"
+    if target == "teacher_mean" and episode.teacher_mean.shape != episode.actions.shape:
+        return f"its actions are {episode.actions.shape} but its teacher_mean is {episode.teacher_mean.shape}"
+    for name in ("observations", "actions", "teacher_mean", "rewards", "final_observation"):
+        if not np.isfinite(getattr(episode, name)).all():
+            return f"its {name} hold NaN or infinity"
+    if other is not None:
+        for name in ("observations", "actions", "teacher_mean"):
+            before, now = getattr(other, name), getattr(episode, name)
+            if before.shape[1:] != now.shape[1:] or before.dtype != now.dtype:
+                return f"its {name} are {now.dtype}{now.shape[1:]}, those before {before.dtype}{before.shape[1:]}"
+    return None
+
+
+def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], task_id: str | None) -> str | None:
+    """What is wrong with the contents of a shard; None: nothing."""
+    names = ("task_id", "teacher_sha256", "seed", "goal_index", "reward_version", "environment_version")
+    missing = [name for name in names if name not in attributes]
+    missing += [name for name in KINDS if name not in columns and name not in TARGETS]
+    if not any(name in columns for name in TARGETS):
+        missing.append("teacher_mean")
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    texts = ("task_id", "teacher_sha256", "reward_version", "environment_version")
+    if not all(isinstance(attributes[name], str) for name in texts) or not isinstance(attributes["seed"], np.integer):
+        return f"has attributes of wrong types ({', '.join(texts)}: text; seed: integer)"
+    if task_id is not None and attributes["task_id"] != task_id:
+        return f"was recorded on {attributes['task_id']}, not on {task_id}"
+    targets = [name for name in TARGETS if name in columns]
+    steps = len(columns["observations"]) if columns["observations"].ndim else -1
+    for name in (*_STEP_FIELDS, *targets):
+        wanted = {"rewards": 1, "success": 1, "observations": columns["observations"].ndim or 1}.get(name, 2)
+        if columns[name].ndim != wanted or len(columns[name]) != steps:
+            return f"has '{name}' of shape {columns[name].shape}, but {steps} observations"
+    offsets = columns["episode_offsets"]
+    if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != steps or (np.diff(offsets) < 1).any():
+        return f"has episode_offsets that do not cut its {steps} steps into episodes"
+    episodes = len(offsets) - 1
+    for name, values in {
+        "final_observations": columns["final_observations"],
+        "episode_index": columns["episode_index"],
+        "goal_index": np.asarray(attributes["goal_index"]),
+    }.items():
+        shape = columns["observations"].shape[1:] if name == "final_observations" else ()
+        if values.shape != (episodes, *shape) or (not shape and values.dtype != np.int64):
+            return f"has {name} {values.dtype}{list(values.shape)}, but {episodes} episodes"
+    if len(np.unique(columns["episode_index"])) != episodes:
+        return "holds an episode_index twice"
+    if "teacher_mean" in columns and columns["teacher_mean"].shape != columns["actions"].shape:
+        return "has teacher_mean and actions of different shapes"
+    for name, values in columns.items():
+        if values.dtype == np.float32 and not np.isfinite(values).all():
+            return f"holds NaN or infinity in '{name}'"
+    return None
+
+
+def broken(path: Path, what: str) -> UserError:
+    """One sentence: the file, what is wrong with it, and the command that makes it again."""
+    for parent in path.parents:
+        run = parent.parent
+        if not (run / "config.yaml").is_file():
+            continue
+        if parent.name == "trajectories":
+            delete = path.parent if is_done(path.parent) else path
+            return _remake(path, what, delete, "teachers", run)
+        if parent.name == "stages":
+            stage = path.relative_to(parent).parts[0]
+            return _remake(path, what, parent / stage, stage, run)
+    again = f"delete {path.parent} and record or import it again" if path.parent.exists() else "record or import it"
+    return UserError(f"{path} {what}; {again}")
+
+
+def _remake(path: Path, what: str, delete: Path, stage: str, run: Path) -> UserError:
+    first = f"delete {delete} and " if delete.exists() else ""
+    return UserError(f"{path} {what}; {first}run python -m hpc_cpd.launch --stage {stage} --run {run}")

@@ -1,0 +1,283 @@
+"""Writing, reading and listing shards (the layout is in `schema`)."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.run import read_json, sha256, write_bytes, write_json
+from hpc_cpd.trajectories.schema import (
+    KINDS,
+    SCHEMA_VERSION,
+    TARGETS,
+    Episode,
+    Origin,
+    broken,
+    episode_problem,
+    shard_problem,
+)
+
+MANIFEST = "manifest.json"
+SHARD_NAME = re.compile(r"shard-(\d{4})-(\d{5})\.h5")
+
+
+class ShardWriter:
+    """Collects episodes in memory and writes them as one shard on `close`.
+
+    Left-overs of a killed writer of the same rank and part are removed. Raises FileExistsError when that
+    part is closed already: take `next_part`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        rank: int,
+        part: int,
+        task_id: str,
+        teacher_sha256: str,
+        seed: int,
+        reward_version: str,
+        environment_version: str,
+        target: str = "teacher_mean",
+    ) -> None:
+        """`target` names what `Episode.teacher_mean` holds: "teacher_mean" or "teacher_logits"."""
+        if target not in TARGETS:
+            raise ValueError(f"target must be one of {TARGETS}, not {target!r}")
+        self.origin = Origin(task_id, teacher_sha256, seed, reward_version, environment_version, target)
+        self.path = Path(folder) / f"shard-{rank:04d}-{part:05d}.h5"
+        if not SHARD_NAME.fullmatch(self.path.name):
+            raise ValueError(f"rank {rank} or part {part} does not fit into the name of a shard")
+        if self.path.exists():
+            raise FileExistsError(f"{self.path} is already closed")
+        for orphan in self.path.parent.glob(f".{self.path.name}.*.tmp"):
+            orphan.unlink(missing_ok=True)
+        self._episodes: list[Episode] = []
+        self._indices: set[int] = set()
+
+    def __len__(self) -> int:
+        """Episodes held so far."""
+        return len(self._episodes)
+
+    def add(self, episode: Episode) -> None:
+        """Hold a copy of one episode. Raises UserError when its shapes disagree or it holds NaN or infinity."""
+        held = _canonical(episode)
+        problem = episode_problem(held, self._episodes[0] if self._episodes else None, self.origin.target)
+        if problem:
+            raise UserError(
+                f"episode {episode.index} of {self.origin.task_id} cannot be recorded: {problem}; "
+                "check the teacher and the environment that made it"
+            )
+        if held.index in self._indices:
+            raise ValueError(f"episode {held.index} was added twice to {self.path}")
+        self._indices.add(held.index)
+        self._episodes.append(held)
+
+    def close(self) -> Path | None:
+        """Write the shard (temporary name, fsync, rename) and return its path; None if there is no episode."""
+        if not self._episodes:
+            return None
+        write_bytes(self.path, encode_shard(self._episodes, self.origin))
+        self._episodes = []
+        return self.path
+
+
+def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
+    """The bytes of a shard. Built in memory: HDF5 must not meet a full disk half way through a file."""
+    buffer = io.BytesIO()
+    # v110: the older format limits an attribute (goal_index) to 64 KiB
+    with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
+        columns: dict[str, NDArray[Any]] = {
+            "observations": np.concatenate([episode.observations for episode in episodes]),
+            "actions": np.concatenate([episode.actions for episode in episodes]),
+            origin.target: np.concatenate([episode.teacher_mean for episode in episodes]),
+            "rewards": np.concatenate([episode.rewards for episode in episodes]),
+            "success": np.concatenate([episode.success for episode in episodes]),
+            "episode_offsets": np.cumsum([0, *map(len, episodes)], dtype=np.int64),
+            "final_observations": np.stack([episode.final_observation for episode in episodes]),
+            "episode_index": np.array([episode.index for episode in episodes], np.int64),
+        }
+        for name, values in columns.items():
+            file.create_dataset(name, data=values, track_times=False)
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["task_id"] = origin.task_id
+        file.attrs["teacher_sha256"] = origin.teacher_sha256
+        file.attrs["seed"] = origin.seed
+        file.attrs["goal_index"] = np.array([episode.goal_index for episode in episodes], np.int64)
+        file.attrs["reward_version"] = origin.reward_version
+        file.attrs["environment_version"] = origin.environment_version
+    return buffer.getvalue()
+
+
+def read_shard(path: str | Path, task_id: str | None = None) -> list[Episode]:
+    """The episodes of a shard in file order. Raises UserError when anything in it is wrong (see `check_shard`)."""
+    return load_shard(path, task_id)[1]
+
+
+def check_shard(path: str | Path, task_id: str | None = None) -> None:
+    """Read all of a shard and raise UserError naming it when it is missing, truncated, of another schema
+    version or task (`task_id`; None: any), or when shapes, offsets or numbers in it are wrong.
+    """
+    load_shard(path, task_id)
+
+
+def load_shard(path: str | Path, task_id: str | None = None) -> tuple[Origin, list[Episode]]:
+    """Origin and episodes of a shard, every check made. Raises UserError like `check_shard`."""
+    path = Path(path)
+    if not path.is_file():
+        raise broken(path, "is missing")
+    try:
+        # locking: many shared file systems refuse it, and a closed shard is never written to again
+        with h5py.File(path, "r", locking=False) as file:
+            attributes = dict(file.attrs)
+            version = attributes.get("schema_version", "none")
+            if not np.array_equal(version, SCHEMA_VERSION):
+                raise broken(path, f"has schema version {version}, but this version reads {SCHEMA_VERSION}")
+            columns = {name: _read_column(path, file, name) for name in KINDS if name in file}
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for permission") from None
+    except (OSError, KeyError, RuntimeError) as error:
+        raise broken(path, f"is truncated or damaged ({' '.join(str(error).split())})") from None
+    problem = shard_problem(attributes, columns, task_id)
+    if problem:
+        raise broken(path, problem)
+    target = next(name for name in TARGETS if name in columns)
+    origin = Origin(
+        str(attributes["task_id"]),
+        str(attributes["teacher_sha256"]),
+        int(attributes["seed"]),
+        str(attributes["reward_version"]),
+        str(attributes["environment_version"]),
+        target,
+    )
+    return origin, _split(attributes, columns, target)
+
+
+def closed_shards(folder: str | Path) -> list[Path]:
+    """The complete shards of a folder by name; hidden temporary files are not among them."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+
+
+def next_part(folder: str | Path, rank: int) -> int:
+    """The first part that `rank` has not closed yet."""
+    names = (SHARD_NAME.fullmatch(path.name) for path in closed_shards(folder))
+    return 1 + max((int(name[2]) for name in names if name and int(name[1]) == rank), default=-1)
+
+
+def write_manifest(folder: str | Path, **facts: Any) -> dict[str, Any]:
+    """List every closed shard in ``manifest.json`` (atomic) and remove what killed writers left behind.
+
+    `facts` (plain JSON values) are stored beside it. Call it when all writers have closed.
+    Returns what was written. Raises UserError when a shard is broken or an episode is there twice.
+    """
+    folder = Path(folder)
+    for orphan in folder.glob(".shard-*.tmp"):
+        orphan.unlink(missing_ok=True)
+    shards: list[dict[str, Any]] = []
+    seen: dict[tuple[str, int], Path] = {}
+    for path in closed_shards(folder):
+        origin, episodes = load_shard(path)
+        for episode in episodes:
+            first = seen.setdefault((origin.task_id, episode.index), path)
+            if first is not path:
+                raise broken(path, f"holds episode {episode.index} of {origin.task_id}, as {first.name} does")
+        shards.append(
+            {
+                "file": path.name,
+                "task_id": origin.task_id,
+                "sha256": sha256(path),
+                "episodes": len(episodes),
+                "steps": sum(map(len, episodes)),
+                "success": sum(bool(episode.success.any()) for episode in episodes),
+            }
+        )
+    totals = {key: sum(entry[key] for entry in shards) for key in ("episodes", "steps", "success")}
+    tasks = list(dict.fromkeys(entry["task_id"] for entry in shards))
+    manifest = {**facts, "schema_version": SCHEMA_VERSION, "tasks": tasks, **totals, "shards": shards}
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """What `write_manifest` wrote. Raises UserError when it is missing, damaged or of another version."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        raise broken(path, "is missing")
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        raise broken(path, f"is not a manifest of schema version {SCHEMA_VERSION}")
+    shards = manifest.get("shards")
+    keys = {"file", "task_id", "sha256", "episodes", "steps", "success"}
+    whole = isinstance(shards, list) and all(
+        isinstance(entry, dict) and keys <= entry.keys() and SHARD_NAME.fullmatch(str(entry["file"]))
+        for entry in shards
+    )
+    if not whole:
+        raise broken(path, "does not list its shards")
+    return manifest
+
+
+def check_listed(folder: Path, entry: dict[str, Any], task_id: str | None = None) -> tuple[Origin, list[Episode]]:
+    """Read one shard of a manifest and hold it against its `entry`. Raises UserError naming the shard."""
+    path = folder / entry["file"]
+    if not path.is_file():
+        raise broken(path, f"is missing, but {MANIFEST} lists it")
+    # first the bytes, so that HDF5 never has to make sense of a damaged file
+    if sha256(path) != entry["sha256"]:
+        raise broken(path, f"does not have the sha256 that {MANIFEST} recorded: it was changed or damaged")
+    origin, episodes = load_shard(path, task_id)
+    if (len(episodes), sum(map(len, episodes))) != (entry["episodes"], entry["steps"]):
+        raise broken(path, f"holds other numbers of episodes and steps than {MANIFEST} says")
+    return origin, episodes
+
+
+def _canonical(episode: Episode) -> Episode:
+    def images_or_float(values: NDArray[Any]) -> NDArray[Any]:
+        return np.array(values, np.uint8 if np.asarray(values).dtype == np.uint8 else np.float32)
+
+    return Episode(
+        observations=images_or_float(episode.observations),
+        actions=np.array(episode.actions, np.float32),
+        teacher_mean=np.array(episode.teacher_mean, np.float32),
+        rewards=np.array(episode.rewards, np.float32),
+        success=np.array(episode.success, np.bool_),
+        final_observation=images_or_float(episode.final_observation),
+        goal_index=int(episode.goal_index),
+        index=int(episode.index),
+    )
+
+
+def _read_column(path: Path, file: h5py.File, name: str) -> NDArray[Any]:
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or str(dataset.dtype) not in KINDS[name]:
+        raise broken(path, f"has a '{name}' that is not {' or '.join(KINDS[name])}")
+    return dataset[()]
+
+
+def _split(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], target: str) -> list[Episode]:
+    offsets = columns["episode_offsets"]
+    goals = np.asarray(attributes["goal_index"])
+    return [
+        Episode(
+            observations=columns["observations"][start:stop],
+            actions=columns["actions"][start:stop],
+            teacher_mean=columns[target][start:stop],
+            rewards=columns["rewards"][start:stop],
+            success=columns["success"][start:stop],
+            final_observation=columns["final_observations"][number],
+            goal_index=int(goals[number]),
+            index=int(columns["episode_index"][number]),
+        )
+        for number, (start, stop) in enumerate(itertools.pairwise(offsets))
+    ]

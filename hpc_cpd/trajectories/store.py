@@ -1,0 +1,265 @@
+"""Reading trajectories: everything in RAM, in one canonical order, with a fast window sampler.
+
+Measured on one core: windows gathered from RAM come 20 to 200 times faster than slices of HDF5 files, and
+trajectories of low-dimensional tasks are small (MT50 with 100 episodes per task: below 300 MB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.run import DONE, is_done
+from hpc_cpd.trajectories.schema import Episode, Origin, broken
+from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeSpan:
+    """Where one episode lies in a store: the steps ``start : start + length``."""
+
+    task: int  # position in `TrajectoryStore.task_ids`
+    start: int
+    length: int
+    index: int  # number of the attempt
+    goal_index: int
+
+
+class TrajectoryStore:
+    """Episodes of one or more tasks as flat arrays over all steps.
+
+    Canonical order: tasks as given, then by `Episode.index`; it does not depend on which rank recorded
+    what. ``len(store)`` is the number of steps.
+
+    Attributes: `task_ids`, `episodes` (list of EpisodeSpan), `observations` [S, ...], `actions` [S, act],
+    `teacher_mean` [S, act] (logits if ``target`` is "teacher_logits"), `rewards` [S], `success` [S],
+    `final_observations` [E, ...], `origins` (task id -> Origin), `folders`.
+    """
+
+    def __init__(
+        self,
+        episodes: Mapping[str, Sequence[Episode]],
+        origins: Mapping[str, Origin] | None = None,
+        folders: Sequence[Path] = (),
+    ) -> None:
+        """Copy `episodes` (task id -> episodes). Raises UserError when sizes differ or an episode is there twice."""
+        self.task_ids = [task_id for task_id in episodes if len(episodes[task_id])]
+        if not self.task_ids:
+            raise UserError("there are no episodes to read; record some with hpc_cpd.launch --stage teachers")
+        self.origins = dict(origins or {})
+        self.folders = list(folders)
+        ordered = [
+            (task, episode)
+            for task, task_id in enumerate(self.task_ids)
+            for episode in sorted(episodes[task_id], key=lambda episode: episode.index)
+        ]
+        self._refuse_mixtures(ordered)
+        targets = {origin.target for origin in self.origins.values()} or {"teacher_mean"}
+        if len(targets) > 1:
+            raise UserError("tasks with continuous and with discrete actions cannot be read together; open them apart")
+        self.target = targets.pop()
+        lengths = np.array([len(episode) for _, episode in ordered], np.int64)
+        stops = np.cumsum(lengths)
+        self.episodes = [
+            EpisodeSpan(task, int(stop - length), int(length), episode.index, episode.goal_index)
+            for (task, episode), length, stop in zip(ordered, lengths, stops, strict=True)
+        ]
+        self.observations = np.concatenate([episode.observations for _, episode in ordered])
+        self.actions = np.concatenate([episode.actions for _, episode in ordered])
+        self.teacher_mean = np.concatenate([episode.teacher_mean for _, episode in ordered])
+        self.rewards = np.concatenate([episode.rewards for _, episode in ordered])
+        self.success = np.concatenate([episode.success for _, episode in ordered])
+        self.final_observations = np.stack([episode.final_observation for _, episode in ordered])
+        self._episode_starts = stops - lengths
+        self._first_step = np.repeat(stops - lengths, lengths)  # of the episode that a step belongs to
+        self._last_step = np.repeat(stops - 1, lengths)
+        self._task_of_step = np.repeat(np.array([task for task, _ in ordered], np.int64), lengths)
+        self._task_starts = np.searchsorted(self._task_of_step, np.arange(len(self.task_ids) + 1))
+
+    def __len__(self) -> int:
+        return len(self.observations)
+
+    def steps(self, task_id: str) -> slice:
+        """Where the steps of a task lie. Raises UserError for a task that the store lacks."""
+        if task_id not in self.task_ids:
+            raise UserError(f"no trajectories of {task_id} were opened; here are {', '.join(self.task_ids)}")
+        task = self.task_ids.index(task_id)
+        return slice(int(self._task_starts[task]), int(self._task_starts[task + 1]))
+
+    def episode(self, number: int) -> Episode:
+        """Episode `number` of `episodes`; its arrays are views."""
+        span = self.episodes[number]
+        part = slice(span.start, span.start + span.length)
+        return Episode(
+            observations=self.observations[part],
+            actions=self.actions[part],
+            teacher_mean=self.teacher_mean[part],
+            rewards=self.rewards[part],
+            success=self.success[part],
+            final_observation=self.final_observations[number],
+            goal_index=span.goal_index,
+            index=span.index,
+        )
+
+    def task_episodes(self, task_id: str) -> list[int]:
+        """Numbers (positions in `episodes`) of a task's episodes, in canonical order."""
+        steps = self.steps(task_id)
+        return [number for number, span in enumerate(self.episodes) if steps.start <= span.start < steps.stop]
+
+    def draw_windows(self, batch: int, rng: np.random.Generator, balance_tasks: bool = False) -> NDArray[np.int64]:
+        """First steps of `batch` windows, int64 [batch]; a pure function of the state of `rng`.
+
+        Uniform over all steps; with `balance_tasks` uniform over tasks first, then over a task's steps.
+        All ranks draw the same batch and `gather` only their slice of it.
+        """
+        if not balance_tasks:
+            return rng.integers(len(self), size=batch)
+        task = rng.integers(len(self.task_ids), size=batch)
+        return self._task_starts[task] + rng.integers(np.diff(self._task_starts)[task])
+
+    def gather(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
+        """Windows of `length` steps that begin at the steps `indices` (int64 [B]), copied.
+
+        Returns observations [B, L, ...], actions and teacher_mean float32 [B, L, act], valid bool [B, L],
+        task_index int64 [B]. A window never crosses the end of its episode: past it, the last step is
+        repeated and `valid` is False.
+        """
+        wanted = np.asarray(indices, np.int64)[:, None] + np.arange(length)
+        last = self._last_step[wanted[:, :1]]
+        steps = np.minimum(wanted, last)
+        return {
+            "observations": self.observations.take(steps, axis=0),  # four times faster than [steps]
+            "actions": self.actions.take(steps, axis=0),
+            "teacher_mean": self.teacher_mean.take(steps, axis=0),
+            "valid": wanted <= last,
+            "task_index": self._task_of_step[wanted[:, 0]],
+        }
+
+    def gather_histories(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
+        """What a policy with a memory of `length` observations sees when it acts at the steps `indices` (int64 [B]).
+
+        Returns observations [B, L, ...] and teacher_mean float32 [B, L, act], oldest first and beginning with the
+        episode; `valid` bool [B, L], True at the step asked for alone, after which it is repeated; and task_index
+        int64 [B].
+        """
+        now = np.asarray(indices, np.int64)[:, None]
+        oldest = np.maximum(self._first_step[now], now - length + 1)
+        wanted = oldest + np.arange(length)
+        steps = np.minimum(wanted, now)
+        return {
+            "observations": self.observations.take(steps, axis=0),
+            "teacher_mean": self.teacher_mean.take(steps, axis=0),
+            "valid": wanted == now,
+            "task_index": self._task_of_step[now[:, 0]],
+        }
+
+    def sample_windows(
+        self, batch: int, length: int, rng: np.random.Generator, balance_tasks: bool = False
+    ) -> dict[str, NDArray[Any]]:
+        """`gather` of `draw_windows`."""
+        return self.gather(self.draw_windows(batch, rng, balance_tasks), length)
+
+    def observation_statistics(self, task_id: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean and standard deviation of every number of the observations, float32 [...], computed in float64.
+
+        Over all steps of a task, or of all tasks (None).
+        """
+        values = self.observations[self.steps(task_id) if task_id else slice(None)]
+        mean = values.mean(axis=0, dtype=np.float64)
+        return mean.astype(np.float32), values.std(axis=0, dtype=np.float64).astype(np.float32)
+
+    def episode_means(self, values: NDArray[Any]) -> NDArray[np.float64]:
+        """Mean of `values` [S] (one per step) over each episode, float64 [E]."""
+        totals = np.add.reduceat(np.asarray(values, np.float64), self._episode_starts)
+        return totals / np.array([span.length for span in self.episodes])
+
+    def verify(self) -> None:
+        """Check the files again against their manifests. Raises UserError naming the first broken shard."""
+        for folder in self.folders:
+            for problem in verify_folder(folder):
+                raise UserError(problem)
+
+    def _refuse_mixtures(self, ordered: list[tuple[int, Episode]]) -> None:
+        seen: set[tuple[int, int]] = set()
+        first_task, first = ordered[0]
+        for task, episode in ordered:
+            if (task, episode.index) in seen:
+                raise UserError(f"episode {episode.index} of {self.task_ids[task]} is there twice; open it only once")
+            seen.add((task, episode.index))
+            for name in ("observations", "actions", "teacher_mean"):
+                here, there = getattr(episode, name), getattr(first, name)
+                if here.shape[1:] != there.shape[1:] or here.dtype != there.dtype:
+                    raise UserError(
+                        f"{self.task_ids[task]} has {name} {here.dtype}{list(here.shape[1:])}, but "
+                        f"{self.task_ids[first_task]} has {there.dtype}{list(there.shape[1:])}; open them apart"
+                    )
+
+
+def open_trajectories(
+    folders: str | Path | Sequence[str | Path], task_ids: Sequence[str] | None = None
+) -> TrajectoryStore:
+    """Read a task folder, a memory folder, or several of them; every shard is checked against its manifest.
+
+    `task_ids`: the task that each folder must hold (None: whatever it holds).
+
+    Raises UserError naming the folder or shard that is missing, unfinished or broken, and the command that
+    makes it again.
+    """
+    paths = [Path(folders)] if isinstance(folders, str | Path) else [Path(folder) for folder in folders]
+    episodes: dict[str, list[Episode]] = {}
+    origins: dict[str, Origin] = {}
+    expected: Sequence[str | None] = task_ids if task_ids is not None else [None] * len(paths)
+    for folder, task_id in zip(paths, expected, strict=True):
+        _refuse_unfinished(folder)
+        for entry in read_manifest(folder)["shards"]:
+            origin, recorded = check_listed(folder, entry, task_id)
+            if origins.setdefault(origin.task_id, origin) != origin:
+                raise broken(folder / entry["file"], f"comes from another teacher or version of {origin.task_id}")
+            episodes.setdefault(origin.task_id, []).extend(recorded)
+    return TrajectoryStore(episodes, origins, paths)
+
+
+def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:
+    """Everything that is wrong with a folder of trajectories, one sentence each; empty: it is good.
+
+    `task_id`: the task that every shard must be of (None: any).
+    """
+    folder = Path(folder)
+    try:
+        _refuse_unfinished(folder)
+        manifest = read_manifest(folder)
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    seen: dict[tuple[str, int], str] = {}
+    for entry in manifest["shards"]:
+        try:
+            origin, episodes = check_listed(folder, entry, task_id)
+            for episode in episodes:
+                first = seen.setdefault((origin.task_id, episode.index), entry["file"])
+                if first != entry["file"]:
+                    raise broken(folder / entry["file"], f"holds episode {episode.index}, as {first} does")
+        except UserError as error:
+            problems.append(str(error))
+    listed = {entry["file"] for entry in manifest["shards"]}
+    problems += [
+        str(broken(path, f"is not listed in {MANIFEST}")) for path in closed_shards(folder) if path.name not in listed
+    ]
+    return problems
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    if is_done(folder):
+        return
+    if not folder.is_dir():
+        raise broken(folder / MANIFEST, "is missing")
+    inside = sorted(str(path.parent) for path in folder.glob(f"*/**/{MANIFEST}"))
+    if inside and not closed_shards(folder):
+        raise UserError(f"{folder} is not the folder of one task; open {inside[0]}, or a list of such folders")
+    raise broken(folder / DONE, "is missing: these trajectories are not finished")

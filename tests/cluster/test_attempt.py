@@ -1,0 +1,50 @@
+"""The last words of a job: whose they are, and that nobody else's replace them."""
+
+from pathlib import Path
+
+from hpc_cpd.cluster.attempt import begin_attempt, end_attempt, read_attempt
+
+LOG = Path("rank-0.log")
+
+
+def become(monkeypatch, job: str, restart: int) -> None:
+    monkeypatch.delenv("HPC_CPD_LAUNCHER", raising=False)
+    monkeypatch.setenv("SLURM_JOB_ID", job)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+
+
+def test_every_start_is_counted_once(tmp_path, monkeypatch):
+    numbers = []
+    for job, restart in (("7", 0), ("7", 0), ("7", 1), ("8", 0)):
+        become(monkeypatch, job, restart)
+        begin_attempt(tmp_path, LOG)
+        numbers.append(read_attempt(tmp_path).number)
+    assert numbers == [1, 1, 2, 3]
+
+
+def test_the_first_word_of_a_start_counts_and_a_replaced_start_has_none(tmp_path, monkeypatch):
+    become(monkeypatch, "7", 0)
+    begin_attempt(tmp_path, LOG)
+    become(monkeypatch, "7", 1)
+    begin_attempt(tmp_path, LOG)
+    become(monkeypatch, "7", 0)
+    end_attempt(tmp_path, LOG, 1, "the old one")
+    assert read_attempt(tmp_path).code is None
+    become(monkeypatch, "7", 1)
+    end_attempt(tmp_path, LOG, 1, "the cause")
+    end_attempt(tmp_path, LOG, 1, "connection closed by peer")
+    assert (read_attempt(tmp_path).code, read_attempt(tmp_path).sentence) == (1, "the cause")
+
+
+def test_a_launch_that_is_refused_leaves_the_word_to_the_one_at_work(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setenv("HPC_CPD_LAUNCHER", "11")
+    begin_attempt(tmp_path, LOG)
+    monkeypatch.setenv("HPC_CPD_LAUNCHER", "12")
+    end_attempt(tmp_path, LOG, 2, "another works there")
+    assert read_attempt(tmp_path).code is None
+
+
+def test_a_damaged_file_is_no_attempt(tmp_path):
+    (tmp_path / "attempt.json").write_text('{"number": 1}')
+    assert read_attempt(tmp_path) is None

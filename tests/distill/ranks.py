@@ -1,0 +1,29 @@
+"""Starting real DeepSpeed ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.rank_environments import rank_environments
+
+SCRIPT = Path(__file__).with_name("rank_stage.py")
+
+
+def start_ranks(world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+    """Start `world_size` ranks of a stage on a free port of this machine."""
+    ranks = []
+    for environment in rank_environments(world_size):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        ranks.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        )
+    return ranks
+
+
+def finish(ranks: list[subprocess.Popen[str]], expected: int = 0) -> str:
+    """Wait for all ranks, check their exit codes, return what they printed."""
+    output = "".join(rank.communicate(timeout=300)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [expected] * len(ranks), output
+    return output

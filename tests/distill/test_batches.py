@@ -1,0 +1,102 @@
+"""What a stage's batches are made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_cpd.distill.batches import StageBatches
+from hpc_cpd.run import Run
+from hpc_cpd.student.policy import StudentParts, StudentPolicy
+from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.trajectories.store import open_trajectories
+from tests.distill.synthetic import ACTION_SIZE, OBSERVATION_SIZE, TASKS, make_run
+
+VECTORS = {task: np.eye(len(TASKS), dtype=np.float32)[number] for number, task in enumerate(TASKS)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("batches") / "run")
+
+
+@pytest.fixture(scope="module")
+def past() -> StudentPolicy:
+    """A student that knows the first two tasks."""
+    shape = StudentShape(
+        observation_size=OBSERVATION_SIZE,
+        action_size=ACTION_SIZE,
+        task_vector_size=len(TASKS),
+        width=16,
+        layers=1,
+        heads=2,
+        history=4,
+        expert_hidden=8,
+        experts_see_observation=True,
+        top_k=0,
+        gate_bias_at_birth=-5.0,
+    )
+    state = Student(shape, [[0, 1]], inference=True).state_dict()
+    return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}))
+
+
+def batches(run: Run, past: StudentPolicy | None) -> StageBatches:
+    new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
+    device = torch.device("cpu")
+    return StageBatches(new, memory, VECTORS, 4, 32, 0.5, [0, 2], device, past=past, anchor_fraction=0.5)
+
+
+def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, past: StudentPolicy) -> None:
+    batch = batches(run, past).batch(1, 0, 0, 1)
+    assert batch.is_new_task.tolist() == [True] * 16 + [False] * 16
+    tasks = batch.task_vectors.argmax(dim=1)
+    assert set(tasks[:16].tolist()) == {2, 3}
+    assert set(tasks[16:].tolist()) == {0, 1}
+    assert (batch.valid.sum(dim=1) == 1).all()
+    assert batch.global_valid == 32
+
+
+def test_anchors_ask_at_new_observations_for_what_the_past_student_did(run: Run, past: StudentPolicy) -> None:
+    batch = batches(run, past).batch(1, 0, 0, 1)
+    store = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
+    known = {row.tobytes() for row in store.observations}
+    for row in range(24, 32):
+        steps = int(batch.valid[row].nonzero()) + 1
+        assert batch.observations[row, 0].numpy().tobytes() in known
+        past.reset(TASKS[int(batch.task_vectors[row].argmax())], 1)
+        for step in range(steps):
+            action = past.act(batch.observations[row, step : step + 1].numpy())
+        asked = batch.teacher_mean[row, steps - 1].clamp(-1, 1).numpy()
+        np.testing.assert_allclose(asked, action[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_rows_of_all_ranks_are_the_rows_of_one(run: Run, past: StudentPolicy, world_size: int) -> None:
+    source = batches(run, past)
+    whole = source.batch(2, 7, 0, 1)
+    parts = [source.batch(2, 7, rank, world_size) for rank in range(world_size)]
+    for name in ("observations", "task_vectors", "valid", "is_new_task"):
+        rows = torch.cat([getattr(part, name) for part in parts]).flatten(1) if name != "is_new_task" else None
+        if rows is None:
+            assert sum(int(part.is_new_task.sum()) for part in parts) == int(whole.is_new_task.sum())
+            continue
+        one = getattr(whole, name).flatten(1)
+        assert sorted(row.numpy().tobytes() for row in rows) == sorted(row.numpy().tobytes() for row in one)
+
+
+def test_without_a_past_student_the_whole_replay_is_memory(run: Run) -> None:
+    batch = batches(run, None).batch(1, 0, 0, 1)
+    memory = open_trajectories([run.trajectories(task) for task in TASKS[:2]])
+    known = {row.tobytes() for row in memory.observations}
+    assert all(batch.observations[row, 0].numpy().tobytes() in known for row in range(16, 32))
+
+
+def test_batches_are_a_pure_function_of_the_step(run: Run, past: StudentPolicy, tmp_path: Path) -> None:
+    first, second = batches(run, past), batches(run, past)
+    first.batch(1, 0, 0, 1)  # what was drawn before does not matter
+    for name in ("observations", "teacher_mean", "task_vectors"):
+        assert torch.equal(getattr(first.batch(1, 5, 0, 1), name), getattr(second.batch(1, 5, 0, 1), name))
+    assert not torch.equal(first.batch(1, 5, 0, 1).observations, first.batch(1, 6, 0, 1).observations)

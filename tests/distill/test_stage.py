@@ -1,0 +1,205 @@
+"""Properties of a whole stage, on real DeepSpeed ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc_cpd.distill.learn import newest_checkpoint
+from hpc_cpd.run import Run, is_done, read_json, read_metrics
+from hpc_cpd.student.policy import load_student, load_student_parts
+from tests.distill.ranks import finish, start_ranks
+from tests.distill.synthetic import TASKS, make_run
+
+
+def student_hash(run: Run, stage: int) -> str:
+    return hashlib.sha256((run.stage(stage) / "student" / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Both stages on two ranks that share the experts."""
+    run = make_run(tmp_path_factory.mktemp("undisturbed") / "run")
+    finish(start_ranks(2, run.folder, 1))
+    finish(start_ranks(2, run.folder, 2))
+    return run
+
+
+def copy_of(run: Run, folder: Path, stage: int | None = None) -> Run:
+    """A copy of `run`, without what `stage` and later ones made."""
+    copy = Run(shutil.copytree(run.folder, folder / "run"))
+    for later in range(stage or 3, 3):
+        shutil.rmtree(copy.stage(later), ignore_errors=True)
+    return copy
+
+
+def state_of(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_student_parts(folder).state)
+
+
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_the_student_learns_and_publishes_every_file_of_the_run_layout(undisturbed: Run) -> None:
+    for stage in (1, 2):
+        folder = undisturbed.stage(stage)
+        assert is_done(folder)
+        for name in ("student/model.safetensors", "student/student.json", "memory/selection.json"):
+            assert (folder / name).is_file()
+        for name in ("metrics.jsonl", "routing.json", "evaluation.json"):
+            assert (folder / name).is_file()
+        losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
+        assert losses[-1] < losses[0]
+    assert list(read_json(undisturbed.stage(2) / "evaluation.json")["tasks"]) == TASKS
+    memory = read_json(undisturbed.stage(1) / "memory" / "selection.json")["memories"]
+    assert all(0 < task["kept_steps"] <= task["budget_steps"] <= 0.2 * task["total_steps"] for task in memory)
+
+
+def test_frozen_parameters_do_not_move_by_a_bit_in_their_phase(undisturbed: Run, tmp_path: Path) -> None:
+    for phase, other in ((1, 2), (2, 1)):
+        run = copy_of(undisturbed, tmp_path / str(phase), 2)
+        text = run.config_file.read_text()
+        run.config_file.write_text(
+            text.replace(f"phase{other}_steps: {30 if other == 1 else 20}", f"phase{other}_steps: 0")
+        )
+        finish(start_ranks(2, run.folder, 2))
+        start = run.stage(2) / "start"
+        moved = changed(state_of(start), state_of(run.stage(2) / "student"))
+        parts = load_student_parts(start)
+        new = {f".{expert}." for expert in parts.experts_by_stage[1]}
+        moved_experts = {name for name in moved if ".experts." in name}
+        moved_gate = {name for name in moved if ".gate." in name}
+        assert not moved - moved_experts - moved_gate - {name for name in moved if "anchor" in name}
+        old_moved = {name for name in moved_experts if not any(part in name for part in new)}
+        assert moved_experts - old_moved, "the new experts must learn"
+        if phase == 1:
+            assert not old_moved
+            assert moved_gate
+        else:
+            assert old_moved
+            assert not moved_gate
+
+
+def test_shared_layers_go_on_learning_when_the_freeze_is_switched_off(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path, 2)
+    run.config_file.write_text(run.config_file.read_text().replace("freeze_shared: true", "freeze_shared: false"))
+    finish(start_ranks(2, run.folder, 2))
+    moved = changed(state_of(run.stage(2) / "start"), state_of(run.stage(2) / "student"))
+    assert any(".experts." not in name and ".gate." not in name and "anchor" not in name for name in moved)
+
+
+def test_new_experts_are_born_with_gate_bias_minus_five(undisturbed: Run) -> None:
+    for stage in (1, 2):
+        state = state_of(undisturbed.stage(stage) / "start")
+        biases = sorted(name for name in state if "gate.bias" in name)  # the file holds its tensors in any order
+        assert len(biases) == stage
+        assert torch.equal(state[biases[-1]], torch.full((2,), -5.0 if stage > 1 else 0.0))
+
+
+def test_old_task_vectors_never_change(undisturbed: Run) -> None:
+    first = load_student_parts(undisturbed.stage(1) / "student").task_vectors
+    second = load_student_parts(undisturbed.stage(2) / "student").task_vectors
+    assert list(second) == TASKS
+    for task in first:
+        assert (first[task] == second[task]).all()
+
+
+def test_the_normaliser_of_stage_1_is_carried_to_the_last_bit(undisturbed: Run) -> None:
+    first = load_student_parts(undisturbed.stage(1) / "start").normaliser()
+    assert first[1].min() > 0
+    for stage, name in ((1, "student"), (2, "start"), (2, "student")):
+        later = load_student_parts(undisturbed.stage(stage) / name).normaliser()
+        assert all((a == b).all() for a, b in zip(first, later, strict=True))
+
+
+def test_growth_leaves_actions_on_old_tasks_as_they_were(undisturbed: Run) -> None:
+    old, grown = (load_student(undisturbed.stage(k) / name) for k, name in ((1, "student"), (2, "start")))
+    observations = torch.randn(16, 39, generator=torch.Generator().manual_seed(0)).numpy()
+    for task in TASKS[:2]:
+        old.reset(task, 16)
+        grown.reset(task, 16)
+        before, after = old.act(observations), grown.act(observations)
+        assert abs(before - after).max() <= 1e-2 * abs(before).max()
+
+
+@pytest.mark.parametrize(("ranks", "parallel"), [(1, 1), (2, 1)])
+def test_number_of_ranks_and_expert_parallel_size_do_not_change_the_student(
+    undisturbed: Run, tmp_path: Path, ranks: int, parallel: int
+) -> None:
+    """50 steps from the same start, equal up to float rounding."""
+    run = copy_of(undisturbed, tmp_path, 2)
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("expert_parallel_size: 0", f"expert_parallel_size: {parallel}"))
+    finish(start_ranks(ranks, run.folder, 2))
+    ours, theirs = (state_of(r.stage(2) / "student") for r in (run, undisturbed))
+    start = state_of(run.stage(2) / "start")
+    for name in ours:
+        moved = (theirs[name] - start[name]).abs().max()
+        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * moved + 1e-5, name
+
+
+@pytest.mark.parametrize("steps", [7, 31])
+def test_stopped_ranks_save_together_and_the_resumed_student_has_the_same_bits(
+    undisturbed: Run, tmp_path: Path, steps: int
+) -> None:
+    run = copy_of(undisturbed, tmp_path, 2)
+    output = finish(start_ranks(2, run.folder, 2, steps), expected=3)
+    assert "all ranks saved" in output
+    assert newest_checkpoint(run.stage(2) / "checkpoints") is not None
+    finish(start_ranks(2, run.folder, 2))
+    assert student_hash(run, 2) == student_hash(undisturbed, 2)
+    for name in ("metrics.jsonl", "evaluation.json", "memory/selection.json", "routing.json"):
+        assert (run.stage(2) / name).read_bytes() == (undisturbed.stage(2) / name).read_bytes()
+
+
+def test_a_student_killed_at_any_moment_ends_with_the_same_bits(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path, 1)
+    run.config_file.write_text(
+        run.config_file.read_text().replace("checkpoint_every_seconds: 20.0", "checkpoint_every_seconds: 0.2")
+    )
+    moments = random.Random(0)
+    for stage in (1, 2):
+        for _ in range(3):
+            ranks = start_ranks(2, run.folder, stage)
+            time.sleep(moments.uniform(4.0, 9.0))
+            for rank in ranks:
+                rank.kill()
+            for rank in ranks:
+                rank.communicate()
+        finish(start_ranks(2, run.folder, stage))
+        assert student_hash(run, stage) == student_hash(undisturbed, stage)
+
+
+def test_a_stage_stopped_on_two_ranks_goes_on_on_one(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path, 2)
+    finish(start_ranks(2, run.folder, 2, 20), expected=3)
+    finish(start_ranks(1, run.folder, 2))
+    ours, theirs = (state_of(r.stage(2) / "student") for r in (run, undisturbed))
+    start = state_of(run.stage(2) / "start")
+    for name in ours:
+        moved = (theirs[name] - start[name]).abs().max()
+        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * moved + 1e-5, name
+
+
+def test_a_finished_stage_is_not_done_again(undisturbed: Run) -> None:
+    before = student_hash(undisturbed, 2), (undisturbed.stage(2) / "DONE").stat().st_mtime_ns
+    finish(start_ranks(1, undisturbed.folder, 2))
+    assert before == (student_hash(undisturbed, 2), (undisturbed.stage(2) / "DONE").stat().st_mtime_ns)
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    shutil.rmtree(run.trajectories(TASKS[3]))
+    output = finish(start_ranks(1, run.folder, 2), expected=2)
+    assert f"the trajectories of {TASKS[3]}" in output
+    assert "--stage teachers" in output
+    assert f"the student of stage 1 (make it with: python -m hpc_cpd.launch --run {run.folder} --stage 1)" in output
+    assert "there is no stage 3" in finish(start_ranks(1, run.folder, 3), expected=2)

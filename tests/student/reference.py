@@ -1,0 +1,98 @@
+"""The mixture written down plainly: every expert on every token, one process, nothing clever."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hpc_cpd.student.transformer import Student, StudentShape
+
+
+def small_shape(top_k: int = 0, **changes: int | float | bool) -> StudentShape:
+    values = {
+        "observation_size": 6,
+        "action_size": 3,
+        "task_vector_size": 5,
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "history": 4,
+        "expert_hidden": 12,
+        "experts_see_observation": True,
+        "top_k": top_k,
+        "gate_bias_at_birth": -5.0,
+    }
+    return StudentShape(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def make_student(
+    shape: StudentShape,
+    experts_by_stage: list[list[int]],
+    expert_parallel_size: int = 1,
+    inference: bool = False,
+    opinion: float = 0.5,
+) -> Student:
+    """A student whose gate has opinions, by default strong: routing is uneven and not decided by rounding."""
+    student = Student(shape, experts_by_stage, expert_parallel_size, seed=3, inference=inference)
+    with torch.no_grad():
+        for name, value in student.gate_parameters():
+            generator = torch.Generator().manual_seed(len(name) + value.numel())
+            value.add_(torch.empty_like(value).normal_(0.0, opinion, generator=generator))
+    return student
+
+
+def make_batch(rows: int, length: int, shape: StudentShape) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(observations, task vectors, valid, lift_mask, target) of `rows` windows."""
+    generator = torch.Generator().manual_seed(rows)
+    observations = torch.randn(rows, length, shape.observation_size, generator=generator)
+    tasks = F.normalize(torch.randn(rows, shape.task_vector_size, generator=generator), dim=1)
+    lengths = torch.randint(1, length + 1, (rows,), generator=generator)
+    valid = torch.arange(length) < lengths[:, None]
+    lift = torch.rand(rows, generator=generator) < 0.5
+    target = torch.randn(rows, length, shape.action_size, generator=generator)
+    return observations, tasks, valid, lift, target
+
+
+def reference_forward(
+    student: Student, observations: Tensor, tasks: Tensor, valid: Tensor, lift_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(actions [B, L, act], load-balancing loss) of a student that lives whole in this process."""
+    shape, mixture = student.shape, student.mixture
+    batch, length = valid.shape
+    features, normalised = student._features(observations, tasks)
+    seen = [normalised] if shape.experts_see_observation else []
+    tokens = torch.cat([features, *seen, tasks[:, None].expand(-1, length, -1)], dim=-1).reshape(batch * length, -1)
+    stages = [stage for stage, ids in enumerate(student.experts_by_stage, start=1) if ids]
+    weight = torch.cat([getattr(mixture.gate, f"weight_{stage}") for stage in stages])
+    bias = torch.cat([getattr(mixture.gate, f"bias_{stage}") for stage in stages])
+    logits = tokens @ weight.T + bias
+    probability = logits.softmax(dim=1)
+    experts = weight.shape[0]
+    outputs = torch.stack([mixture.experts[str(e)](tokens) for e in mixture.ids], dim=1)
+    flat_valid = valid.reshape(-1)
+    if shape.top_k in (0, experts) or shape.top_k > experts:
+        weights, load = probability, probability.detach()
+    else:
+        chooser = logits.detach().clone()
+        if lift_mask is not None and len(stages) > 1:
+            newest = len(student.experts_by_stage[stages[-1] - 1])
+            lifted = lift_mask[:, None].expand(-1, length).reshape(-1)
+            chooser[lifted, experts - newest :] -= shape.gate_bias_at_birth
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chooser.topk(shape.top_k).indices, True)
+        wished = torch.zeros_like(chosen).scatter(1, logits.topk(shape.top_k).indices, True)
+        load = wished.float() / shape.top_k
+        masked = probability * chosen
+        if shape.top_k == 1:  # value one, gradient of log p
+            weights = chosen * (1.0 + masked.clamp_min(1e-30).log() - masked.clamp_min(1e-30).log().detach())
+        else:
+            weights = masked / masked.sum(dim=1, keepdim=True)
+    mixed = (outputs * weights[:, :, None]).sum(dim=1) * flat_valid[:, None]
+    actions = student.head(student.norm_head(features + mixed.view_as(features)))
+    balance = experts * (load[flat_valid].mean(dim=0) * probability[flat_valid].mean(dim=0)).sum()
+    return actions, balance
+
+
+def masked_loss(actions: Tensor, target: Tensor, valid: Tensor, count: float) -> Tensor:
+    """Sum of squared errors over valid positions, divided by `count`."""
+    return ((actions - target).square().sum(dim=2) * valid).sum() / count

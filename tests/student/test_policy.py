@@ -1,0 +1,188 @@
+"""A published student acts as it was trained to, and a folder that is not one is refused in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_cpd.config import TaskEncoderSettings
+from hpc_cpd.errors import UserError
+from hpc_cpd.student.policy import StudentPolicy, load_student, load_student_parts, save_student
+from hpc_cpd.student.task_encoder import TaskEncoder
+from hpc_cpd.student.transformer import Student
+from tests.student.reference import make_student, small_shape
+
+EXPERTS = [[0, 1, 2], [3, 4]]
+ENVS, STEPS = 5, 9
+
+
+def publish(folder: Path, top_k: int = 0, encoder: TaskEncoder | None = None) -> Student:
+    shape = small_shape(top_k)
+    student = make_student(shape, EXPERTS, inference=True)
+    student.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
+    vectors = np.eye(5, dtype=np.float32)
+    tasks = {"metaworld/reach-v3": vectors[0], "metaworld/push-v3": vectors[1]}
+    state = encoder.state_dict() if encoder is not None else None
+    save_student(folder, student.state_dict(), shape, EXPERTS, tasks, state, {"stage": 2})
+    return student
+
+
+def observations() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(STEPS, ENVS, 6)).astype(np.float32)
+
+
+def expected_actions(student: Student, seen: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """Training forward over the last `history` observations, episode begun at seen[0]; the last position's actions."""
+    window = torch.tensor(seen[-student.shape.history :]).transpose(0, 1).contiguous()
+    with torch.no_grad():
+        actions, _, _ = student(window, torch.tensor(vector).repeat(seen.shape[1], 1))
+    return actions[:, -1].clamp(-1, 1).numpy()
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_acting_equals_the_training_forward_at_each_position(top_k: int, tmp_path: Path) -> None:
+    student = publish(tmp_path / "student", top_k)
+    policy = load_student(tmp_path / "student")
+    policy.reset("metaworld/push-v3", ENVS)
+    seen, restarted = observations(), np.array([False, True, False, False, True])
+    vector = policy.task_vectors["metaworld/push-v3"]
+    for step in range(STEPS):
+        if step == 6:
+            policy.reset_rows(restarted)
+        actions = policy.act(seen[step])
+        assert actions.dtype == np.float32 and actions.shape == (ENVS, 3)
+        expected = expected_actions(student, seen[: step + 1], vector)
+        if step >= 6:
+            expected[restarted] = expected_actions(student, seen[6 : step + 1], vector)[restarted]
+        np.testing.assert_allclose(actions, expected, rtol=0, atol=2e-6)
+    usage = policy.gate_usage
+    assert usage.shape == (5,) and usage.sum() == pytest.approx(1.0)
+    policy.reset("metaworld/push-v3", ENVS)
+    np.testing.assert_allclose(policy.act(seen[0]), expected_actions(student, seen[:1], vector), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_what_neighbours_do_changes_no_bit(top_k: int, tmp_path: Path) -> None:
+    publish(tmp_path / "student", top_k)
+    policy = load_student(tmp_path / "student")
+    seen, actions = observations(), []
+    for others in (0.0, 1.0, 2.0, 3.0):
+        policy.reset("metaworld/push-v3", ENVS)
+        latest = []
+        for step in range(STEPS):
+            changed = seen[step].copy()
+            changed[1:] += others
+            latest.append(policy.act(changed)[0])
+        actions.append(np.stack(latest))
+    assert all(np.array_equal(actions[0], other) for other in actions[1:])
+
+
+def test_the_task_is_inferred_from_the_history(tmp_path: Path) -> None:
+    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    with torch.no_grad():  # tell the tasks apart by the sign of the first observed number
+        for layer in (encoder.first, encoder.second, encoder.last):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        encoder.first.weight[0, ::6], encoder.first.weight[1, ::6] = 1.0, -1.0
+        encoder.second.weight[:2, :2] = encoder.last.weight[:2, :2] = torch.eye(2)
+    publish(tmp_path / "student", encoder=encoder)
+    policy = load_student(tmp_path / "student")
+    seen = np.abs(observations()) + 1.0
+    seen[:, 3:, 0] *= -1.0
+    known = {}
+    for task in policy.task_ids:
+        policy.reset(task, ENVS)
+        known[task] = [policy.act(step) for step in seen]
+    policy.reset(None, ENVS)
+    for step in range(STEPS):
+        actions = policy.act(seen[step])
+        np.testing.assert_array_equal(actions[:3], known["metaworld/reach-v3"][step][:3])
+        np.testing.assert_array_equal(actions[3:], known["metaworld/push-v3"][step][3:])
+
+
+def test_parts_come_back_as_they_went(tmp_path: Path) -> None:
+    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    student = publish(tmp_path / "student", encoder=encoder)
+    parts = load_student_parts(tmp_path / "student")
+    assert parts.shape == student.shape and parts.experts_by_stage == EXPERTS and parts.metadata == {"stage": 2}
+    assert list(parts.task_vectors) == ["metaworld/reach-v3", "metaworld/push-v3"]
+    assert parts.normaliser()[1].tolist() == [2.0] * 6
+    for stored, original in ((parts.state, student), (parts.task_encoder_state, encoder)):
+        assert stored is not None
+        assert all(torch.equal(stored[name], tensor) for name, tensor in original.state_dict().items())
+    assert json.loads((tmp_path / "student" / "student.json").read_text())["task_encoder"] == {
+        "size": 5,
+        "window": 3,
+        "width": 8,
+    }
+
+
+def test_wrong_use_is_one_sentence(tmp_path: Path) -> None:
+    publish(tmp_path / "student")
+    policy = load_student(tmp_path / "student")
+    with pytest.raises(UserError, match="call reset"):
+        policy.act(np.zeros((2, 6), np.float32))
+    with pytest.raises(UserError, match=r"did you mean 'metaworld/push-v3'\?.*metaworld/reach-v3"):
+        policy.reset("metaworld/pusch-v3", 2)
+    with pytest.raises(UserError, match="no task encoder"):
+        policy.reset(None, 2)
+    with pytest.raises(UserError, match="num_envs is 0"):
+        policy.reset("metaworld/push-v3", 0)
+    policy.reset("metaworld/push-v3", 2)
+    with pytest.raises(UserError, match=r"\[3, 6\].*\[2, 6\]"):
+        policy.act(np.zeros((3, 6), np.float32))
+
+
+def rewrite(folder: Path, **changes: object) -> None:
+    path = folder / "student.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_folder_that_is_not_a_whole_student_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a student folder"):
+        load_student(tmp_path)
+    wrong = {
+        "schema_version": (99, "schema_version 99"),
+        "model_sha256": ("0" * 64, r"model\.safetensors is damaged"),
+        "shape": ({"width": 3}, r"student\.json does not describe a student"),
+        "experts_by_stage": ([[0, 1, 2], [3, 4, 5]], "has no tensor|has shape"),
+        "tasks": (["metaworld/unheard-of"], "no vector of it"),
+    }
+    for key, (value, sentence) in wrong.items():
+        publish(tmp_path / key)
+        rewrite(tmp_path / key, **{key: value})
+        with pytest.raises(UserError, match=sentence):
+            load_student(tmp_path / key)
+    publish(tmp_path / "damaged")
+    with open(tmp_path / "damaged" / "model.safetensors", "r+b") as file:
+        file.seek(-5, 2)
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
+        load_student(tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        load_student(tmp_path / "damaged")
+
+
+def test_acting_needs_neither_deepspeed_nor_ranks_and_prints_nothing(tmp_path: Path) -> None:
+    publish(tmp_path / "student")
+    code = (
+        "import sys, numpy, torch; from hpc_cpd import load_student; p = load_student(sys.argv[1]);"
+        "p.reset('metaworld/push-v3', 2); p.act(numpy.zeros((2, 6), 'f'));"
+        "assert 'deepspeed' not in sys.modules and not torch.distributed.is_initialized()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "student")], capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, b""), done.stderr
+
+
+def test_the_policy_cannot_be_trained_by_accident(tmp_path: Path) -> None:
+    publish(tmp_path / "student")
+    policy = load_student(tmp_path / "student")
+    assert isinstance(policy, StudentPolicy)
+    assert not any(parameter.requires_grad for parameter in policy.student.parameters())

@@ -1,0 +1,90 @@
+"""Task vectors: one per task, apart from each other, and fixed for ever once given."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hpc_cpd.config import TaskEncoderSettings
+from hpc_cpd.student.task_encoder import TaskEncoder, info_nce, learn_task_vectors
+
+SETTINGS = TaskEncoderSettings(size=16, window=6, width=64, gradient_steps=150)
+MEAN, STD = np.full(8, 1.0, np.float32), np.full(8, 2.0, np.float32)
+FIRST, SECOND = [f"synthetic/{n}" for n in range(4)], [f"synthetic/{n}" for n in range(4, 8)]
+
+
+def windows_of(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    """A task is a place where things lie and a direction of travel; episodes differ much within a task."""
+    number = int(task.rpartition("/")[2])
+    character = np.random.default_rng([1, number])
+    place, direction = character.normal(size=(2, 8))
+    starts = place + rng.normal(scale=0.6, size=(count, 1, 8))
+    steps = np.arange(SETTINGS.window)[None, :, None] * 0.3 * direction
+    observations = starts + steps + rng.normal(scale=0.1, size=(count, SETTINGS.window, 8))
+    return (observations * STD + MEAN).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def stages() -> tuple[tuple[dict, dict], tuple[dict, dict]]:
+    first = learn_task_vectors(windows_of, FIRST, {}, None, MEAN, STD, SETTINGS, 0, 1)
+    kept = {task: vector.copy() for task, vector in first[1].items()}
+    second = learn_task_vectors(windows_of, SECOND, kept, first[0], MEAN, STD, SETTINGS, 0, 2)
+    for task, vector in kept.items():
+        assert np.array_equal(vector, first[1][task]), "an old vector was changed"
+    return first, second
+
+
+def accuracy(state: dict, vectors: dict[str, np.ndarray], tasks: list[str]) -> float:
+    encoder = TaskEncoder.from_state(state, 8)
+    known = torch.tensor(np.stack(list(vectors.values())))
+    right = []
+    for task in tasks:
+        windows = (windows_of(task, 500, np.random.default_rng(99)) - MEAN) / STD
+        nearest = (encoder(torch.tensor(windows)) @ known.T).argmax(dim=1)
+        right.append(float((nearest == list(vectors).index(task)).float().mean()))
+    return float(np.mean(right))
+
+
+def test_the_nearest_vector_names_the_task_after_each_stage(stages: tuple) -> None:
+    (first_state, first), (second_state, second) = stages
+    assert accuracy(first_state, first, FIRST) > 0.9
+    everything = {**first, **second}
+    assert accuracy(second_state, everything, FIRST) > 0.9
+    assert accuracy(second_state, everything, SECOND) > 0.9
+
+
+def test_vectors_are_units_apart_and_only_new_tasks_get_one(stages: tuple) -> None:
+    (_, first), (_, second) = stages
+    assert list(first) == FIRST and list(second) == SECOND
+    rows = np.stack([*first.values(), *second.values()])
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1.0, atol=1e-6)
+    similarity = rows @ rows.T - 2 * np.eye(len(rows))
+    assert similarity.max() < 0.9
+
+
+def test_the_same_arguments_give_the_same_bits(stages: tuple) -> None:
+    torch.manual_seed(123)
+    (first_state, first), (state, vectors) = stages
+    again_state, again = learn_task_vectors(windows_of, SECOND, first, first_state, MEAN, STD, SETTINGS, 0, 2)
+    assert all(torch.equal(state[name], again_state[name]) for name in state)
+    assert all(np.array_equal(vectors[task], again[task]) for task in vectors)
+
+
+def test_a_single_task_gets_a_vector() -> None:
+    settings = SETTINGS.model_copy(update={"gradient_steps": 3})
+    _, vectors = learn_task_vectors(windows_of, FIRST[:1], {}, None, MEAN, STD, settings, 0, 1)
+    assert np.linalg.norm(vectors[FIRST[0]]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_windows_of_one_task_are_not_each_others_negatives() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (F.normalize(torch.randn(4, 3, generator=generator), dim=1) for _ in range(2))
+    index = torch.tensor([0, 0, 1, 1])
+    similarity = first @ second.T / 0.5
+    terms = []
+    for row, columns in enumerate([[0, 2, 3], [1, 2, 3], [2, 0, 1], [3, 0, 1]]):  # the positive first
+        terms.append(similarity[row, columns].logsumexp(0) - similarity[row, row])
+    torch.testing.assert_close(info_nce(first, second, index, 0.5), torch.stack(terms).mean())

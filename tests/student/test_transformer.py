@@ -1,0 +1,118 @@
+"""The student network: causal, normalised, and unharmed when it grows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_cpd.student.transformer import Student, StudentShape, expert_of, grown
+from tests.student.reference import make_batch, make_student, small_shape
+
+OLD, NEW = [[0, 1, 2, 3, 4]], [5, 6, 7, 8, 9]
+
+
+def grow(top_k: int, **changes: int) -> tuple[Student, Student]:
+    old = make_student(small_shape(top_k, width=32, **changes), OLD, opinion=0.1)
+    return old, grown(old.state_dict(), old.shape, OLD, NEW, 1, seed=3)
+
+
+def test_growth_with_a_dense_gate_leaves_old_outputs_to_one_percent() -> None:
+    old, new = grow(0)
+    observations, tasks, _, _, _ = make_batch(64, 4, old.shape)
+    with torch.no_grad():
+        before, after = old(observations, tasks)[0], new(observations, tasks)[0]
+        share = new(observations, tasks)[2][..., 5:].sum(dim=-1)
+    assert float((after - before).norm() / before.norm()) < 1e-2
+    assert 0 < float(share.max()) < 0.1
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_growth_with_a_top_k_gate_leaves_old_outputs_exactly(top_k: int) -> None:
+    old, new = grow(top_k)
+    observations, tasks, valid, _, _ = make_batch(64, 4, old.shape)
+    with torch.no_grad():
+        assert torch.equal(old(observations, tasks, valid)[0][valid], new(observations, tasks, valid)[0][valid])
+
+
+def test_growth_keeps_every_old_tensor_and_adds_only_the_new_experts() -> None:
+    old, new = grow(0)
+    before, after = old.state_dict(), new.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    added = set(after) - set(before)
+    assert {expert_of(name) for name in added} == {None, *NEW}
+    assert {name for name in added if expert_of(name) is None} == {"mixture.gate.weight_2", "mixture.gate.bias_2"}
+    assert torch.equal(after["mixture.gate.bias_2"], torch.full((5,), -5.0))
+    assert new.experts_by_stage == [*OLD, NEW]
+
+
+def test_growth_refuses_a_state_that_lacks_an_expert() -> None:
+    old = make_student(small_shape(), OLD)
+    state = {name: tensor for name, tensor in old.state_dict().items() if expert_of(name) != 4}
+    with pytest.raises(ValueError, match=r"mixture\.experts\.4\."):
+        grown(state, old.shape, OLD, NEW, 1, seed=3)
+
+
+def test_parameters_are_parted_into_shared_gate_and_experts() -> None:
+    student = make_student(small_shape(), OLD)
+    parts = [student.shared_parameters(), student.gate_parameters(), student.expert_parameters()]
+    names = [name for part in parts for name, _ in part]
+    assert sorted([*names, "mixture.anchor"]) == sorted(name for name, _ in student.named_parameters())
+    assert {expert_of(name) for name, _ in student.expert_parameters([1, 3])} == {1, 3}
+    assert all("expert" not in name for name, _ in student.gate_parameters())
+
+
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_the_future_cannot_be_seen(top_k: int) -> None:
+    student = make_student(small_shape(top_k), OLD)
+    observations, tasks, _, _, _ = make_batch(16, 4, student.shape)
+    later = observations.clone()
+    later[:, 2:] += 1.0
+    with torch.no_grad():
+        one, other = student(observations, tasks)[0], student(later, tasks)[0]
+    torch.testing.assert_close(one[:, :2], other[:, :2], rtol=0, atol=1e-6)
+    assert not torch.allclose(one[:, 2:], other[:, 2:], atol=1e-3)
+
+
+def test_the_normaliser_is_part_of_the_state_and_clips() -> None:
+    student = make_student(small_shape(), OLD)
+    mean, std = np.arange(6, dtype=np.float32), np.array([1, 2, 3, 4, 5, 0], dtype=np.float32)
+    student.set_normaliser(mean, std)
+    state = student.state_dict()
+    assert state["observation_mean"].tolist() == mean.tolist()
+    assert state["observation_std"].tolist() == [1, 2, 3, 4, 5, 1]
+    tasks = torch.zeros(1, 5)
+    far, further = (torch.full((1, 1, 6), value) for value in (1e3, 1e6))
+    with torch.no_grad():
+        assert torch.equal(student(far, tasks)[0], student(further, tasks)[0])
+
+
+def test_the_same_seed_gives_the_same_student_and_leaves_the_global_generator_alone() -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one, other = (Student(small_shape(), OLD, seed=5, inference=inference) for inference in (True, False))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+    third = Student(small_shape(), OLD, seed=6, inference=True)
+    assert not torch.equal(one.head.weight, third.head.weight)
+
+
+def test_a_step_is_the_same_to_the_last_bit_when_repeated() -> None:
+    gradients = []
+    for _ in range(2):
+        student = make_student(small_shape(2), OLD)
+        observations, tasks, valid, lift, target = make_batch(32, 4, student.shape)
+        actions, balance, _ = student(observations, tasks, valid, lift)
+        ((actions - target).square().mean() + balance).backward()
+        gradients.append([p.grad for p in student.parameters() if p.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="heads is 3"):
+        Student(small_shape(heads=3), OLD, inference=True)
+
+
+def test_the_shape_survives_json() -> None:
+    shape = small_shape(2)
+    assert StudentShape(**shape.as_json()) == shape  # type: ignore[arg-type]

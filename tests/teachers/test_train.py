@@ -1,0 +1,185 @@
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hpc_cpd.errors import StopRequested
+from hpc_cpd.evaluate.rollouts import EpisodeResult, evaluate_policy
+from hpc_cpd.run import Run, is_done, read_metrics
+from hpc_cpd.teachers.actors import Communicator
+from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
+from hpc_cpd.teachers.train import train_teacher
+from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.shard import ShardWriter
+from tests.teachers import rank
+from tests.teachers.jobs import PENDULUM, REACH, launch, teacher_files, tiny_run, until_done
+
+RANK = Path(rank.__file__)
+SCRATCH = "teachers.start=scratch"
+
+
+def _train(run: Run, task_id: str, stop: Callable[[], bool] = lambda: False) -> None:
+    train_teacher(run, task_id, Communicator(), evaluate_policy, stop)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    runs = {REACH: tiny_run(folder / "warm"), PENDULUM: tiny_run(folder / "scratch", SCRATCH)}
+    for task_id, run in runs.items():
+        _train(run, task_id)
+    return runs
+
+
+@pytest.mark.parametrize(("task_id", "stop_after"), [(REACH, 2), (PENDULUM, 1)])
+def test_a_teacher_that_was_stopped_again_and_again_is_the_same_bit_for_bit(
+    tmp_path: Path, undisturbed: dict[str, Run], task_id: str, stop_after: int
+) -> None:
+    run = tiny_run(tmp_path, *([SCRATCH] if task_id == PENDULUM else []))
+    launches = until_done(lambda stop: _train(run, task_id, stop), stop_after)
+    assert launches >= 3
+    assert teacher_files(run, task_id) == teacher_files(undisturbed[task_id], task_id)
+
+
+def test_a_job_of_two_ranks_that_was_killed_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    killed, whole = tiny_run(tmp_path / "killed"), tiny_run(tmp_path / "whole")
+    for boundary in (3, 2, 2):  # before the third checkpoint of cloning, the first of PPO, and the second
+        job = launch(2, RANK, killed.folder, REACH, 2, "--only", "train", "--die-at", boundary)
+        assert job.returncode not in (0, 1, 2), job.stderr
+        assert not is_done(killed.teacher(REACH))
+    for run in (killed, whole):
+        job = launch(2, RANK, run.folder, REACH, 2, "--only", "train")
+        assert job.returncode == 0, job.stderr
+        assert ("goes on after step 61" in job.stdout) == (run is killed)
+    assert teacher_files(killed, REACH) == teacher_files(whole, REACH)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    tmp_path: Path, undisturbed: dict[str, Run], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tiny_run(tmp_path, SCRATCH)
+    for _ in range(2):
+        with pytest.raises(StopRequested):
+            _train(run, PENDULUM, lambda: True)
+    _, newest = sorted((run.teacher(PENDULUM) / "checkpoints").iterdir())
+    tensors = newest / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-4])
+    _train(run, PENDULUM)
+    assert f"{newest} is passed over: its weights are damaged" in capsys.readouterr().err
+    assert teacher_files(run, PENDULUM) == teacher_files(undisturbed[PENDULUM], PENDULUM)
+
+
+def test_a_published_teacher_is_left_alone(undisturbed: dict[str, Run]) -> None:
+    run = undisturbed[REACH]
+    folder = run.teacher(REACH)
+    assert not (folder / "checkpoints").exists()
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+    def never(*_: object) -> list[EpisodeResult]:
+        raise AssertionError("a finished teacher was evaluated again")
+
+    train_teacher(run, REACH, Communicator(), never, lambda: True)
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
+
+
+def test_what_is_published_says_how_it_came_about(undisturbed: dict[str, Run]) -> None:
+    folder = undisturbed[REACH].teacher(REACH)
+    evaluation = json.loads((folder / "evaluation.json").read_text())
+    config = undisturbed[REACH].config()
+    record = evaluation["tasks"][REACH]
+    assert (evaluation["stage"], evaluation["seed"], evaluation["episodes_per_task"]) == (0, 10_000, 2)
+    assert record["episodes"] == 2
+    results = evaluate_policy(load_teacher(folder), REACH, 2, config.evaluation.seed)
+    assert record["successes"] == sum(result.success for result in results)
+    description = json.loads((folder / "policy.json").read_text())
+    assert description["provenance"]["reward_version"] and description["provenance"]["start"] == "demonstrations"
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["phase"] for line in lines] == ["clone"] * 2 + ["evaluation"] + ["improve", "evaluation"] * 3
+    assert [line["step"] for line in lines] == [50, 60, 60, 61, 61, 62, 62, 63, 63]
+
+
+class _Examiner:
+    """Gives the policies it is shown the marks of a list, whatever they can do."""
+
+    def __init__(self, successes: Sequence[int], returns: Sequence[float] | None = None) -> None:
+        self.successes = list(successes)
+        self.returns = list(returns or [0.0] * len(self.successes))
+        self.seen: list[dict[str, np.ndarray]] = []
+
+    def __call__(
+        self, policy: TeacherPolicy, task_id: str, episodes: int, seed: int, indices: list[int]
+    ) -> list[EpisodeResult]:
+        number = min(len(self.seen), len(self.successes) - 1)
+        self.seen.append({name: value.numpy() for name, value in policy.tensors().items()})
+        return [
+            EpisodeResult(i, i, i < self.successes[number], self.returns[number], 5 if i < 2 else None, 9)
+            for i in indices
+        ]
+
+
+@pytest.mark.parametrize(
+    ("successes", "returns", "best"),
+    [
+        ([1, 2, 0], None, 1),
+        ([1, 1, 1], [1.0, 2.0, 3.0], 0),  # a tie keeps the earlier
+        ([0, 0, 0], [-9.0, -7.0, -8.0], 1),  # without any success, more reward
+    ],
+)
+def test_the_published_teacher_is_the_best_evaluated(
+    tmp_path: Path, successes: list[int], returns: list[float] | None, best: int
+) -> None:
+    run = tiny_run(tmp_path, SCRATCH)
+    examiner = _Examiner(successes, returns)
+    train_teacher(run, PENDULUM, Communicator(), examiner, lambda: False)
+    assert len(examiner.seen) == 4  # three while training, and the published one on the final goals
+    published = load_teacher(run.teacher(PENDULUM)).tensors()
+    for name, value in published.items():
+        assert np.array_equal(value.numpy(), examiner.seen[best][name])
+    assert not np.array_equal(examiner.seen[0]["critic.0.weight"], examiner.seen[1]["critic.0.weight"])
+
+
+def test_training_ends_when_the_target_is_reached_twice_in_a_row(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, SCRATCH, "teachers.ppo.iterations=9", "teachers.target_success=0.6")
+    examiner = _Examiner([2, 1, 2, 3, 3])
+    train_teacher(run, PENDULUM, Communicator(), examiner, lambda: False)
+    assert len(examiner.seen) == 5
+    done = json.loads((run.teacher(PENDULUM) / "DONE").read_text())
+    assert done["environment_steps"] == 4 * 90
+
+
+def test_after_a_warm_start_the_critic_learns_first_and_the_policy_does_not_move(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "teachers.ppo.warm_value_iterations=2")
+    examiner = _Examiner([0, 0, 0, 0])
+    train_teacher(run, REACH, Communicator(), examiner, lambda: False)
+    clone, first, second, third = examiner.seen[:4]
+    acts = [name for name in clone if not name.startswith("critic")]
+    assert all(np.array_equal(clone[name], second[name]) for name in acts)
+    assert not np.array_equal(clone["critic.0.weight"], first["critic.0.weight"])
+    assert not np.array_equal(clone["actor.0.weight"], third["actor.0.weight"])
+    assert np.array_equal(clone["normaliser_mean"], third["normaliser_mean"])
+    assert np.allclose(clone["log_std"], run.config().teachers.ppo.warm_log_std)
+
+
+def test_no_iterations_publish_the_warm_start(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path, "teachers.ppo.iterations=0")
+    examiner = _Examiner([1, 1])
+    train_teacher(run, REACH, Communicator(), examiner, lambda: False)
+    assert len(examiner.seen) == 2
+
+
+def test_a_clone_can_be_made_of_a_users_trajectories(tmp_path: Path, undisturbed: dict[str, Run]) -> None:
+    folder = tmp_path / "given" / PENDULUM
+    writer = ShardWriter(folder, 0, 0, PENDULUM, "", 0, "native", "gymnasium")
+    rng = np.random.default_rng(0)
+    seen = rng.normal(size=(40, 3)).astype(np.float32)
+    target = np.clip(seen[:, :1], -1, 1)
+    writer.add(Episode(seen, -target, target, np.zeros(40), np.zeros(40, bool), seen[0], 0, 0))
+    writer.close()
+    given = f"teachers.demonstrations.folder={tmp_path / 'given'}"
+    steps = ("teachers.demonstrations.gradient_steps=600", "teachers.demonstrations.batch_size=4")
+    run = tiny_run(tmp_path / "run", given, "teachers.ppo.iterations=0", *steps)
+    _train(run, PENDULUM)
+    acted = load_teacher(run.teacher(PENDULUM)).act(seen)  # batches of 4, so each must have drawn other samples
+    assert np.abs(acted - target).mean() < 0.1

@@ -1,0 +1,125 @@
+"""Mistakes at the front door: exit code 2, one sentence, no traceback, nothing written."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MT10 = ["--config", "configs/mt10.yaml"]
+
+
+def call(module: str, *words: str, **more) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", module, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, **more)
+
+
+def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    (sentence,) = [line for line in done.stderr.splitlines() if line]
+    assert sentence.startswith("error: ")
+    for part in parts:
+        assert part in sentence
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--stage", "all", *MT10, "stream.taks=MT25"], ["stream.taks", "did you mean 'stream.tasks'"]),
+        (["--stage", "all", *MT10, "seed=many"], ["'seed'", "integer", "'many'"]),
+        (["--stage", "all", *MT10, "seed"], ["'seed' is not an override", "key=value"]),
+        (["--stage", "all", "--config", "configs/mt11.yaml"], ["configs/mt11.yaml", "--config"]),
+        (["--stage", "all", *MT10, "stream.tasks=[metaworld/raech-v3]"], ["did you mean 'metaworld/reach-v3'"]),
+        (["--stage", "all", *MT10, "stream.tasks=MT11"], ["MT11", "MT10, MT25, MT50"]),
+        (["--stage", "3", *MT10], ["--stage is '3'", "1 to 2"]),
+        (["--stage", "first", *MT10], ["'first'", "teachers, or all"]),
+        (
+            ["--stage", "all", *MT10, "stream.tasks=[metaworld/reach-v3, gymnasium/Pendulum-v1]"],
+            ["metaworld/reach-v3", "(39, 4)", "gymnasium/Pendulum-v1", "(3, 1)"],
+        ),
+    ],
+)
+def test_a_mistake_in_the_words_is_named_and_nothing_is_written(tmp_path, words, parts):
+    run = tmp_path / "run"
+    refused(call("hpc_cpd.launch", *words, "--cluster", "local", "--run", str(run)), *parts)
+    assert not run.exists()
+
+
+def test_a_run_that_is_not_there_is_not_begun_by_accident(tmp_path):
+    refused(call("hpc_cpd.launch", "--stage", "1", "--run", str(tmp_path / "rnu")), "rnu", "--config")
+
+
+def test_a_stage_without_its_needs_names_them_and_the_commands(tmp_path):
+    run = str(tmp_path / "run")
+    done = call("hpc_cpd.launch", "--stage", "2", *MT10, "--cluster", "local", "--run", run)
+    command = f"python -m hpc_cpd.launch --run {run} --stage"
+    refused(done, "metaworld/window-close-v3", f"{command} teachers", "the student of stage 1", f"{command} 1")
+    assert "metaworld/reach-v3" not in done.stderr  # a task of stage 1 is no need of stage 2
+    assert not (tmp_path / "run" / "logs").exists()  # no rank was started to find that out
+
+
+def test_other_settings_for_an_existing_run_are_refused_key_by_key(tmp_path):
+    run = ["--run", str(tmp_path / "run"), "--cluster", "local"]
+    call("hpc_cpd.launch", "--stage", "2", *MT10, *run)  # makes the run, then lacks its teachers
+    refused(
+        call("hpc_cpd.launch", "--stage", "2", *run, "seed=5", "student.width=64"), "seed was 0", "student.width was"
+    )
+    done = call("hpc_cpd.launch", "--stage", "2", *run, "--ranks", "3")  # how, not what: taken over
+    refused(done, "stage 2 cannot start")
+    assert "ranks: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])
+def test_a_folder_that_cannot_be_made_is_named(folder):
+    refused(call("hpc_cpd.launch", "--stage", "all", *MT10, "--cluster", "local", "--run", folder), folder, "--run")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    # every write of the launcher beyond a few bytes fails, as on a full disk
+    program = (
+        "import errno, os, sys, hpc_cpd.run as run, hpc_cpd.launch as launch\n"
+        "def full(path, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
+        "run.write_bytes = full\n"
+        "sys.exit(launch.main(sys.argv[1:]))\n"
+    )
+    words = ["--stage", "all", *MT10, "--cluster", "local", "--run", str(tmp_path / "run")]
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    refused(done, "provenance.json", "disk is full")
+
+
+# Root may write anywhere, so the property exists only for somebody with fewer rights.
+@pytest.mark.skipif(
+    os.getuid() == 0 and not Path("/usr/bin/setpriv").is_file(), reason="root needs setpriv to be nobody"
+)
+def test_a_read_only_folder_is_one_sentence(tmp_path):
+    folder = tmp_path / "closed"
+    folder.mkdir(mode=0o555)
+    words = ["--stage", "all", *MT10, "--cluster", "local", "--run", str(folder / "run")]
+    drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"] if os.getuid() == 0 else []
+    command = [*drop, sys.executable, "-m", "hpc_cpd.launch", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    refused(done, str(folder), "permission was refused", "--run")
+
+
+def test_two_launches_of_one_run_do_not_fight(tmp_path):
+    from hpc_cpd.lock import Lock
+
+    with Lock(tmp_path / "run", "the run"):
+        done = call("hpc_cpd.launch", "--stage", "all", *MT10, "--cluster", "local", "--run", str(tmp_path / "run"))
+    refused(done, f"process {os.getpid()}", "wait for it")
+
+
+def test_slurm_where_there_is_none(tmp_path):
+    environment = {**os.environ, "PATH": "/nonexistent"}
+    words = ["--stage", "all", *MT10, "--cluster", "slurm", "--run", str(tmp_path / "run")]
+    refused(call("hpc_cpd.launch", *words, env=environment), "sbatch does not answer", "--cluster local")
+
+
+@pytest.mark.parametrize(
+    "words", [["status", "no"], ["verify", "no"], ["report", "no"], ["evaluate", "no"], ["export", "no", "--out", "x"]]
+)
+def test_a_door_to_no_run_says_so(words):
+    refused(call("hpc_cpd.cli", *words), "no is not a run folder")

@@ -1,0 +1,66 @@
+"""Small recorded episodes for the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from hpc_cpd.run import mark_done
+from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+
+TASK = "metaworld/reach-v3"
+
+
+def make_episode(index: int, steps: int = 5, observation_size: int = 3, action_size: int = 2, offset: float = 0.0):
+    """An episode whose numbers follow from its index, with success at its last step."""
+    rng = np.random.default_rng([index, 77])
+    return Episode(
+        observations=rng.normal(offset, 1.0, (steps, observation_size)).astype(np.float32),
+        actions=rng.uniform(-1, 1, (steps, action_size)).astype(np.float32),
+        teacher_mean=rng.uniform(-1, 1, (steps, action_size)).astype(np.float32),
+        rewards=rng.random(steps).astype(np.float32),
+        success=np.arange(steps) == steps - 1,
+        final_observation=rng.normal(offset, 1.0, observation_size).astype(np.float32),
+        goal_index=index % 50,
+        index=index,
+    )
+
+
+def open_writer(folder: Path, rank: int = 0, part: int = 0, task_id: str = TASK, **changed):
+    return ShardWriter(
+        folder, rank, part, task_id, **{"teacher_sha256": "cafe", "seed": 3, "reward_version": "v2",
+        "environment_version": "3.1.1", **changed},
+    )  # fmt: skip
+
+
+def write_shard(
+    folder: Path, episodes: Iterable[Episode], rank: int = 0, part: int = 0, task_id: str = TASK, **changed
+) -> Path:
+    writer = open_writer(folder, rank, part, task_id, **changed)
+    for episode in episodes:
+        writer.add(episode)
+    path = writer.close()
+    assert path is not None
+    return path
+
+
+def write_folder(folder: Path, episodes: Iterable[Episode], task_id: str = TASK, **changed) -> Path:
+    """A published folder with one shard; returns it."""
+    write_shard(folder, episodes, task_id=task_id, **changed)
+    publish(folder)
+    return folder
+
+
+def publish(folder: Path) -> None:
+    mark_done(folder, {"episodes": write_manifest(folder)["episodes"]})
+
+
+def assert_same_episode(left: Episode, right: Episode) -> None:
+    assert (left.index, left.goal_index) == (right.index, right.goal_index)
+    for name in ("observations", "actions", "teacher_mean", "rewards", "success", "final_observation"):
+        here, there = getattr(left, name), getattr(right, name)
+        assert here.dtype == there.dtype
+        np.testing.assert_array_equal(here, there)
