@@ -5,7 +5,6 @@ Autoreset is disabled: an environment whose episode has ended stands still, at n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import ArrayLike, NDArray
 
-from hpc_cpd.tasks.family import Simulator, TaskSpec
+from hpc_cpd.tasks.family import Batch, TaskSpec
 
 _UNBOUNDED = 2**31
 _GOAL_DRAWS = 0x60A1
@@ -24,22 +23,22 @@ Floats = NDArray[np.float32]
 
 
 class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
-    """A ``gymnasium.vector.VectorEnv`` over N simulators of one task.
+    """A ``gymnasium.vector.VectorEnv`` over N environments of one task.
 
     Observations are float32 [N, observation_size], actions float32 [N, action_size] in [-1, 1] (clipped to it).
     The same goal index and actions give the same bits, whatever was simulated before.
     """
 
-    def __init__(self, task: TaskSpec, simulators: Sequence[Simulator], seed: int) -> None:
+    def __init__(self, task: TaskSpec, batch: Batch, seed: int) -> None:
         self.task = task
         self.seed = seed
-        self.num_envs = len(simulators)
+        self.num_envs = batch.num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self.single_observation_space = Box(-np.inf, np.inf, (task.observation_size,), np.float32)
         self.single_action_space = Box(-1.0, 1.0, (task.action_size,), np.float32, seed=seed)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._simulators = list(simulators)
+        self._batch = batch
         self._draws = np.random.default_rng([seed, _GOAL_DRAWS])
         self._observations = np.zeros((self.num_envs, task.observation_size), np.float32)
         self._active = np.zeros(self.num_envs, np.bool_)
@@ -52,7 +51,7 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
     @property
     def num_goals(self) -> int | None:
         """How many goals the task has under this seed; None: every index in [0, 2**31) is one."""
-        return self._simulators[0].num_goals
+        return self._batch.num_goals
 
     @property
     def active(self) -> NDArray[np.bool_]:
@@ -84,9 +83,10 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
                 raise ValueError(f"goal_index must lie in [0, {limit}), but is {goals!r}")
         else:
             goals = self._draws.integers(limit, size=self.num_envs)
-        for row in np.flatnonzero(mask):
-            self._observations[row] = self._simulators[row].reset(int(goals[row]))
-            self._goals[row] = goals[row]
+        rows = np.flatnonzero(mask)
+        if rows.size:
+            self._observations[rows] = self._batch.reset(rows, goals[rows])
+        self._goals[rows] = goals[rows]
         self._active[mask] = True
         self._terminated[mask] = False
         self._truncated[mask] = False
@@ -101,7 +101,8 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
 
         Returns observations float32 [N, obs], rewards float64 [N], terminated bool [N], truncated bool [N] and
         ``{"success": bool [N], "active": bool [N], "goal_index": int64 [N]}``; ``active`` tells who was advanced.
-        One that stands still repeats its observation and flags with reward 0.
+        Further entries of the task's own info are float64 [N], 0 for one that stands still. One that stands still
+        repeats its observation and flags with reward 0.
 
         Raises ValueError for actions of another shape or not finite, RuntimeError before the first reset.
         """
@@ -116,17 +117,22 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
             raise ValueError(f"an action for {self.task.task_id} is not finite")
         array = np.clip(array, -1.0, 1.0)
         rewards = np.zeros(self.num_envs, np.float64)
-        for row in np.flatnonzero(active):
-            result = self._simulators[row].step(array[row])
-            self._observations[row] = result.observation
-            rewards[row] = result.reward
-            self._terminated[row] = result.terminated
-            self._truncated[row] = result.truncated
-            self._success[row] = result.success
+        rows = np.flatnonzero(active)
+        more: dict[str, NDArray[Any]] = {}
+        if rows.size:
+            result = self._batch.step(rows, array)
+            self._observations[rows] = result.observations
+            rewards[rows] = result.rewards
+            self._terminated[rows] = result.terminated
+            self._truncated[rows] = result.truncated
+            self._success[rows] = result.success
+            for word, values in result.info.items():
+                more[word] = np.zeros(self.num_envs)
+                more[word][rows] = values
         self._steps += active
         self._truncated |= active & (self._steps >= self.task.horizon)
         self._active &= ~(self._terminated | self._truncated)
-        info = {"success": self._success.copy(), "active": active, "goal_index": self._goals.copy()}
+        info = {**more, "success": self._success.copy(), "active": active, "goal_index": self._goals.copy()}
         return self._observations.copy(), rewards, self._terminated.copy(), self._truncated.copy(), info
 
     def halt(self, mask: ArrayLike) -> None:
@@ -135,8 +141,7 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the simulators."""
-        for simulator in self._simulators:
-            simulator.close()
+        self._batch.close()
 
     def _mask(self, value: Any, name: str) -> NDArray[np.bool_]:
         mask = np.asarray(value)

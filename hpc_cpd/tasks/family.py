@@ -67,6 +67,67 @@ class Simulator(Protocol):
         """Free what the simulator holds."""
 
 
+class Steps(NamedTuple):
+    """What M environments return for one action each."""
+
+    observations: NDArray[Any]
+    """[M, observation_size], any float type."""
+    rewards: NDArray[np.float64]
+    """[M]"""
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    success: NDArray[np.bool_]
+    info: dict[str, NDArray[Any]]
+    """More numbers by name, [M] each."""
+
+
+class Batch(Protocol):
+    """Environments of one task that are stepped together, each under the rule of :class:`Simulator`.
+
+    `rows` are the increasing numbers of those that take part; the others stand still.
+    """
+
+    num_envs: int
+
+    @property
+    def num_goals(self) -> int | None:
+        """See :class:`Simulator`."""
+
+    def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> NDArray[Any]:
+        """Begin the episodes of `goals` [M] in `rows` [M]; the observations [M, observation_size]."""
+
+    def step(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> Steps:
+        """Advance `rows` [M] by one step; `actions` float32 [N, action_size] of all environments."""
+
+    def close(self) -> None:
+        """Free what the environments hold."""
+
+
+class OneByOne:
+    """A :class:`Batch` of simulators that know nothing of each other."""
+
+    def __init__(self, simulators: Sequence[Simulator]) -> None:
+        self._simulators = list(simulators)
+        self.num_envs = len(self._simulators)
+
+    @property
+    def num_goals(self) -> int | None:
+        return self._simulators[0].num_goals
+
+    def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> NDArray[Any]:
+        pairs = zip(rows, goals, strict=True)
+        return np.array([self._simulators[row].reset(int(goal)) for row, goal in pairs])
+
+    def step(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> Steps:
+        results = [self._simulators[row].step(actions[row]) for row in rows]
+        observations, rewards, terminated, truncated, success = map(np.array, zip(*results, strict=True))
+        return Steps(observations, rewards, terminated, truncated, success, {})
+
+    def close(self) -> None:
+        for simulator in self._simulators:
+            simulator.close()
+
+
 class TaskFamily(Protocol):
     """A maker of tasks. `name` is the part of the task id behind the first slash."""
 
@@ -76,5 +137,5 @@ class TaskFamily(Protocol):
     def describe(self, name: str) -> TaskSpec:
         """The facts of a task. Raises UserError if there is no such task or it cannot be used."""
 
-    def make(self, name: str, num: int, seed: int) -> Sequence[Simulator]:
-        """`num` simulators of a task that all share the goals of `seed`."""
+    def make(self, name: str, num: int, seed: int) -> Sequence[Simulator] | Batch:
+        """`num` environments of a task that share the goals of `seed`; together, where that is faster."""

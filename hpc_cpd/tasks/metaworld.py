@@ -7,16 +7,14 @@ index counts ``metaworld.MT1(name, seed=seed).train_tasks``. Success is the benc
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.family import Step, TaskSpec
+from hpc_cpd.tasks.family import Batch, TaskSpec
 
 REWARD_VERSION = "v2"
 OBSERVATION_SIZE = 39
@@ -79,31 +77,6 @@ NAMES = (
 )
 
 
-class MetaWorldSimulator:
-    """One Meta-World environment with the 50 goals of a seed."""
-
-    def __init__(self, environment: Any, goals: Sequence[Any]) -> None:
-        self._environment = environment
-        self._goals = goals
-
-    @property
-    def num_goals(self) -> int:
-        return len(self._goals)
-
-    def reset(self, goal_index: int) -> NDArray[np.float64]:
-        # reset(seed=) is ignored upstream: all randomness of an episode is the vector frozen in the task object
-        self._environment.set_task(self._goals[goal_index])
-        observation: NDArray[np.float64] = self._environment.reset()[0]
-        return observation
-
-    def step(self, action: NDArray[np.float32]) -> Step:
-        observation, reward, terminated, truncated, info = self._environment.step(action)
-        return Step(observation, float(reward), bool(terminated), bool(truncated), bool(info["success"]))
-
-    def close(self) -> None:
-        self._environment.close()
-
-
 class MetaWorldFamily:
     """The tasks ``metaworld/...``."""
 
@@ -118,11 +91,10 @@ class MetaWorldFamily:
         versions = f"metaworld {metadata.version('metaworld')}, mujoco {metadata.version('mujoco')}"
         return TaskSpec(f"metaworld/{name}", OBSERVATION_SIZE, ACTION_SIZE, HORIZON, REWARD_VERSION, versions)
 
-    def make(self, name: str, num: int, seed: int) -> list[MetaWorldSimulator]:
-        from hpc_cpd.tasks.metaworld_classes import environment_class
+    def make(self, name: str, num: int, seed: int) -> Batch:
+        from hpc_cpd.tasks.metaworld_batch import MetaWorldBatch, owned_cores
 
-        goals, task_class = _goals(name, seed), environment_class(name)
-        return [MetaWorldSimulator(task_class(reward_function_version=REWARD_VERSION), goals) for _ in range(num)]
+        return MetaWorldBatch(name, _goals(name, seed), num, owned_cores())
 
 
 family = MetaWorldFamily()

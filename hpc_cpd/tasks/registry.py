@@ -16,7 +16,7 @@ import numpy as np
 from hpc_cpd.config import Config, StreamSettings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, read_json
-from hpc_cpd.tasks.family import Simulator, Step, TaskFamily, TaskSpec
+from hpc_cpd.tasks.family import OneByOne, Simulator, Step, TaskFamily, TaskSpec
 
 if TYPE_CHECKING:
     from hpc_cpd.tasks.batch import BatchEnv
@@ -117,7 +117,8 @@ def make_batch(task_id: str, num_envs: int, seed: int) -> BatchEnv:
         raise ValueError(f"num_envs must be at least 1, but it is {num_envs}")
     prefix, name = _split(task_id)
     family = _family(prefix, task_id)
-    return BatchEnv(family.describe(name), family.make(name, num_envs, seed), seed)
+    task, made = family.describe(name), family.make(name, num_envs, seed)
+    return BatchEnv(task, OneByOne(made) if isinstance(made, Sequence) else made, seed)
 
 
 @cache

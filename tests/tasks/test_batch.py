@@ -5,6 +5,7 @@ import pytest
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.family import OneByOne
 from hpc_cpd.tasks.registry import Step, TaskSpec, make_batch
 
 TASK = "gymnasium/Pendulum-v1"
@@ -94,7 +95,7 @@ class Endless:
 
 
 def test_the_horizon_counts_from_each_environments_own_reset():
-    batch = BatchEnv(TaskSpec("test/endless", 1, 1, 5, "1", "1"), [Endless(), Endless()], seed=0)
+    batch = BatchEnv(TaskSpec("test/endless", 1, 1, 5, "1", "1"), OneByOne([Endless(), Endless()]), seed=0)
     batch.reset()
     for _ in range(4):
         *_, truncated, _ = batch.step(ones(batch))
