@@ -54,11 +54,18 @@ class PPOSettings(Settings):
     """Proximal policy optimisation (arXiv 1707.06347) with generalised advantages (arXiv 1506.02438)."""
 
     iterations: int = Field(40, ge=0, description="rollout and update rounds; 0 publishes the warm start")
-    num_envs: int = Field(16, ge=1, description="environments over all ranks")
-    rollout_steps: int = Field(500, ge=1, description="steps per environment and iteration, from fresh episodes")
+    num_envs: int = Field(32, ge=1, description="environments over all ranks")
+    rollout_steps: int = Field(
+        250,
+        ge=1,
+        description="steps per environment and iteration, from fresh episodes (half an episode learns faster)",
+    )
     epochs: int = Field(10, ge=1, description="passes over a rollout")
     minibatches: int = Field(8, ge=1, description="gradient steps per pass")
     learning_rate: float = Field(3e-4, gt=0, description="Adam step size")
+    desired_kl: float | None = Field(
+        0.01, gt=0, description="from scratch, the step size follows this divergence per round; null keeps it fixed"
+    )
     discount: float = Field(0.99, gt=0, le=1, description="gamma")
     gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the advantage estimate")
     clip_range: float = Field(0.2, gt=0, description="clip of the probability ratio")

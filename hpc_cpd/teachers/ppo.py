@@ -20,6 +20,8 @@ from hpc_cpd.teachers.attempts import UNBOUNDED_GOALS
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.seeds import generator
 
+SMALLEST_STEP_SIZE, LARGEST_STEP_SIZE = 5e-5, 3e-3
+
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
@@ -143,6 +145,16 @@ def divergence(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
     """KL(old, new) per sample [B], the low-variance estimate (ratio - 1) - log ratio (joschu.net/blog/kl-approx)."""
     log_ratio = log_probs - old_log_probs
     return torch.expm1(log_ratio) - log_ratio
+
+
+def adapted_step_size(step_size: float, kl: float, desired_kl: float) -> float:
+    """The step size of the next round: smaller after too large a change of the policy, larger after too small a one.
+
+    Tasks differ in how fast a policy may change (arXiv 1707.02286, section 3; the factor of rsl_rl).
+    """
+    if kl > 2.0 * desired_kl:
+        return max(step_size / 1.5, SMALLEST_STEP_SIZE)
+    return min(step_size * 1.5, LARGEST_STEP_SIZE) if kl < 0.5 * desired_kl else step_size
 
 
 def update(

@@ -36,6 +36,7 @@ from hpc_cpd.teachers.demonstrations import (
 )
 from hpc_cpd.teachers.policy import TeacherPolicy, save_teacher
 from hpc_cpd.teachers.ppo import (
+    adapted_step_size,
     collect_rollout,
     environments_of,
     update,
@@ -83,6 +84,8 @@ class _State:
     clone_step: int = 0
     iteration: int = 0
     environment_steps: int = 0
+    step_size: float = 0.0
+    """Of the policy and the critic, when it follows the divergence."""
     streak: int = 0
     """Evaluations in a row that reached target_success."""
     best: dict[str, Any] | None = None
@@ -134,6 +137,7 @@ class _Training:
         found = self.communicator.on_root(lambda: load_checkpoint(self.folder / "checkpoints"))
         if found is None:
             self.state.phase = "clone" if self.warm else "improve"
+            self.state.step_size = self.settings.ppo.learning_rate
             self.communicator.broadcast_parameters(self.policy.parameters())
         else:
             values = {name: found.state[name] for name in asdict(self.state)}
@@ -145,6 +149,8 @@ class _Training:
             self.policy.set_tensors(groups["policy"])
             self.optimiser = self._new_optimiser()
             restore_adam(self.optimiser, self.policy, groups["adam"])
+            if not self.warm:
+                self._set_step_size()
             self.best = groups["best"]
             if self.communicator.rank == 0:
                 self.progress.update(f"goes on after step {self.state.step}")
@@ -224,6 +230,9 @@ class _Training:
                 )
                 if not self.warm:
                     update_normaliser(self.policy, rollout.observations, self.communicator)
+                    if settings.desired_kl is not None:
+                        state.step_size = adapted_step_size(state.step_size, measured["kl"], settings.desired_kl)
+                        self._set_step_size()
                 state.iteration += 1
                 state.step += 1
                 state.environment_steps += settings.num_envs * settings.rollout_steps
@@ -306,6 +315,10 @@ class _Training:
             {"params": list(self.policy.critic.parameters()), "lr": rules.learning_rate},
         ]
         return torch.optim.Adam(groups, eps=1e-5, fused=True)  # fused: all weights in one pass, a third of the time
+
+    def _set_step_size(self) -> None:
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.state.step_size
 
     def _evaluate(self, episodes: int, seed: int) -> list[EpisodeResult]:
         mine = list(range(self.communicator.rank, episodes, self.communicator.size))
