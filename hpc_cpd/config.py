@@ -83,6 +83,9 @@ class PPOSettings(Settings):
 class TeacherSettings(Settings):
     """Single-task experts."""
 
+    source: Literal["train", "zoo"] = Field(
+        "train", description="train them, or take the trained ones that come with the package"
+    )
     start: Literal["demonstrations", "scratch"] = Field("demonstrations", description="how a teacher begins")
     ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
     hidden: list[int] = Field([256, 256], min_length=1, description="widths of the hidden layers")

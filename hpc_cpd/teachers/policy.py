@@ -23,6 +23,8 @@ DESCRIPTION = "policy.json"
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 _NORMALISED_LIMIT = 10.0
 _SMALLEST_VARIANCE = 1e-6  # a coordinate that never moved must not be blown up by its rounding noise
+ZOO = Path(__file__).parents[1] / "zoo"
+ZOO_PREFIX = "zoo:"
 _REMEDY = "delete the folder and run 'python -m hpc_cpd.launch --stage teachers' again"
 
 
@@ -55,6 +57,9 @@ class TeacherPolicy(nn.Module):
         self.hidden = tuple(hidden)
         self.activation = activation
         drawn = torch.Generator().manual_seed(int((rng or np.random.default_rng(0)).integers(2**62)))
+        self.provenance: dict[str, Any] = {}
+        """Where a loaded teacher comes from."""
+        self.has_critic = True
         self.actor = _network(observation_size, self.hidden, action_size, activation, 0.01, drawn)
         self.critic = _network(observation_size, self.hidden, 1, activation, 1.0, drawn)
         self.log_std = nn.Parameter(torch.full((action_size,), float(log_std)))
@@ -90,7 +95,12 @@ class TeacherPolicy(nn.Module):
         return mean
 
     def value(self, observations: Tensor) -> Tensor:
-        """float32 [..., obs] -> float32 [...]: the expected discounted, scaled return."""
+        """float32 [..., obs] -> float32 [...]: the expected discounted, scaled return.
+
+        Raises RuntimeError for a teacher of the zoo, which was stored without its critic.
+        """
+        if not self.has_critic:
+            raise RuntimeError(f"this teacher of {self.task_id} was stored without its critic")
         value: Tensor = self.critic(self.normalise(observations))
         return value.squeeze(-1)
 
@@ -120,9 +130,16 @@ class TeacherPolicy(nn.Module):
         self._scale = (self.normaliser_var.clamp_min(_SMALLEST_VARIANCE)).rsqrt().to(torch.float32)
 
 
-def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, Any]) -> None:
-    """Write policy.safetensors, then policy.json (sizes, `provenance`, the weights' SHA-256)."""
-    write_bytes(folder / WEIGHTS, save(policy.tensors()))
+def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, Any], small: bool = False) -> None:
+    """Write policy.safetensors, then policy.json (sizes, `provenance`, the weights' SHA-256).
+
+    `small`: without the critic, weights in float16 (the statistics of the normaliser stay float64).
+    """
+    tensors = policy.tensors()
+    if small:
+        kept = {name: value for name, value in tensors.items() if not name.startswith("critic.")}
+        tensors = {name: value.half() if value.dtype == torch.float32 else value for name, value in kept.items()}
+    write_bytes(folder / WEIGHTS, save(tensors))
     description = {
         "schema_version": SCHEMA_VERSION,
         "task_id": policy.task_id,
@@ -130,6 +147,7 @@ def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, A
         "action_size": policy.action_size,
         "hidden": list(policy.hidden),
         "activation": policy.activation,
+        "critic": not small,
         "sha256": sha256(folder / WEIGHTS),
         "provenance": dict(provenance),
     }
@@ -137,11 +155,12 @@ def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, A
 
 
 def load_teacher(folder: str | Path) -> TeacherPolicy:
-    """Load a published teacher folder (such as runs/NAME/teachers/metaworld/reach-v3).
+    """Load a published teacher folder (such as runs/NAME/teachers/metaworld/reach-v3), or ``zoo:metaworld/reach-v3``.
 
-    Raises UserError: not published, another schema, or damaged files.
+    Raises UserError: not published, not in the zoo, another schema, or damaged files.
     """
-    folder = Path(folder)
+    named = str(folder)
+    folder = zoo_folder(named.removeprefix(ZOO_PREFIX)) if named.startswith(ZOO_PREFIX) else Path(folder)
     if not is_done(folder):
         raise UserError(
             f"{folder} holds no published teacher (no DONE file); run 'python -m hpc_cpd.launch --stage teachers' first"
@@ -165,10 +184,26 @@ def load_teacher(folder: str | Path) -> TeacherPolicy:
             description["hidden"],
             description["activation"],
         )
-        policy.set_tensors(load_file(weights))
+        tensors = load_file(weights)
+        policy.has_critic = description.get("critic", True)
+        if not policy.has_critic:
+            tensors |= {f"critic.{name}": value for name, value in policy.critic.state_dict().items()}
+        policy.set_tensors(tensors)
+        policy.provenance = dict(description["provenance"])
     except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is no teacher of schema {SCHEMA_VERSION} ({error}); {_REMEDY}") from None
     return policy.eval()
+
+
+def zoo_folder(task_id: str) -> Path:
+    """The folder of the zoo's teacher of `task_id`. Raises UserError when it has none."""
+    folder = ZOO / task_id
+    if not is_done(folder):
+        known = sorted(str(path.parent.relative_to(ZOO)) for path in ZOO.glob("*/*/DONE"))
+        raise UserError(
+            f"the zoo has no teacher of {task_id} (it has {', '.join(known) or 'none yet'}); set teachers.source=train"
+        )
+    return folder
 
 
 def _network(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -22,8 +22,8 @@ from torch import Tensor
 from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.progress import Progress
-from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done, mark_done, write_json
-from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
+from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done
+from hpc_cpd.tasks.episodes import task_record
 from hpc_cpd.tasks.registry import TaskSpec, describe, make_batch
 from hpc_cpd.teachers.actors import Boundary, Communicator
 from hpc_cpd.teachers.bounds import bounded_errors
@@ -34,7 +34,7 @@ from hpc_cpd.teachers.demonstrations import (
     read_demonstrations,
     record_demonstrations,
 )
-from hpc_cpd.teachers.policy import TeacherPolicy, save_teacher
+from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.ppo import (
     adapted_step_size,
     collect_rollout,
@@ -42,16 +42,14 @@ from hpc_cpd.teachers.ppo import (
     update,
     update_normaliser,
 )
+from hpc_cpd.teachers.publish import Evaluate, evaluate_together, publish_teacher
 from hpc_cpd.teachers.seeds import generator
+from hpc_cpd.teachers.zoo import take_from_zoo
 
 CLONE_STEPS_BETWEEN_BOUNDARIES = 20
 CLONE_LOG_EVERY = 50
 NORMALISER_STEPS = 100
 """From scratch, steps of the untrained policy that give the normaliser its first statistics."""
-
-
-Evaluate = Callable[[TeacherPolicy, str, int, int, list[int]], Sequence[EpisodeResult]]
-"""(policy, task id, number of episodes, seed, which of them) -> their results."""
 
 
 def train_teacher(
@@ -65,6 +63,9 @@ def train_teacher(
     folder = run.teacher(task_id)
     if communicator.on_root(lambda: is_done(folder)):
         communicator.on_root(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
+        return
+    if run.config().teachers.source == "zoo":
+        take_from_zoo(run, task_id, communicator, evaluate)
         return
     training = _Training(run, task_id, communicator, evaluate, stop)
     training.resume_or_begin()
@@ -99,6 +100,7 @@ class _Training:
     def __init__(
         self, run: Run, task_id: str, communicator: Communicator, evaluate: Evaluate, stop: Callable[[], bool]
     ) -> None:
+        self.run = run
         self.config: Config = run.config()
         self.settings = self.config.teachers
         self.folder: Path = run.teacher(task_id)
@@ -261,44 +263,27 @@ class _Training:
         if not self.best:
             self._consider()  # neither cloned nor trained: nothing else was evaluated
         self.policy.set_tensors(self.best)
-        evaluation = self.config.evaluation
-        results = self._evaluate(evaluation.episodes, evaluation.seed)
-        record = task_record(results)
-
-        def write() -> None:
-            best = self.state.best
-            provenance = {
-                "seed": self.config.seed,
-                "start": self.settings.start,
-                "ranks": self.communicator.size,
-                "best": best,
-                "reward_version": self.task.reward_version,
-                "environment_version": self.task.environment_version,
-                "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
-            }
-            save_teacher(self.folder, self.policy, provenance)
-            write_json(
-                self.folder / "evaluation.json",
-                {
-                    **evaluation_json(0, evaluation, {self.task.task_id: record}),
-                    "while_training": self.state.evaluations,
-                },
-            )
-            mark_done(
-                self.folder,
-                {
-                    "task_id": self.task.task_id,
-                    "success": record["successes"] / record["episodes"],
-                    "environment_steps": self.state.environment_steps,
-                    "seconds": round(self._seconds(), 1),
-                },
-            )
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-
-        self.communicator.on_root(write)
-        self.progress.update(
-            f"published, success {record['successes']}/{record['episodes']} after {self._seconds():.0f} s", last=True
+        provenance = {
+            "seed": self.config.seed,
+            "start": self.settings.start,
+            "ranks": self.communicator.size,
+            "best": self.state.best,
+            "reward_version": self.task.reward_version,
+            "environment_version": self.task.environment_version,
+            "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
+        }
+        successes = publish_teacher(
+            self.run,
+            self.policy,
+            self.communicator,
+            self.evaluate,
+            provenance,
+            environment_steps=self.state.environment_steps,
+            seconds=self._seconds,
+            while_training=self.state.evaluations,
         )
+        self.communicator.on_root(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
+        self.progress.update(f"published, success {successes} after {self._seconds():.0f} s", last=True)
 
     def _demonstrations(self) -> Demonstrations:
         settings = self.settings.demonstrations
@@ -320,17 +305,12 @@ class _Training:
         for group in self.optimiser.param_groups:
             group["lr"] = self.state.step_size
 
-    def _evaluate(self, episodes: int, seed: int) -> list[EpisodeResult]:
-        mine = list(range(self.communicator.rank, episodes, self.communicator.size))
-        results = self.evaluate(self.policy, self.task.task_id, episodes, seed, mine)
-        gathered = [result for rank in self.communicator.gather(list(results)) for result in rank]
-        return sorted(gathered, key=lambda result: result.episode)
-
     def _consider(self, goals: int = 1) -> None:
         """Evaluate the policy as it stands, and remember it if it is better than every one before."""
         state = self.state
         # other goals than those of the final comparison: choosing on them would flatter the teacher
-        results = self._evaluate(self.settings.evaluation_episodes, self.config.evaluation.seed + goals)
+        episodes, seed = self.settings.evaluation_episodes, self.config.evaluation.seed + goals
+        results = evaluate_together(self.evaluate, self.policy, episodes, seed, self.communicator)
         record = {"step": state.step, "environment_steps": state.environment_steps, **task_record(results)}
         rate = record["successes"] / record["episodes"]
         state.streak = state.streak + 1 if rate >= self.settings.target_success else 0

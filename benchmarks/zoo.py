@@ -1,0 +1,211 @@
+"""Make the zoo and docs/teachers.md from runs: the best teacher of each task, and what every teacher cost.
+
+    python benchmarks/zoo.py RUN [RUN ...]
+
+What earlier runs left in docs/teachers/*.json and in the zoo stays, unless a run has a newer teacher of the same task
+and start (for the table) or a better one (for the zoo). Nothing here is typed in: every number comes from the runs'
+files, or is played now (the scripted policies, and the small form of each teacher of the zoo).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hpc_cpd.evaluate.rollouts import evaluate_policy
+from hpc_cpd.run import Run, is_done, read_json
+from hpc_cpd.tasks.episodes import EpisodeResult
+from hpc_cpd.tasks.metaworld import NAMES
+from hpc_cpd.teachers.demonstrations import ScriptedActor
+from hpc_cpd.teachers.policy import ZOO, load_teacher
+from hpc_cpd.teachers.zoo import add_to_zoo
+
+DOCS = Path(__file__).parents[1] / "docs"
+EPISODES, SEED = 50, 10_000
+"""The goals on which all are compared: never those they learnt on."""
+SOLVED = 0.90
+TASKS = [f"metaworld/{name}" for name in NAMES]
+STARTS = {"scratch": "from scratch", "demonstrations": "warm-started"}
+
+
+def main() -> None:
+    records = {start: _read(DOCS / "teachers" / f"{start}.json") for start in [*STARTS, "scripted"]}
+    for folder in sys.argv[1:]:
+        run = Run(Path(folder))
+        start = run.config().teachers.start
+        for task in TASKS:
+            if is_done(run.teacher(task)):
+                records[start][task] = _record(run, task)
+                _enter(run.teacher(task), records[start][task])
+    for task in TASKS:
+        if task not in records["scripted"]:
+            records["scripted"][task] = _score(_play(_Scripted(task), task))
+            print(f"scripted policy of {task}: {records['scripted'][task]['success']:.2f}", flush=True)
+    for start, record in records.items():
+        _write(DOCS / "teachers" / f"{start}.json", record)
+    page = DOCS / "teachers.md"
+    page.write_text(_page(records))
+    curves(records["scratch"], DOCS / "teachers" / "scratch.png")
+    size = sum(path.stat().st_size for path in ZOO.rglob("*") if path.is_file())
+    print(f"{len(list(ZOO.glob('*/*/DONE')))} teachers, {size / 1e6:.1f} MB, in {ZOO}; the table is in {page}")
+
+
+def _record(run: Run, task: str) -> dict[str, Any]:
+    """What a run's teacher cost and reached, with where it comes from."""
+    folder = run.teacher(task)
+    evaluation, done = read_json(folder / "evaluation.json"), read_json(folder / "DONE")
+    if (evaluation["episodes_per_task"], evaluation["seed"]) != (EPISODES, SEED):
+        raise SystemExit(f"{folder} was evaluated on other goals; set evaluation.episodes={EPISODES}")
+    origin = read_json(run.provenance_file)
+    score = evaluation["tasks"][task]
+    return {
+        "success": score["successes"] / score["episodes"],
+        "steps_to_success": score["mean_steps_to_success"],
+        "environment_steps": done["environment_steps"],
+        "minutes": round(done["seconds"] / 60, 1),
+        "curve": [
+            [one["environment_steps"], one["successes"] / one["episodes"]] for one in evaluation["while_training"]
+        ],
+        "command": f"python -m hpc_cpd.launch {origin['command'].partition(' ')[2]}",
+        "seed": origin["seed"],
+        "commit": origin["commit"],
+        "machine": f"{origin['host']['processor']}, {origin['host']['cores']} cores",
+    }
+
+
+def _enter(folder: Path, record: dict[str, Any]) -> None:
+    """Put a teacher into the zoo if it is better, in its small form, than the one that is there."""
+    policy = load_teacher(folder)
+    task = policy.task_id
+    rank = (record["success"], -(record["steps_to_success"] or np.inf))
+    if is_done(ZOO / task):
+        there = load_teacher(ZOO / task).provenance["evaluation"]
+        if (there["success"], -(there["steps_to_success"] or np.inf)) >= rank:
+            return
+    small = {
+        name: value.half().to(value.dtype) if "normaliser" not in name else value
+        for name, value in policy.tensors().items()
+    }
+    policy.set_tensors(small)
+    card = {**policy.provenance, "training": record, "evaluation": _score(_play(policy, task))}
+    add_to_zoo(ZOO, policy, card)
+    print(f"zoo: {task} {STARTS[policy.provenance['start']]} {card['evaluation']['success']:.2f}", flush=True)
+
+
+def _play(policy: Any, task: str) -> list[EpisodeResult]:
+    return evaluate_policy(policy, task, EPISODES, SEED)
+
+
+def _score(results: list[EpisodeResult]) -> dict[str, Any]:
+    steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
+    return {
+        "success": sum(result.success for result in results) / len(results),
+        "steps_to_success": float(np.mean(steps)) if steps else None,
+        "episodes": EPISODES,
+        "seed": SEED,
+    }
+
+
+class _Scripted:
+    """The benchmark's scripted policy, in the form that is evaluated."""
+
+    def __init__(self, task: str) -> None:
+        self._actor = ScriptedActor(task.removeprefix("metaworld/"), 4)
+
+    def reset(self, task_id: str | None, num_envs: int) -> None:
+        self._actor.begin(num_envs)
+
+    def act(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._actor.means(observations, np.ones(len(observations), np.bool_))
+
+
+def _page(records: dict[str, dict[str, Any]]) -> str:
+    """docs/teachers.md."""
+    lines = [
+        "# Teachers",
+        "",
+        f"Success on {EPISODES} goals (seed {SEED}) that no teacher learnt on: mean action, flag at any step of 500.",
+        "Steps are environment steps, minutes wall-clock of one teacher. Made by `python benchmarks/zoo.py RUN ...`;",
+        "each number's command, seed, commit and machine stand in `docs/teachers/*.json`.",
+        "",
+        "| task | from scratch | steps | minutes | warm-started | minutes | scripted | in the zoo |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for task in TASKS:
+        scratch, warm = records["scratch"].get(task), records["demonstrations"].get(task)
+        zoo = "" if not is_done(ZOO / task) else STARTS[load_teacher(ZOO / task).provenance["start"]]
+        cells = [
+            task.removeprefix("metaworld/"),
+            _percent(scratch),
+            f"{scratch['environment_steps'] / 1e6:.2f} M" if scratch else "",
+            f"{scratch['minutes']:.1f}" if scratch else "",
+            _percent(warm),
+            f"{warm['minutes']:.1f}" if warm else "",
+            _percent(records["scripted"][task]),
+            zoo,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [""]
+    for start, words in STARTS.items():
+        found = [records[start][task]["success"] for task in TASKS if task in records[start]]
+        if found:
+            solved = sum(success >= SOLVED for success in found)
+            lines += [
+                f"- {words}: {len(found)} tasks, mean success {np.mean(found):.3f}, {solved} at {SOLVED:.2f} or above"
+            ]
+    left = [task for task in TASKS if records["scratch"].get(task, {"success": 1.0})["success"] < SOLVED]
+    if left:
+        lines += [
+            "",
+            f"Not solved from scratch (below {SOLVED:.2f}), with the success of their evaluations on the way:",
+            "",
+        ]
+        for task in left:
+            curve = [f"{success:.2f}" for _, success in records["scratch"][task]["curve"]]
+            shown = curve[:: max(1, len(curve) // 12)]
+            lines += [f"- {task.removeprefix('metaworld/')}: {', '.join(shown)}"]
+    lines += ["", "![success while training from scratch](teachers/scratch.png)", ""]
+    return "\n".join(lines)
+
+
+def _percent(record: dict[str, Any] | None) -> str:
+    return "" if record is None else f"{100 * record['success']:.0f}%"
+
+
+def curves(records: dict[str, Any], path: Path) -> None:
+    """One small picture per task: evaluated success against environment steps."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in TASKS if task in records]
+    figure = Figure(figsize=(12, 1.9 * -(-max(len(tasks), 1) // 5)), layout="constrained")
+    axes = figure.subplots(-(-max(len(tasks), 1) // 5), 5, sharex=True, sharey=True, squeeze=False).ravel()
+    for axis in axes[len(tasks) :]:
+        axis.set_visible(False)
+    for axis, task in zip(axes, tasks, strict=False):
+        curve = np.array(records[task]["curve"]).reshape(-1, 2)
+        axis.plot(curve[:, 0] / 1e6, curve[:, 1], color="#2563a8")
+        axis.set_title(task.removeprefix("metaworld/"), fontsize=9)
+        axis.set_ylim(-0.04, 1.04)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel("environment steps (millions)", fontsize=9)
+    figure.supylabel("success", fontsize=9)
+    figure.savefig(path, dpi=100)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write(path: Path, records: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ordered = {task: records[task] for task in TASKS if task in records}
+    path.write_text(json.dumps(ordered, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
