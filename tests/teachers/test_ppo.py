@@ -9,7 +9,10 @@ from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.actors import Communicator
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.ppo import (
+    LARGEST_STEP_SIZE,
+    SMALLEST_STEP_SIZE,
     _prepare,
+    adapted_step_size,
     clipped_policy_loss,
     collect_rollout,
     divergence,
@@ -78,6 +81,14 @@ def test_the_objective_has_no_gradient_beyond_the_clip(ratio: float, advantage: 
     assert log_prob.grad is not None
     expected = -ratio * advantage if moves else 0.0
     assert log_prob.grad.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_step_size_follows_the_divergence_within_its_bounds() -> None:
+    assert adapted_step_size(3e-4, 0.010, desired_kl=0.01) == 3e-4
+    assert adapted_step_size(3e-4, 0.021, desired_kl=0.01) == pytest.approx(2e-4)
+    assert adapted_step_size(3e-4, 0.004, desired_kl=0.01) == pytest.approx(4.5e-4)
+    assert adapted_step_size(SMALLEST_STEP_SIZE, 1.0, desired_kl=0.01) == SMALLEST_STEP_SIZE
+    assert adapted_step_size(LARGEST_STEP_SIZE, 0.0, desired_kl=0.01) == LARGEST_STEP_SIZE
 
 
 def test_divergence_is_zero_only_for_the_same_policy() -> None:
