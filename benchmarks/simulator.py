@@ -46,7 +46,7 @@ from hpc_cpd.tasks.metaworld_batch import _STATE, MetaWorldBatch
 from hpc_cpd.tasks.registry import describe
 from hpc_cpd.teachers.demonstrations import ScriptedActor
 
-SEED, NOISE, PIECE = 1, 0.2, 10
+SEED, NOISE, PIECE = 1, 0.2, 5
 FRAMES = 5
 """MuJoCo steps per environment step."""
 TARGET_MEAN, TARGET_WORST, TARGET_STOCK = 0.80, 0.65, 1.8
@@ -183,7 +183,15 @@ def _serve(pipe: Any, name: str, rows: int) -> None:
 
 def stock_environments(name: str, rows: int, mode: str) -> Any:
     # vector_strategy="async", as Meta-World's MT10 takes it, is ignored for MT1: gymnasium's own argument decides
-    return gymnasium.make_vec("Meta-World/MT1", num_envs=rows, vectorization_mode=mode, env_name=name, seed=SEED)
+    return gymnasium.make_vec(
+        "Meta-World/MT1",
+        num_envs=rows,
+        vectorization_mode=mode,
+        vector_kwargs={"context": "fork"} if mode == "async" else {},
+        disable_env_checker=True,
+        env_name=name,
+        seed=SEED,
+    )
 
 
 def begin_stock(envs: Any, name: str, goals: NDArray[np.int64]) -> float:
@@ -228,7 +236,6 @@ def our_resets(name: str, rows: int) -> tuple[float, float]:
 def measure(name: str, rows: int, stock_rows: int, steps: int, cores: list[int]) -> dict[str, Any]:
     """All figures of one task, in a process that ends afterwards: a model takes 21 MB."""
     warnings.simplefilter("ignore")
-    gymnasium.logger.min_level = gymnasium.logger.ERROR
     os.sched_setaffinity(0, cores)
     draw = lru_cache(metaworld.MT1)
     metaworld.MT1 = draw  # every stock environment would draw the same goals again: a second each
@@ -292,32 +299,27 @@ def measure(name: str, rows: int, stock_rows: int, steps: int, cores: list[int])
     }
 
 
-HEAD = (
-    f"{'':30s}{'one core, steps/s':^21s}{'to limit':^15s}{'all cores, steps/s':^38s}{'ours/':>7s}\n{'task':30s}"
-    + "".join(
-        f"{word:>{width}s}"
-        for word, width in (
-            ("ours", 9),
-            ("limit", 9),
-            ("ours", 8),
-            ("stock", 8),
-            ("threads", 9),
-            ("processes", 10),
-            ("sync", 9),
-            ("async", 9),
-            ("stock", 9),
-        )
-    )
-)
-
-
-def line(name: str, figures: dict[str, Any]) -> str:
+def columns(figures: dict[str, Any]) -> dict[str, str]:
+    """What the table shows of a task, by heading; threads, processes, sync and async have all cores."""
     core, every = figures["one_core"], figures["all_cores"]
-    return (
-        f"{name:30s}{core['ours']:9,.0f}{core['limit']:9,.0f}{figures['ours_to_limit']:8.2f}"
-        f"{figures['stock_to_limit']:8.2f}{every['threads']:9,.0f}{every['processes']:10,.0f}{every['sync']:9,.0f}"
-        f"{every['async']:9,.0f}{figures['ours_to_stock']:9.2f}"
-    )
+    return {
+        "ours": f"{core['ours']:,.0f}",
+        "limit": f"{core['limit']:,.0f}",
+        "ours/limit": f"{figures['ours_to_limit']:.2f}",
+        "stock/limit": f"{figures['stock_to_limit']:.2f}",
+        "threads": f"{every['threads']:,.0f}",
+        "processes": f"{every['processes']:,.0f}",
+        "stock sync": f"{every['sync']:,.0f}",
+        "stock async": f"{every['async']:,.0f}",
+        "ours/stock": f"{figures['ours_to_stock']:.2f}",
+    }
+
+
+def show(name: str, figures: dict[str, Any], with_headings: bool) -> None:
+    cells = columns(figures)
+    if with_headings:
+        print(f"{'task':30s}" + "".join(f"{heading:>12s}" for heading in cells))
+    print(f"{name:30s}" + "".join(f"{cell:>12s}" for cell in cells.values()), flush=True)
 
 
 def summary(tasks: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -365,7 +367,7 @@ def main() -> None:
         raise UserError("--stock-rows must lie between 1 and --rows, and below 50, and --steps above 0")
     cores = sorted(os.sched_getaffinity(0))
     print(
-        f"{len(cores)} cores, {given.rows} rows, stock {given.stock_rows} rows, {given.steps} steps\n{HEAD}", flush=True
+        f"{len(cores)} cores; {given.rows} rows, stock {given.stock_rows}; {given.steps} steps of each row", flush=True
     )
     tasks: dict[str, dict[str, Any]] = {}
     context = multiprocessing.get_context("spawn")
@@ -373,7 +375,7 @@ def main() -> None:
         for name in names:
             work = pool.submit(measure, name, given.rows, given.stock_rows, given.steps, cores)
             tasks[name] = work.result()
-            print(line(name, tasks[name]), flush=True)
+            show(name, tasks[name], with_headings=len(tasks) == 1)
     result = summary(tasks)
     report(result)
     if given.json is not None:

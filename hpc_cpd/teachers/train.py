@@ -23,6 +23,7 @@ from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done
+from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.episodes import task_record
 from hpc_cpd.tasks.registry import TaskSpec, describe, make_batch
 from hpc_cpd.teachers.actors import Boundary, Communicator
@@ -48,6 +49,8 @@ from hpc_cpd.teachers.zoo import take_from_zoo
 
 CLONE_STEPS_BETWEEN_BOUNDARIES = 20
 CLONE_LOG_EVERY = 50
+ITERATIONS_PER_GOAL_SET = 20
+"""A seed has 50 goals; PPO moves on to those of another seed, so that it learns the task and not its goals."""
 NORMALISER_STEPS = 100
 """From scratch, steps of the untrained policy that give the normaliser its first statistics."""
 
@@ -209,13 +212,16 @@ class _Training:
             return
         if not self._satisfied() and state.iteration < settings.iterations:
             numbers = environments_of(settings, self.communicator)
-            envs = make_batch(self.task.task_id, len(numbers), self.config.seed)
+            envs, goal_set = self._environments(len(numbers)), self._goal_set
             if state.iteration == 0 and not self.warm:
                 first = collect_rollout(
                     envs, self.policy, settings, self.config.seed, 0, numbers.start, steps=NORMALISER_STEPS
                 )
                 update_normaliser(self.policy, first.observations, self.communicator)
             while not self._satisfied() and state.iteration < settings.iterations:
+                if goal_set != self._goal_set:
+                    envs.close()
+                    envs, goal_set = self._environments(len(numbers)), self._goal_set
                 rollout = collect_rollout(
                     envs, self.policy, settings, self.config.seed, 1 + state.iteration, numbers.start
                 )
@@ -254,8 +260,9 @@ class _Training:
                 )
                 last = state.iteration == settings.iterations
                 if last or state.iteration % self.settings.evaluate_every_iterations == 0:
-                    self._consider()
+                    self._consider(goals=1 + state.streak)
                 self.boundary(self._save)
+            envs.close()
         state.phase = "finished"
 
     def publish(self) -> None:
@@ -292,6 +299,16 @@ class _Training:
         self.progress.update(f"recording {settings.episodes} demonstrations")
         return record_demonstrations(self.task, settings, self.config.seed, self.communicator)
 
+    @property
+    def _goal_set(self) -> int:
+        return self.state.iteration // ITERATIONS_PER_GOAL_SET
+
+    def _environments(self, count: int) -> BatchEnv:
+        """`count` environments with the goals of this iteration."""
+        task_id = self.task.task_id
+        seed = int(generator(self.config.seed, task_id, "goals", self._goal_set).integers(2**31))
+        return make_batch(task_id, count, seed)
+
     def _new_optimiser(self) -> torch.optim.Optimizer:
         rules = self.settings.ppo
         actor = [*self.policy.actor.parameters(), self.policy.log_std]
@@ -308,7 +325,8 @@ class _Training:
     def _consider(self, goals: int = 1) -> None:
         """Evaluate the policy as it stands, and remember it if it is better than every one before."""
         state = self.state
-        # other goals than those of the final comparison: choosing on them would flatter the teacher
+        # other goals than those of the final comparison: choosing on them would flatter the teacher. A second success
+        # in a row must be one on yet other goals
         episodes, seed = self.settings.evaluation_episodes, self.config.evaluation.seed + goals
         results = evaluate_together(self.evaluate, self.policy, episodes, seed, self.communicator)
         record = {"step": state.step, "environment_steps": state.environment_steps, **task_record(results)}
