@@ -226,14 +226,14 @@ def _run_jobs(jobs: Sequence[local.Job], at_once: int, stop: StopFlag, go_on: bo
             else:
                 _say(line)
 
-        outcomes = local.run_jobs(jobs, at_once, stop, show)
+        outcomes = local.run_jobs(jobs, at_once, stop, show, go_on)
     for outcome in outcomes:
-        if outcome.code == EXIT_FAULT:
+        if outcome.code == EXIT_FAULT or (go_on and outcome.code == EXIT_USER_ERROR):
             print(f"error: {outcome.sentence}", file=sys.stderr, flush=True)
     codes = {outcome.code for outcome in outcomes}
     if EXIT_FAULT in codes and not go_on:
         raise SystemExit(EXIT_FAULT)
-    if EXIT_USER_ERROR in codes:
+    if EXIT_USER_ERROR in codes and not go_on:
         raise UserError(next(outcome.sentence for outcome in outcomes if outcome.code == EXIT_USER_ERROR))
     if EXIT_STOPPED in codes or stop():
         raise StopRequested("the same command goes on from here")

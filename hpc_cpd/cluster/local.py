@@ -244,18 +244,22 @@ class RunningJob:
         return f"{self.job.name}: rank {rank} of {self.job.ranks} {how}; its log {log} ends with\n{shown}"
 
 
-def run_jobs(jobs: Sequence[Job], at_once: int, stop: StopFlag, show: Callable[[Job, str], None]) -> list[Outcome]:
+def run_jobs(
+    jobs: Sequence[Job], at_once: int, stop: StopFlag, show: Callable[[Job, str], None], go_on: bool = False
+) -> list[Outcome]:
     """Run `jobs`, at most `at_once` at a time; return the outcomes of those that were started.
 
     When `stop` is set, running jobs save and leave, and no other is started; a second SIGINT kills them. A job that
-    fails does not disturb the others; after a user's mistake no other job is started.
+    fails does not disturb the others; after a user's mistake no other job is started, for it would make it too, unless
+    `go_on` says to.
     `show` gets each line of progress that a rank 0 prints.
     """
     waiting, running, outcomes = list(jobs), list[RunningJob](), list[Outcome]()
     asked = False
     try:
         while running or waiting:
-            if stop() or any(outcome.code == EXIT_USER_ERROR for outcome in outcomes):
+            mistake = any(outcome.code == EXIT_USER_ERROR for outcome in outcomes)
+            if stop() or (mistake and not go_on):
                 waiting.clear()
             while waiting and len(running) < at_once:
                 running.append(RunningJob(waiting.pop(0)))

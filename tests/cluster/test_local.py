@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_cpd.cluster import local
+from hpc_cpd.cluster.preemption import StopFlag
+
 ROOT = Path(__file__).parents[2]
 KINDS = [pytest.param([], id="ranks"), pytest.param(["mpi"], id="mpiexec")]
 
@@ -123,6 +126,18 @@ def test_a_users_mistake_on_any_rank_is_one_sentence_and_exit_code_2(tmp_path, m
     first = "0" if who == "all" else who
     assert errors.strip() == f"the file of rank {first} is missing; make it"
     assert not alive(tmp_path)
+
+
+@pytest.mark.parametrize("go_on", [False, True])
+def test_after_a_mistake_no_other_job_is_begun_unless_it_was_said_to_go_on(tmp_path, go_on):
+    def job(act: str) -> local.Job:
+        folder = tmp_path / act
+        folder.mkdir()
+        return local.Job(act, [act, str(folder)], 1, False, folder / "logs", module="tests.cluster.rank_worker")
+
+    jobs = [job("mistake-0"), job("done")]
+    outcomes = local.run_jobs(jobs, 1, StopFlag(), lambda job, line: None, go_on)
+    assert [outcome.code for outcome in outcomes] == ([2, 0] if go_on else [2])
 
 
 @pytest.mark.parametrize("mpi", KINDS)
