@@ -28,7 +28,7 @@ from hpc_cpd.teachers.zoo import add_to_zoo
 DOCS = Path(__file__).parents[1] / "docs"
 EPISODES, SEED = 50, 10_000
 """The goals on which all are compared: never those they learnt on."""
-SOLVED = 0.90
+SOLVED, WORTH_SHIPPING = 0.90, 0.80
 TASKS = [f"metaworld/{name}" for name in NAMES]
 STARTS = {"scratch": "from scratch", "demonstrations": "warm-started"}
 
@@ -47,7 +47,8 @@ def main() -> None:
             records["scripted"][task] = _score(_play(_Scripted(task), task))
             print(f"scripted policy of {task}: {records['scripted'][task]['success']:.2f}", flush=True)
     for start, record in records.items():
-        _write(DOCS / "teachers" / f"{start}.json", record)
+        if record:
+            _write(DOCS / "teachers" / f"{start}.json", record)
     page = DOCS / "teachers.md"
     page.write_text(_page(records))
     curves(records["scratch"], DOCS / "teachers" / "scratch.png")
@@ -79,7 +80,9 @@ def _record(run: Run, task: str) -> dict[str, Any]:
 
 
 def _enter(folder: Path, record: dict[str, Any]) -> None:
-    """Put a teacher into the zoo if it is better, in its small form, than the one that is there."""
+    """Put a teacher into the zoo if it is worth it and better than the one that is there."""
+    if record["success"] < WORTH_SHIPPING:
+        return
     policy = load_teacher(folder)
     task = policy.task_id
     rank = (record["success"], -(record["steps_to_success"] or np.inf))
