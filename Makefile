@@ -1,11 +1,11 @@
-# make setup | demo | test | lint | bench | cluster-up | cluster-down | clean.
+# make setup | demo | test | lint | bench | bench-teachers | cluster-up | cluster-down | clean.
 # Needs python3 >= 3.11 with its venv module, and nothing else; cluster-up brings Slurm itself where it is root.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench cluster-up cluster-down clean
+.PHONY: setup demo test lint bench bench-teachers cluster-up cluster-down clean
 
 setup: $(READY)
 
@@ -31,6 +31,12 @@ lint: $(READY)
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/windows.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixture.py
+
+# Ten minutes, then up to two hours, on an idle machine: our simulator and our PPO against stock Meta-World's and the
+# peers'. CLEANRL=PATH names ppo_continuous_action.py of a checkout of CleanRL.
+bench-teachers: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/simulator.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/teachers.py $(if $(CLEANRL),--cleanrl $(CLEANRL))
 
 # A private Slurm cluster on this machine, to try things on: eval "$(make -s cluster-up)"
 cluster-up: $(READY)
