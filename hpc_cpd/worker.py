@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from hpc_cpd.cluster.attempt import begin_attempt, end_attempt
 from hpc_cpd.cluster.leftovers import remove_leftovers
@@ -162,7 +163,7 @@ def learn(run: Run, stage: int, place: Place, stop: Stop, allow_missing: bool) -
         build_report(run)
 
 
-def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = None) -> int:
+def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = None) -> NoReturn:
     """Do `work` on `unit` as one rank and leave with its exit code; a rank that fails leaves nobody waiting.
 
     Our launcher collects the ranks' outcomes and prints one sentence. Elsewhere rank 0 speaks first, and
@@ -214,12 +215,20 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
         _leave_mpi()  # requeueing kills what is left of this job
         if place.rank == 0 and may_requeue and unit is not None and not unit.run.stop_file.exists():
             requeue_this_job()
-    if code not in (EXIT_DONE, EXIT_STOPPED):
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):  # a full disk must not hide the exit code
-                stream.flush()
-        os._exit(code)
-    return code
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, without tearing it down.
+
+    A library's thread may abort the teardown ("terminate called without an active exception"), after all is published.
+    """
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        _leave_mpi()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk must not hide the exit code
+            stream.flush()
+    os._exit(code)
 
 
 def _time_left() -> float | None:
@@ -267,7 +276,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return run_command(lambda: _main(words))
 
 
-def _main(words: Sequence[str] | None) -> int:
+def _main(words: Sequence[str] | None) -> NoReturn:
     parser = argparse.ArgumentParser(prog="python -m hpc_cpd.worker", description="One rank of one job.")
     kinds = parser.add_subparsers(dest="kind", required=True)
     teacher = kinds.add_parser("teacher")
@@ -286,7 +295,7 @@ def _main(words: Sequence[str] | None) -> int:
     if arguments.kind == "stage":
         number = arguments.stage
         unit = Unit(run, run.stage(number), lambda: is_done(run.stage(number)))
-        return run_rank(lambda stop: learn(run, number, place, stop, arguments.allow_missing), place, unit)
+        run_rank(lambda stop: learn(run, number, place, stop, arguments.allow_missing), place, unit)
     if arguments.task is not None:
         task = arguments.task
     elif arguments.plan is None:
@@ -298,7 +307,7 @@ def _main(words: Sequence[str] | None) -> int:
         task = tasks[arguments.index]
     folders = (run.teacher(task), run.trajectories(task))
     unit = Unit(run, folders[0], lambda: all(map(is_done, folders)))
-    return run_rank(lambda stop: train(run, task, place, stop), place, unit)
+    run_rank(lambda stop: train(run, task, place, stop), place, unit)
 
 
 if __name__ == "__main__":

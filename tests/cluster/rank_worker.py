@@ -11,13 +11,14 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.worker import find_place, run_rank
 
 
-def main() -> int:
+def main() -> NoReturn:
     act, folder, *mpi = sys.argv[1:]
     place = find_place(dict(os.environ))
 
@@ -53,8 +54,8 @@ def main() -> int:
                 raise StopRequested("a checkpoint stands on disk")
             time.sleep(0.05)
 
-    return run_rank(work, place)
+    run_rank(work, place)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,6 +13,7 @@ from hpc_cpd.errors import run_command
 from hpc_cpd.run import Run
 from hpc_cpd.student.policy import StudentPolicy
 from hpc_cpd.tasks.episodes import EpisodeResult
+from hpc_cpd.worker import leave
 
 
 def evaluate(policy: StudentPolicy, task_id: str, episodes: int, seed: int, indices: list[int]) -> list[EpisodeResult]:
@@ -33,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    leave(run_command(main))

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from hpc_cpd.distill.engine import finish_distributed, start_distributed
 from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint
+from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
@@ -94,3 +95,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from hpc_cpd.distill.engine import finish_distributed, start_distributed
 from hpc_cpd.student.transformer import Student, expert_of
+from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, reference_forward, small_shape
 
 BALANCE = 0.1
@@ -106,3 +107,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
