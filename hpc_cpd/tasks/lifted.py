@@ -69,9 +69,11 @@ def _rounded(values: Any, single: Any) -> Any:
 
 
 def _give_mixed_its_operators() -> None:
-    for name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge", "pow"):
+    for name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge"):
         operation = getattr(operator, name)
         setattr(Mixed, f"__{name}__", lambda one, other, do=operation: one.apply(do, other))
+    for name in ("add", "sub", "mul", "truediv"):
+        operation = getattr(operator, name)
         setattr(Mixed, f"__r{name}__", lambda one, other, do=operation: one.apply(do, other, True))
 
 
