@@ -135,10 +135,11 @@ def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, A
 
     `small`: without the critic, weights in float16 (the statistics of the normaliser stay float64).
     """
-    tensors = policy.tensors()
+    tensors, critic = policy.tensors(), policy.has_critic and not small
+    if not critic:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("critic.")}
     if small:
-        kept = {name: value for name, value in tensors.items() if not name.startswith("critic.")}
-        tensors = {name: value.half() if value.dtype == torch.float32 else value for name, value in kept.items()}
+        tensors = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
     write_bytes(folder / WEIGHTS, save(tensors))
     description = {
         "schema_version": SCHEMA_VERSION,
@@ -147,7 +148,7 @@ def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, A
         "action_size": policy.action_size,
         "hidden": list(policy.hidden),
         "activation": policy.activation,
-        "critic": not small,
+        "critic": critic,
         "sha256": sha256(folder / WEIGHTS),
         "provenance": dict(provenance),
     }
