@@ -60,7 +60,7 @@ def launch(arguments: argparse.Namespace) -> int:
         work.run.open(work.config, _provenance(work))
         _announce(work, where)
         if where == "slurm":
-            schedule.submit_all(work, arguments.retry, _say)
+            schedule.submit_all(work, arguments.retry, _say, stop)
         else:
             schedule.require_one_stage(work, set())
             _run_here(work, stop, where)

@@ -19,7 +19,7 @@ from hpc_cpd.cluster.attempt import Attempt, read_attempt
 from hpc_cpd.cluster.ledger import Ledger, Submission
 from hpc_cpd.cluster.work import Work, last_trace, stage_unit, teacher_unit, unit_folder
 from hpc_cpd.config import ClusterSettings
-from hpc_cpd.errors import EXIT_STOPPED, UserError
+from hpc_cpd.errors import EXIT_STOPPED, StopRequested, UserError
 from hpc_cpd.run import Run, write_json
 
 Say = Callable[[str], None]
@@ -41,11 +41,12 @@ class Plan:
         return [job] if self.array is None else [f"{job}_{index}" for index in range(len(self.units))]
 
 
-def submit_all(work: Work, retry: bool, say: Say) -> None:
+def submit_all(work: Work, retry: bool, say: Say, stop: Callable[[], bool]) -> None:
     """Submit what `work` asks for and is neither done nor in the queue.
 
     With `retry` (the caretaker's way) only what was submitted before and ended unfinished, unless it failed too often
-    or somebody cancelled it. Raises UserError when Slurm refuses, or when a single stage lacks what it needs.
+    or somebody cancelled it. Raises UserError when Slurm refuses, or when a single stage lacks what it needs, and
+    StopRequested when `stop()` is true before all is submitted: whoever cancels a caretaker wants no more jobs of it.
     """
     ledger = Ledger.read(work.run)
     ledger.site = slurm.ask_site()
@@ -70,6 +71,7 @@ def submit_all(work: Work, retry: bool, say: Say) -> None:
         if lost and not (work.allow_missing and all(unit.startswith("teacher ") for unit in lost)):
             say(f"  {plan.script.name}: not submitted, for {', '.join(lost)} will not be done")
             continue
+        _hold_if(stop)
         after = {unit: ledger.units[unit].job for unit in plan.needs if unit in live}
         avoid = sorted({node for unit in plan.units for node in todo[unit].avoid})
         if plan.array is not None:
@@ -78,7 +80,13 @@ def submit_all(work: Work, retry: bool, say: Say) -> None:
         ledger.add({unit: replace(todo[unit], job=one) for unit, one in zip(plan.units, plan.ids(job), strict=True)})
         live |= set(plan.units)
         say(f"  {plan.script.name}: job {job}" + (f", after {', '.join(after)}" if after else ""))
+    _hold_if(stop)
     _submit_caretaker(work, ledger, live, say)
+
+
+def _hold_if(stop: Callable[[], bool]) -> None:
+    if stop():
+        raise StopRequested("not all jobs were submitted; the same command submits the others")
 
 
 def plan_jobs(work: Work, tasks: Sequence[str], site: slurm.Site) -> Iterator[Plan]:

@@ -1,6 +1,7 @@
 """What a launch hands to a real Slurm. The jobs are held, so nothing runs."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -56,6 +57,7 @@ def test_launched_again_nothing_that_waits_is_submitted_twice_and_only_what_is_m
     assert "in the queue already" in lab.launch(*words)
     assert len(lab.queue("%i")) == len(before)
     publish(run, "toy/a")
+    lab.cluster.run("scontrol", "hold", json.loads((run.logs / "submitted.json").read_text())["caretaker"])
     lab.cluster.run("scancel", job_of(run, "teacher toy/b"), job_of(run, "stage 1"))
     lab.wait(lambda: len(lab.queue()) <= len(before) - 2, 20, "two cancelled jobs")
     old = job_of(run, "teacher toy/c")
@@ -76,8 +78,27 @@ def test_two_people_at_once_submit_each_job_once(lab: Lab):
         person.start()
     for person in people:
         person.join()
-    assert len(lab.queue()) == len(TASKS) + 2 + 1  # teachers, stages, caretaker
+    submitted = [line for line in lab.queue("%i %j %o") if str(run.folder) in line]
+    said = "\n".join([*lab.queue("%i %j %T %o"), *outputs])
+    assert len(submitted) == len(TASKS) + 2 + 1, said  # teachers, stages, caretaker
     assert any("in the queue already" in text or "is being worked on" in text for text in outputs)
+
+
+def test_a_launch_told_to_stop_submits_no_more_and_the_next_one_the_rest(lab: Lab):
+    run = Run(lab.folder / "run")
+    sbatch = lab.folder / "bin" / "sbatch"  # tells its caller to stop as soon as the first job is submitted
+    sbatch.parent.mkdir()
+    real = shutil.which("sbatch", path=lab.environment["PATH"])
+    sbatch.write_text(f'#!/bin/sh\n{real} "$@" && case "$1" in --*) ;; *) kill -TERM $PPID ;; esac\n')
+    sbatch.chmod(0o755)
+    words = ["--stage", "all", "--config", lab.config(HELD), "--run", run.folder]
+    path = lab.environment["PATH"]
+    lab.environment["PATH"] = f"{sbatch.parent}:{path}"
+    assert "not all jobs were submitted" in lab.launch(*words, expected=3)
+    assert len(lab.queue()) == len(TASKS)
+    lab.environment["PATH"] = path
+    lab.launch(*words)
+    assert len(lab.queue()) == len(TASKS) + 2 + 1
 
 
 def test_a_dry_run_prints_the_very_scripts_and_touches_nothing(lab: Lab):
