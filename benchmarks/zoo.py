@@ -21,6 +21,7 @@ from hpc_cpd.evaluate.rollouts import evaluate_policy
 from hpc_cpd.run import Run, is_done, read_json
 from hpc_cpd.tasks.episodes import EpisodeResult
 from hpc_cpd.tasks.metaworld import NAMES
+from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.teachers.demonstrations import ScriptedActor
 from hpc_cpd.teachers.policy import ZOO, load_teacher
 from hpc_cpd.teachers.zoo import add_to_zoo
@@ -34,24 +35,33 @@ STARTS = {"scratch": "from scratch", "demonstrations": "warm-started"}
 
 
 def main() -> None:
-    records = {start: _read(DOCS / "teachers" / f"{start}.json") for start in [*STARTS, "scripted"]}
+    records = {start: _read(DOCS / "teachers" / f"{start}.json") for start in [*STARTS, "scripted", "elsewhere"]}
     for folder in sys.argv[1:]:
         run = Run(Path(folder))
         start = run.config().teachers.start
-        for task in TASKS:
+        for task in [task for tasks in run_plan(run) for task in tasks]:
             if is_done(run.teacher(task)):
-                records[start][task] = _record(run, task)
-                _enter(run.teacher(task), records[start][task])
+                kind = start if task in TASKS else "elsewhere"
+                records[kind][task] = _record(run, task)
+                if task in TASKS:
+                    _enter(run.teacher(task), records[start][task])
     for task in TASKS:
         if task not in records["scripted"]:
             records["scripted"][task] = _score(_play(_Scripted(task), task))
             print(f"scripted policy of {task}: {records['scripted'][task]['success']:.2f}", flush=True)
+    order = {task: number for number, task in enumerate(TASKS)}
+    records = {
+        start: dict(sorted(record.items(), key=lambda one: order.get(one[0], len(order))))
+        for start, record in records.items()
+    }
     for start, record in records.items():
         if record:
             _write(DOCS / "teachers" / f"{start}.json", record)
     page = DOCS / "teachers.md"
     page.write_text(_page(records))
     curves(records["scratch"], DOCS / "teachers" / "scratch.png")
+    if records["elsewhere"]:
+        curves(records["elsewhere"], DOCS / "teachers" / "elsewhere.png")
     size = sum(path.stat().st_size for path in ZOO.rglob("*") if path.is_file())
     print(f"{len(list(ZOO.glob('*/*/DONE')))} teachers, {size / 1e6:.1f} MB, in {ZOO}; the table is in {page}")
 
@@ -60,17 +70,19 @@ def _record(run: Run, task: str) -> dict[str, Any]:
     """What a run's teacher cost and reached, with where it comes from."""
     folder = run.teacher(task)
     evaluation, done = read_json(folder / "evaluation.json"), read_json(folder / "DONE")
-    if (evaluation["episodes_per_task"], evaluation["seed"]) != (EPISODES, SEED):
+    if task in TASKS and (evaluation["episodes_per_task"], evaluation["seed"]) != (EPISODES, SEED):
         raise SystemExit(f"{folder} was evaluated on other goals; set evaluation.episodes={EPISODES}")
     origin = read_json(run.provenance_file)
     score = evaluation["tasks"][task]
     return {
         "success": score["successes"] / score["episodes"],
         "steps_to_success": score["mean_steps_to_success"],
+        "mean_return": score["mean_return"],
         "environment_steps": done["environment_steps"],
         "minutes": round(done["seconds"] / 60, 1),
         "curve": [
-            [one["environment_steps"], one["successes"] / one["episodes"]] for one in evaluation["while_training"]
+            [one["environment_steps"], one["successes"] / one["episodes"], round(one["mean_return"], 1)]
+            for one in evaluation["while_training"]
         ],
         "command": f"python -m hpc_cpd.launch {origin['command'].partition(' ')[2]}",
         "seed": origin["seed"],
@@ -165,14 +177,23 @@ def _page(records: dict[str, dict[str, Any]]) -> str:
     if left:
         lines += [
             "",
-            f"Not solved from scratch (below {SOLVED:.2f}), with the success of their evaluations on the way:",
+            f"Not solved from scratch (below {SOLVED:.2f}), with the best success of the evaluations on the way,",
+            "and the mean return of a dozen of them, from the first to the last:",
             "",
         ]
         for task in left:
-            curve = [f"{success:.2f}" for _, success in records["scratch"][task]["curve"]]
-            shown = curve[:: max(1, len(curve) // 12)]
-            lines += [f"- {task.removeprefix('metaworld/')}: {', '.join(shown)}"]
+            _, success, returns = zip(*records["scratch"][task]["curve"], strict=True)
+            shown = [f"{value:.0f}" for value in returns[:: max(1, len(returns) // 12)]]
+            lines += [f"- {task.removeprefix('metaworld/')}: {max(success):.2f}; {', '.join(shown)}"]
     lines += ["", "![success while training from scratch](teachers/scratch.png)", ""]
+    if records["elsewhere"]:
+        lines += ["## Other environments", ""]
+        for task, one in records["elsewhere"].items():
+            lines += [
+                f"- {task}: mean return {one['mean_return']:.0f} of {one['environment_steps'] / 1e6:.1f} M steps, "
+                f"{one['minutes']:.1f} minutes: `{one['command']}`"
+            ]
+        lines += ["", "![learning on other environments](teachers/elsewhere.png)", ""]
     return "\n".join(lines)
 
 
@@ -181,19 +202,22 @@ def _percent(record: dict[str, Any] | None) -> str:
 
 
 def curves(records: dict[str, Any], path: Path) -> None:
-    """One small picture per task: evaluated success against environment steps."""
+    """One small picture per task: evaluated success against environment steps; the return where none succeeded."""
     from matplotlib.figure import Figure
 
-    tasks = [task for task in TASKS if task in records]
-    figure = Figure(figsize=(12, 1.9 * -(-max(len(tasks), 1) // 5)), layout="constrained")
-    axes = figure.subplots(-(-max(len(tasks), 1) // 5), 5, sharex=True, sharey=True, squeeze=False).ravel()
-    for axis in axes[len(tasks) :]:
+    rows = -(-len(records) // 5)
+    figure = Figure(figsize=(2.4 * min(5, max(2, len(records))), 1.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(5, len(records)), squeeze=False).ravel()
+    for axis in axes[len(records) :]:
         axis.set_visible(False)
-    for axis, task in zip(axes, tasks, strict=False):
-        curve = np.array(records[task]["curve"]).reshape(-1, 2)
-        axis.plot(curve[:, 0] / 1e6, curve[:, 1], color="#2563a8")
-        axis.set_title(task.removeprefix("metaworld/"), fontsize=9)
-        axis.set_ylim(-0.04, 1.04)
+    for axis, (task, record) in zip(axes, records.items(), strict=False):
+        steps, success, returns = zip(*record["curve"], strict=True)
+        solved = any(success)
+        axis.plot(np.array(steps) / 1e6, success if solved else returns, color="#2563a8" if solved else "#a85a25")
+        axis.set_title(f"{task.partition('/')[2]}{'' if solved else ': return'}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        if solved:
+            axis.set_ylim(-0.04, 1.04)
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("environment steps (millions)", fontsize=9)
     figure.supylabel("success", fontsize=9)
@@ -206,8 +230,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, records: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    ordered = {task: records[task] for task in TASKS if task in records}
-    path.write_text(json.dumps(ordered, indent=1) + "\n")
+    path.write_text(json.dumps(records, indent=1) + "\n")
 
 
 if __name__ == "__main__":

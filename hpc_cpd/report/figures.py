@@ -170,7 +170,10 @@ def stage_curves(facts: Facts, theme: Theme) -> Figure | None:
 
 
 def teacher_curves(facts: Facts, theme: Theme) -> Figure | None:
-    """Evaluated success of every teacher against its environment steps, one small plot each."""
+    """Evaluated success of every teacher against its environment steps, one small plot each.
+
+    A teacher that never succeeded has the mean return instead, which tells whether it learns at all.
+    """
     curves = {task: _evaluations(lines) for task, lines in facts.teacher_curves().items()}
     curves = {task: points for task, points in curves.items() if points}
     if not any(len(points) > 1 for points in curves.values()):  # a single point is no curve; the table has it
@@ -178,20 +181,23 @@ def teacher_curves(facts: Facts, theme: Theme) -> Figure | None:
     columns = min(5, len(curves))
     rows = -(-len(curves) // columns)
     figure, axes = new_figure(theme, 1.9 * columns + 0.4 if columns > 2 else 6.0, 1.25 * rows + 0.35, rows, columns)
-    last = max(step for points in curves.values() for step, _ in points)
+    last = max(point[0] for points in curves.values() for point in points)
     for ax in axes.flat[len(curves) :]:
         ax.set_visible(False)
     for number, (ax, name, points) in enumerate(
         zip(axes.flat, short_names(list(curves)), curves.values(), strict=False)
     ):
-        steps, success = zip(*points, strict=True)
-        ax.fill_between(steps, success, color=theme.teacher, alpha=0.15, linewidth=0)
-        ax.plot(steps, success, color=theme.teacher, linewidth=1.5, clip_on=False)
-        ax.plot(steps[-1:], success[-1:], "o", color=theme.teacher, markersize=3.6, clip_on=False)
-        ax.set_title(name, fontsize=7 if len(name) > 22 else 8, loc="left", pad=4, color=theme.text)
-        ax.set_ylim(0, 1)
+        steps, success, returns = zip(*points, strict=True)
+        title = f"{name}{'' if any(success) else ': return'}"
+        ax.set_title(title, fontsize=7 if len(title) > 22 else 8, loc="left", pad=4, color=theme.text)
+        if any(success):
+            ax.set_ylim(0, 1)
+            ax.set_yticks([0, 0.5, 1], ["0", "50", "100%"] if number % columns == 0 else ["", "", ""])
+            ax.fill_between(steps, success, color=theme.teacher, alpha=0.15, linewidth=0)
+        values = success if any(success) else returns
+        ax.plot(steps, values, color=theme.teacher, linewidth=1.5, clip_on=False)
+        ax.plot(steps[-1:], values[-1:], "o", color=theme.teacher, markersize=3.6, clip_on=False)
         ax.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-        ax.set_yticks([0, 0.5, 1], ["0", "50", "100%"] if number % columns == 0 else ["", "", ""])
         ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
         ax.set_axisbelow(True)
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -254,12 +260,13 @@ def _stages(facts: Facts) -> list[int]:
     return [number for number, tasks in enumerate(facts.stages, 1) for _ in tasks]
 
 
-def _evaluations(lines: list[Record]) -> list[tuple[float, float]]:
-    """(environment steps, success) of a teacher's evaluations; success of noisy rollouts does not count."""
+def _evaluations(lines: list[Record]) -> list[tuple[float, float, float]]:
+    """(environment steps, success, mean return) of a teacher's evaluations; noisy rollouts do not count."""
+    keys = ("environment_steps", "success", "mean_return")
     return [
-        (float(line["environment_steps"] if "environment_steps" in line else line["step"]), float(line["success"]))
+        (float(line[keys[0]]), float(line[keys[1]]), float(line[keys[2]]))
         for line in lines
-        if line.get("phase", "evaluation") == "evaluation" and isinstance(line.get("success"), int | float)
+        if line.get("phase") == "evaluation" and all(isinstance(line.get(key), int | float) for key in keys)
     ]
 
 

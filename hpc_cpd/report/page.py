@@ -45,7 +45,10 @@ _CAPTIONS = {
         "Learning of the student",
         "Loss per gradient step, faint as logged and bold as a moving average; stages stand side by side.",
     ),
-    "teacher_curves": ("Learning of the teachers", "Success of each teacher over its own training."),
+    "teacher_curves": (
+        "Learning of the teachers",
+        "Success of each teacher over its own training; its mean return where it never succeeded.",
+    ),
 }
 
 

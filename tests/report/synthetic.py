@@ -63,6 +63,7 @@ def synthetic_run(folder: Path, tasks: Any = "MT10", per_stage: int = 5, finishe
                         "environment_steps": 8000 * i,
                         "phase": phase,
                         "success": round(skill * float(s), 2),
+                        "mean_return": 500 * float(s),
                     }
                     for i, s in enumerate(rise)
                     for phase in ("improve", "evaluation")

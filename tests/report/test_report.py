@@ -128,6 +128,20 @@ def test_unfinished_run_has_a_report_that_says_so(make_run: MakeRun, finished: i
     assert len(report["rows"]) == 10 and report["rows"][9]["final"] is None
 
 
+def test_a_teacher_that_never_succeeded_shows_its_return(make_run: MakeRun) -> None:
+    run = make_run("MT10", 5)
+    path = run.teacher(PUSH) / "metrics.jsonl"
+    lines = [{**json.loads(line), "success": 0.0} for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    facts = gather(run)
+    figure = FIGURES["teacher_curves"](facts, LIGHT)
+    assert figure is not None
+    drawn = {ax.get_title(loc="left"): ax.lines[0].get_ydata() for ax in figure.axes if ax.get_visible()}
+    returns = [line["mean_return"] for line in lines if line["phase"] == "evaluation"]
+    assert list(drawn["push-v3: return"]) == returns
+    assert max(drawn["reach-v3"]) <= 1
+
+
 def test_stage_without_done_mark_is_not_read(make_run: MakeRun) -> None:
     run = make_run("MT10", 5)
     (run.stage(2) / DONE).unlink()
