@@ -99,7 +99,7 @@ def _enter(folder: Path, record: dict[str, Any]) -> None:
     task = policy.task_id
     rank = (record["success"], -(record["steps_to_success"] or np.inf))
     if is_done(ZOO / task):
-        there = load_teacher(ZOO / task).provenance["evaluation"]
+        there = load_teacher(ZOO / task).provenance["training"]
         if (there["success"], -(there["steps_to_success"] or np.inf)) >= rank:
             return
     small = {
@@ -190,7 +190,7 @@ def _page(records: dict[str, dict[str, Any]]) -> str:
         lines += ["## Other environments", ""]
         for task, one in records["elsewhere"].items():
             lines += [
-                f"- {task}: mean return {one['mean_return']:.0f} of {one['environment_steps'] / 1e6:.1f} M steps, "
+                f"- {task}: mean return {one['mean_return']:.0f} after {one['environment_steps'] / 1e6:.1f} M steps, "
                 f"{one['minutes']:.1f} minutes: `{one['command']}`"
             ]
         lines += ["", "![learning on other environments](teachers/elsewhere.png)", ""]
@@ -220,7 +220,7 @@ def curves(records: dict[str, Any], path: Path) -> None:
             axis.set_ylim(-0.04, 1.04)
         axis.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("environment steps (millions)", fontsize=9)
-    figure.supylabel("success", fontsize=9)
+    figure.supylabel("success (blue) or mean return (brown)", fontsize=9)
     figure.savefig(path, dpi=100)
 
 

@@ -1,13 +1,15 @@
 """What a launch hands to a real Slurm. The jobs are held, so nothing runs."""
 
 import json
+import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from hpc_cpd.run import Run, mark_done
+from hpc_cpd.run import Run, is_done, mark_done
 from tests.cluster.lab import ROOT, Lab, job_of, merged, settings
 from tests.cluster.slurm_cluster import SlurmCluster
 
@@ -199,3 +201,14 @@ def test_a_caretaker_takes_up_what_lost_what_it_waited_for_and_leaves_what_a_per
     assert f"stage 2: job {unwanted} was cancelled; it is left alone" in log
     assert "stage 1: what it waited for had failed; submitted again" in log
     assert job_of(run, "stage 1") != lost and job_of(run, "stage 2") == unwanted
+
+
+@pytest.mark.parametrize("more", [[], ["--allow-missing"]])
+def test_on_this_machine_too_allow_missing_goes_on_after_a_teacher_without_success(lab: Lab, more: list[str]):
+    run = Run(lab.folder / "run")
+    config = lab.config(merged(settings(["toy/hopeless", "toy/a"]), trajectories={"success_only": True, "episodes": 1}))
+    one_at_a_time = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
+    words = [sys.executable, "-m", "hpc_cpd.launch", "--cluster", "local", "--stage", "teachers", "--config", config]
+    printed = lab.run(*one_at_a_time, *words, "--run", run.folder, *more, expected=None)
+    assert "toy/hopeless never succeeded" in printed
+    assert is_done(run.teacher("toy/a")) == bool(more)

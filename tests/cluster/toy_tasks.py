@@ -1,7 +1,7 @@
 """Tasks that cost nothing to simulate, for tests of what happens around the learning: ``toy/NAME``.
 
 A point is pushed towards a goal. The name says how the task misbehaves: ``broken-*`` raises when it is made,
-``hungry-*`` fills the memory, ``slow-*`` takes its time; any other behaves.
+``hungry-*`` fills the memory, ``slow-*`` takes its time, ``hopeless-*`` never succeeds; any other behaves.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ HORIZON = 25
 class Point:
     num_goals: int | None = None
 
-    def __init__(self, seed: int, slow: bool) -> None:
+    def __init__(self, seed: int, slow: bool, hopeless: bool) -> None:
         self._seed = seed
         self._slow = slow
+        self._reach = 0.0 if hopeless else 0.3
 
     def reset(self, goal_index: int) -> NDArray[Any]:
         self._goal = np.random.default_rng([self._seed, goal_index]).uniform(-1, 1, 2)
@@ -36,7 +37,7 @@ class Point:
         self._place = self._place + 0.2 * action.astype(np.float64)
         self._steps += 1
         distance = float(np.linalg.norm(self._goal - self._place))
-        return Step(self._observation(), -distance, False, self._steps >= HORIZON, distance < 0.3)
+        return Step(self._observation(), -distance, False, self._steps >= HORIZON, distance < self._reach)
 
     def close(self) -> None:
         pass
@@ -47,7 +48,7 @@ class Point:
 
 class Family:
     def names(self) -> list[str]:
-        return ["point", "broken", "hungry", "slow"]
+        return ["point", "broken", "hungry", "slow", "hopeless"]
 
     def describe(self, name: str) -> TaskSpec:
         return TaskSpec(f"toy/{name}", 4, 2, HORIZON, "toy", "toy 1")
@@ -60,7 +61,7 @@ class Family:
             ballast = np.ones(2 * 10**9 // 8)
             time.sleep(30)
             del ballast
-        return [Point(seed, kind == "slow") for _ in range(num)]
+        return [Point(seed, kind == "slow", kind == "hopeless") for _ in range(num)]
 
 
 family = Family()
