@@ -67,8 +67,8 @@ def job_states(jobs: Iterable[str], accounting: bool = False) -> dict[str, JobSt
     """The state of each of `jobs` (``ID`` or ``ID_INDEX``) that Slurm still knows, in one query, or two.
 
     The controller is asked first: it alone knows a job from the moment of its submission. It forgets jobs a while after
-    their end (MinJobAge); those the database is asked about, with `accounting`. It lags behind, and older versions show
-    the waiting elements of an array as one. Raises UserError when Slurm does not answer.
+    their end (MinJobAge); those the database is asked about, with `accounting`, which lags behind. Elements of an array
+    that never began may be told as one, under the array's id. Raises UserError when Slurm does not answer.
     """
     wanted = set(jobs)
     states = _known_to_squeue(wanted)
@@ -79,14 +79,25 @@ def _known_to_squeue(jobs: set[str]) -> dict[str, JobState]:
     # "--states=all" or jobs that have ended are not told; of several unknown ids squeue says nothing, of one it fails
     command = ["squeue", "--noheader", "--array", "--states=all", _ids(jobs), "--format=%i|%T|%r|%N|%L"]
     answer = _ask_or_say(command, but="Invalid job id") if jobs else ""
-    return {job: state for job, state in map(_from_squeue, answer.splitlines()) if job in jobs}
+    return _states_of(jobs, map(_from_squeue, answer.splitlines()))
 
 
 def _known_to_sacct(jobs: set[str]) -> dict[str, JobState]:
     fields = "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed"
     command = ["sacct", "--noheader", "--parsable2", "--allocations", _ids(jobs), fields]
     answer = _ask_or_say(command) if jobs else ""
-    return {job: state for job, state in map(_from_sacct, answer.splitlines()) if job in jobs}
+    return _states_of(jobs, map(_from_sacct, answer.splitlines()))
+
+
+def _states_of(jobs: set[str], told: Iterable[tuple[str, JobState]]) -> dict[str, JobState]:
+    """The state of each of `jobs`: its own, or the one told of all elements of its array that never began.
+
+    squeue calls those ``7`` once they are cancelled, sacct ``7_[0-2]``.
+    """
+    states = dict(told)
+    unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}
+    found = {job: states.get(job) or unbegun.get(job.partition("_")[0]) for job in jobs}
+    return {job: state for job, state in found.items() if state is not None}
 
 
 def _ids(jobs: set[str]) -> str:

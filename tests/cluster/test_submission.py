@@ -203,6 +203,19 @@ def test_a_caretaker_takes_up_what_lost_what_it_waited_for_and_leaves_what_a_per
     assert job_of(run, "stage 1") != lost and job_of(run, "stage 2") == unwanted
 
 
+def test_a_caretaker_leaves_an_array_that_a_person_cancelled_before_it_began(lab: Lab):
+    """Slurm then tells of the array as a whole, and no longer of its elements."""
+    run = Run(lab.folder / "run")
+    lab.launch("--stage", "all", "--config", lab.config(HELD), "--run", run.folder)
+    before = json.loads((run.logs / "submitted.json").read_text())
+    lab.cluster.run("scancel", "--jobname=toy-teachers")
+    lab.wait(lambda: lab.cluster.state(before["caretaker"]) == "COMPLETED", 60, "the end of the caretaker")
+    log = (run.logs / "caretaker.log").read_text()
+    for task in TASKS:
+        assert f"teacher {task}: job {job_of(run, f'teacher {task}')} was cancelled; it is left alone" in log
+    assert json.loads((run.logs / "submitted.json").read_text())["units"] == before["units"]
+
+
 @pytest.mark.parametrize("more", [[], ["--allow-missing"]])
 def test_on_this_machine_too_allow_missing_goes_on_after_a_teacher_without_success(lab: Lab, more: list[str]):
     run = Run(lab.folder / "run")
