@@ -124,7 +124,7 @@ def _settle(arguments: argparse.Namespace) -> Work:
     _require_same_sizes(tasks)
     asked: str = arguments.stage
     if asked == "teachers":
-        return Work(run, config, plan, asked, tasks, [])
+        return Work(run, config, plan, asked, tasks, [], arguments.allow_missing)
     if asked == "all":
         return Work(run, config, plan, asked, tasks, list(range(1, len(plan) + 1)), arguments.allow_missing)
     if not asked.isdecimal() or not 1 <= int(asked) <= len(plan):
