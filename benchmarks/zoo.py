@@ -29,7 +29,7 @@ from hpc_cpd.teachers.zoo import add_to_zoo
 DOCS = Path(__file__).parents[1] / "docs"
 EPISODES, SEED = 50, 10_000
 """The goals on which all are compared: never those they learnt on."""
-SOLVED, WORTH_SHIPPING = 0.90, 0.80
+SOLVED, WARM_AIM, WORTH_SHIPPING = 0.90, 0.85, 0.80
 TASKS = [f"metaworld/{name}" for name in NAMES]
 STARTS = {"scratch": "from scratch", "demonstrations": "warm-started"}
 
@@ -173,6 +173,13 @@ def _page(records: dict[str, dict[str, Any]]) -> str:
             lines += [
                 f"- {words}: {len(found)} tasks, mean success {np.mean(found):.3f}, {solved} at {SOLVED:.2f} or above"
             ]
+    weak = [task for task in TASKS if records["demonstrations"].get(task, {"success": 1.0})["success"] < WARM_AIM]
+    for task in weak:
+        success = ", ".join(f"{one[1]:.2f}" for one in records["demonstrations"][task]["curve"])
+        lines += [
+            f"  - {task.removeprefix('metaworld/')} stays below {WARM_AIM:.2f}: the scripted policy, which "
+            f"demonstrates it, reaches {records['scripted'][task]['success']:.2f}; evaluations on the way: {success}"
+        ]
     left = [task for task in TASKS if records["scratch"].get(task, {"success": 1.0})["success"] < SOLVED]
     if left:
         lines += [
