@@ -71,7 +71,7 @@ def submit_all(work: Work, retry: bool, say: Say, stop: Callable[[], bool]) -> N
         if lost and not (work.allow_missing and all(unit.startswith("teacher ") for unit in lost)):
             say(f"  {plan.script.name}: not submitted, for {', '.join(lost)} will not be done")
             continue
-        _hold_if(stop)
+        _leave_if(stop)
         after = {unit: ledger.units[unit].job for unit in plan.needs if unit in live}
         avoid = sorted({node for unit in plan.units for node in todo[unit].avoid})
         if plan.array is not None:
@@ -80,11 +80,11 @@ def submit_all(work: Work, retry: bool, say: Say, stop: Callable[[], bool]) -> N
         ledger.add({unit: replace(todo[unit], job=one) for unit, one in zip(plan.units, plan.ids(job), strict=True)})
         live |= set(plan.units)
         say(f"  {plan.script.name}: job {job}" + (f", after {', '.join(after)}" if after else ""))
-    _hold_if(stop)
+    _leave_if(stop)
     _submit_caretaker(work, ledger, live, say)
 
 
-def _hold_if(stop: Callable[[], bool]) -> None:
+def _leave_if(stop: Callable[[], bool]) -> None:
     if stop():
         raise StopRequested("not all jobs were submitted; the same command submits the others")
 
