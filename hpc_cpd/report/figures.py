@@ -176,7 +176,7 @@ def teacher_curves(facts: Facts, theme: Theme) -> Figure | None:
     """
     curves = {task: _evaluations(lines) for task, lines in facts.teacher_curves().items()}
     curves = {task: points for task, points in curves.items() if points}
-    if not any(len(points) > 1 for points in curves.values()):  # a single point is no curve; the table has it
+    if not any(len({step for step, *_ in points}) > 1 for points in curves.values()):  # the table has single points
         return None
     columns = min(5, len(curves))
     rows = -(-len(curves) // columns)

@@ -142,6 +142,15 @@ def test_a_teacher_that_never_succeeded_shows_its_return(make_run: MakeRun) -> N
     assert max(drawn["reach-v3"]) <= 1
 
 
+def test_teachers_that_were_never_improved_have_no_curve(make_run: MakeRun) -> None:
+    run = make_run(["metaworld/reach-v3", PUSH], 2)
+    for task in ("metaworld/reach-v3", PUSH):
+        path = run.teacher(task) / "metrics.jsonl"
+        lines = [{**json.loads(line), "environment_steps": 0} for line in path.read_text().splitlines()]
+        path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert FIGURES["teacher_curves"](gather(run), LIGHT) is None
+
+
 def test_stage_without_done_mark_is_not_read(make_run: MakeRun) -> None:
     run = make_run("MT10", 5)
     (run.stage(2) / DONE).unlink()
