@@ -92,7 +92,7 @@ def _known_to_sacct(jobs: set[str]) -> dict[str, JobState]:
 def _states_of(jobs: set[str], told: Iterable[tuple[str, JobState]]) -> dict[str, JobState]:
     """The state of each of `jobs`: its own, or the one told of all elements of its array that never began.
 
-    squeue calls those ``7`` once they are cancelled, sacct ``7_[0-2]``.
+    Once they are cancelled those are called ``7``; while they wait, sacct says ``7_[0-2]``.
     """
     states = dict(told)
     unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}

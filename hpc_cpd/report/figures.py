@@ -264,7 +264,7 @@ def _evaluations(lines: list[Record]) -> list[tuple[float, float, float]]:
     """(environment steps, success, mean return) of a teacher's evaluations; noisy rollouts do not count."""
     keys = ("environment_steps", "success", "mean_return")
     return [
-        (float(line[keys[0]]), float(line[keys[1]]), float(line[keys[2]]))
+        (float(line["environment_steps"]), float(line["success"]), float(line["mean_return"]))
         for line in lines
         if line.get("phase") == "evaluation" and all(isinstance(line.get(key), int | float) for key in keys)
     ]
