@@ -24,6 +24,7 @@ from typing import NoReturn
 
 from hpc_cpd.cluster.attempt import begin_attempt, end_attempt
 from hpc_cpd.cluster.leftovers import remove_leftovers
+from hpc_cpd.cluster.lifelines import hold_lifeline
 from hpc_cpd.cluster.local import PORTS, free_port
 from hpc_cpd.cluster.preemption import StopFlag, Watch, die_with_parent
 from hpc_cpd.cluster.slurm import requeue_this_job, seconds_left, this_job
@@ -253,6 +254,8 @@ def _connect(place: Place) -> Callable[[dict[str, object]], None]:
     if place.launcher is None:
         return lambda message: None
     die_with_parent(place.launcher if "RANK" in os.environ else None)
+    if "HPC_CPD_LIFELINE" in os.environ:
+        hold_lifeline(os.environ["HPC_CPD_LIFELINE"])
     pipe = os.dup(1)
 
     def speak(message: dict[str, object]) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hpc_cpd.cluster.lifelines import Lifelines
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 
@@ -88,7 +89,8 @@ class RunningJob:
         self._order: list[int] = []
         self._position = 0
         self._failed_at: float | None = None
-        self._failed_first: list[int] = []
+        self._lifelines = Lifelines()
+        self._ended: list[int] = []  # process ids, in the order of their ends
         self._killed = False
         self._stop = False
         job.logs.mkdir(parents=True, exist_ok=True)
@@ -102,6 +104,8 @@ class RunningJob:
     def _start(self) -> None:
         job = self.job
         environment = job_environment(job, os.environ)
+        if not job.srun:  # whose ranks may run on other machines
+            environment["HPC_CPD_LIFELINE"] = self._lifelines.address
         worker = [sys.executable, "-m", job.module, *job.arguments]
         if job.srun or (job.mpi and job.ranks > 1):
             starter = job.srun or (find_mpiexec(), "-n", str(job.ranks))
@@ -165,6 +169,7 @@ class RunningJob:
         """The outcome once every rank has ended. A failed rank gives the others a moment, then kills them."""
         for process in self._processes:
             self._listen(process)
+        self._see_ends()
         if self._stop and len(self._ranks) == self.job.ranks:
             self._stop = False
             self._send(signal.SIGUSR1)
@@ -172,17 +177,21 @@ class RunningJob:
         if None not in ended:
             for process in self._processes:
                 self._listen(process)
+            self._see_ends()
             return self._judge()
         said = [code for code, _ in self._said.values()]
         bad = any(code not in (None, EXIT_DONE, EXIT_STOPPED) for code in [*ended, *said])
         if bad and self._failed_at is None:
             self._failed_at = time.monotonic()
-            dead = [process for process in self._processes if process.rank is not None and process.popen.returncode]
-            dead.sort(key=lambda process: process.popen.returncode > 0)  # killed ranks first: they drag others down
-            self._failed_first = [process.rank for process in dead if process.rank is not None]
         if self._failed_at is not None and time.monotonic() - self._failed_at > GRACE_SECONDS and not self._killed:
             self.kill()
         return None
+
+    def _see_ends(self) -> None:
+        self._ended += self._lifelines.ended()
+        for process in self._processes:  # a rank may end before it holds a lifeline
+            if process.popen.poll() is not None and process.popen.pid not in self._ended:
+                self._ended.append(process.popen.pid)
 
     def _listen(self, process: _Process) -> None:
         assert process.popen.stdout is not None
@@ -224,13 +233,11 @@ class RunningJob:
         """Which rank failed first, how, and the last lines of its log."""
         silent = [rank for rank in range(self.job.ranks) if rank not in self._said]
         faulty = [rank for rank in self._order if self._said[rank][0] == EXIT_FAULT]
-        if not self._failed_first and not self._killed:
-            self._failed_first = [rank for rank in silent if codes.get(rank, 0) < 0]
-        first = [rank for rank in self._failed_first if rank in silent]
         other = [line for process in self._processes for line in process.other]
-        named = [rank for rank, pid in self._ranks.items() if any(f" PID {pid} " in line for line in other)]
+        ranks = {pid: rank for rank, pid in self._ranks.items()} | {p.popen.pid: p.rank for p in self._processes}
         # a rank that was killed tells nothing; the others then fail because it is gone
-        rank = next(iter([*first, *(named if set(named) & set(silent) else []), *faulty, *silent]), 0)
+        first = [rank for rank in map(ranks.get, self._ended) if rank in silent or rank in faulty]
+        rank = next(iter([*first, *faulty, *silent]), 0)
         code = codes.get(rank, codes.get(None, 1))
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
         if rank in silent and None in codes:
