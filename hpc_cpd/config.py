@@ -172,6 +172,9 @@ class DistillSettings(Settings):
         description="share of the replayed rows that ask for what the student before this stage did: new "
         "observations, the vector of an old task",
     )
+    patience_seconds: float = Field(
+        45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE
+    )
     freeze_shared: bool = Field(True, description="false: shared layers go on learning after stage 1 (ablation)")
     penalty: Literal["none", "l2", "ewc", "online_ewc"] = Field("none", description="baseline: weight regulariser")
     penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")

@@ -40,6 +40,14 @@ class LockLost(Exception):
     """
 
 
+class RankLost(Exception):
+    """Ranks of this job no longer answer. The message names them; `ranks` are their numbers."""
+
+    def __init__(self, sentence: str, ranks: list[int]) -> None:
+        super().__init__(sentence)
+        self.ranks = ranks
+
+
 def disk_error_sentence(error: BaseException) -> str | None:
     """Return one sentence when `error` says that the disk refused a write, else None.
 
@@ -69,6 +77,9 @@ def run_command(main: Callable[[], int | None]) -> int:
         return EXIT_STOPPED
     except LockLost as lost:
         print(f"taken over: {lost}", file=sys.stderr, flush=True)
+        return EXIT_FAULT
+    except RankLost as lost:
+        print(f"lost: {lost}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     except Exception as error:
         sentence = disk_error_sentence(error)

@@ -33,6 +33,7 @@ from hpc_cpd.errors import (
     EXIT_FAULT,
     EXIT_STOPPED,
     LockLost,
+    RankLost,
     StopRequested,
     UserError,
     disk_error_sentence,
@@ -174,10 +175,11 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
     flag = StopFlag().install()
     speak = _connect(place)
     sentence = ""
+    lost: list[int] = []
     may_requeue = False
 
     def guarded() -> None:
-        nonlocal sentence, may_requeue
+        nonlocal sentence, lost, may_requeue
         try:
             _redirect(place)
             stop: Stop = flag
@@ -195,6 +197,9 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
         except (UserError, StopRequested, LockLost) as error:
             sentence = str(error)
             raise
+        except RankLost as error:
+            sentence, lost = str(error), error.ranks
+            raise
         except Exception as error:
             sentence = disk_error_sentence(error) or f"{type(error).__name__}: {error}"
             raise
@@ -211,7 +216,7 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
     if unit is not None and (place.rank == 0 or code not in (EXIT_DONE, EXIT_STOPPED)):
         with suppress(OSError, UserError):  # news only
             end_attempt(unit.folder, _log_of(place, unit.run), code, sentence)
-    speak({"outcome": code, "rank": place.rank, "sentence": sentence[:2000]})
+    speak({"outcome": code, "rank": place.rank, "sentence": sentence[:2000], "lost": lost})
     if code == EXIT_STOPPED and place.own_job:
         _leave_mpi()  # requeueing kills what is left of this job
         if place.rank == 0 and may_requeue and unit is not None and not unit.run.stop_file.exists():

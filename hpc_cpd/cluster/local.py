@@ -91,6 +91,7 @@ class RunningJob:
         self._failed_at: float | None = None
         self._lifelines = Lifelines()
         self._ended: list[int] = []  # process ids, in the order of their ends
+        self._missed: set[int] = set()  # ranks of which the others said that they no longer answer
         self._killed = False
         self._stop = False
         job.logs.mkdir(parents=True, exist_ok=True)
@@ -212,6 +213,7 @@ class RunningJob:
                 self._ranks[rank] = message["pid"]
             if "outcome" in message:
                 self._said[rank] = (message["outcome"], message["sentence"])
+                self._missed.update(message["lost"])
                 self._order.append(rank)
 
     def _judge(self) -> Outcome:
@@ -237,10 +239,13 @@ class RunningJob:
         ranks = {pid: rank for rank, pid in self._ranks.items()} | {p.popen.pid: p.rank for p in self._processes}
         # a rank that was killed tells nothing; the others then fail because it is gone
         first = [rank for rank in map(ranks.get, self._ended) if rank in silent or rank in faulty]
-        rank = next(iter([*first, *faulty, *silent]), 0)
+        missed = [rank for rank in silent if rank in self._missed and first[:1] != [rank]]
+        rank = next(iter([*missed, *first, *faulty, *silent]), 0)
         code = codes.get(rank, codes.get(None, 1))
         how = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
-        if rank in silent and None in codes:
+        if missed:  # and ended here, by our hand
+            how = "no longer answered the others"
+        elif rank in silent and None in codes:
             how = f"died ({'srun' if self.job.srun else 'mpiexec'} ended with code {codes[None]})"
         log = self.job.logs / f"rank-{rank}.log"
         try:

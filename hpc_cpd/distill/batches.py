@@ -85,6 +85,16 @@ class StageBatches:
         )
         return Batch(observations, teacher_mean, valid, task_vectors, is_new, is_new, sum(self.rows) + self.anchored)
 
+    def origins(self, phase: int, step: int, rank: int, world_size: int) -> list[str]:
+        """Where each row of `batch` was recorded, for a message."""
+        rng = np.random.default_rng([*self.seed, phase, step])
+        drawn = [
+            (store, store.draw_windows(rows, rng, balance_tasks=True))
+            for store, rows in zip([*self.sources, self.sources[0]], [*self.rows, self.anchored], strict=True)
+            if rows
+        ]
+        return [store.describe_step(first) for store, windows in drawn for first in windows[rank::world_size]]
+
     def _anchors(
         self, past: StudentPolicy, old_vectors: np.ndarray, rng: np.random.Generator, rank: int, world_size: int
     ) -> tuple[np.ndarray, ...]:

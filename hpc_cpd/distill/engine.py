@@ -98,11 +98,6 @@ class PhaseEngine:
             },
         )[0]
         self.world_size = torch.distributed.get_world_size()
-        # DeepSpeed makes its sub-groups with half an hour of patience; a lost peer must be noticed sooner.
-        from torch.distributed import distributed_c10d
-
-        for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS), group)
 
     def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(actions [B, L, act], load-balancing loss, gate probabilities [B, L, E])."""
@@ -112,10 +107,13 @@ class PhaseEngine:
     def step(self, loss: Tensor, step: int) -> float:
         """One update from this rank's share of the loss; returns the global gradient norm before clipping.
 
-        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients.
+        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients. Raises
+        FloatingPointError on every rank, before the update, when the gradient is not finite.
         """
         self.engine.backward(loss)
         norm = self._clip()
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the gradient is {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, self.total_steps)
         self.engine.step()

@@ -12,14 +12,15 @@ from torch import Tensor
 
 from hpc_cpd.config import Config
 from hpc_cpd.distill.batches import Batch, StageBatches
-from hpc_cpd.distill.engine import PhaseEngine, all_ranks_max, device_of_rank
+from hpc_cpd.distill.engine import COLLECTIVE_TIMEOUT_SECONDS, PhaseEngine, all_ranks_max, device_of_rank
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.distill.phases import Phase, freeze, phases_of
+from hpc_cpd.distill.rollcall import naming_lost_ranks, patience
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue
-from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint, together
+from hpc_cpd.student.checkpoint import gather, gather_state, load_checkpoint, save_checkpoint, together
 from hpc_cpd.student.transformer import Student, StudentShape
 
 LOG_EVERY_STEPS = 50
@@ -127,28 +128,54 @@ def _run_phase(
     save: _Saver,
     name: str,
 ) -> None:
-    rank, world_size = torch.distributed.get_rank(), engine.world_size
-    settings = config.distill
-    lift = phase.gate_learns  # new experts must be given tokens while the gate still learns to choose them
     progress = Progress(name, enabled=metrics is not None)
     for step in range(start, phase.steps):
-        save.if_due(phase.number, step)
-        batch = batches.batch(phase.number, step, rank, world_size)
-        if not lift:
-            batch = batch.without_lift()
-        loss, errors, balance = batch_loss(engine, batch, settings.load_balancing_coefficient)
-        if penalty is not None:
-            loss = loss + settings.penalty_coefficient * penalty.loss(engine.student)
+        # the first step may have to wait for a rank that begins late
+        seconds = COLLECTIVE_TIMEOUT_SECONDS if step == start else config.distill.patience_seconds
+        with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), patience(seconds):
+            save.if_due(phase.number, step)
+            norm, record = _step(engine, phase, step, config, batches, penalty, name)
+        if record is not None and metrics is not None:
+            metrics.append(offset + step + 1, phase=phase.number, gradient_norm=norm, **record)
+            progress.update(
+                f"phase {phase.number} step {step + 1}/{phase.steps} loss {record['loss']:.5f}",
+                last=step + 1 == phase.steps,
+                step=step + 1,
+            )
+
+
+def _step(
+    engine: PhaseEngine,
+    phase: Phase,
+    step: int,
+    config: Config,
+    batches: StageBatches,
+    penalty: Penalty | None,
+    name: str,
+) -> tuple[float, dict[str, float | None] | None]:
+    """One gradient step: the gradient's norm, and every so often what is to be logged."""
+    rank, settings = torch.distributed.get_rank(), config.distill
+    batch = batches.batch(phase.number, step, rank, engine.world_size)
+    if not phase.gate_learns:  # new experts must be given tokens only while the gate still learns to choose them
+        batch = batch.without_lift()
+    loss, errors, balance = batch_loss(engine, batch, settings.load_balancing_coefficient)
+    if penalty is not None:
+        loss = loss + settings.penalty_coefficient * penalty.loss(engine.student)
+    try:
         norm = engine.step(loss, step)
-        if (step + 1) % LOG_EVERY_STEPS == 0 or step + 1 == phase.steps:
-            record = _record(errors, balance, batch, world_size)
-            if metrics is not None:
-                metrics.append(offset + step + 1, phase=phase.number, gradient_norm=norm, **record)
-                progress.update(
-                    f"phase {phase.number} step {step + 1}/{phase.steps} loss {record['loss']:.5f}",
-                    last=step + 1 == phase.steps,
-                    step=step + 1,
-                )
+    except FloatingPointError as error:
+        rows = (~errors.isfinite().all(dim=1)).nonzero().flatten().tolist()
+        wrong = gather([batches.origins(phase.number, step, rank, engine.world_size)[row] for row in rows])
+        named = [origin for part in wrong for origin in part]
+        raise UserError(
+            f"{name} phase {phase.number} step {step + 1}: {error}, so the step was not made; the last checkpoint "
+            f"stands. The loss is not finite in {len(named)} of the batch's {batch.global_valid} rows"
+            f"{': ' * bool(named)}{', '.join(named[:3])}{' ...' * (len(named) > 3)}. If 'hpc-cpd verify RUN' finds the "
+            "data good, begin another run with a smaller distill.learning_rate"
+        ) from None
+    if (step + 1) % LOG_EVERY_STEPS and step + 1 < phase.steps:
+        return norm, None
+    return norm, _record(errors, balance, batch, engine.world_size)
 
 
 def _record(errors: Tensor, balance: Tensor, batch: Batch, world_size: int) -> dict[str, float | None]:
@@ -197,8 +224,9 @@ class _Saver:
     def write(self, phase: int, step: int, optimizer: torch.optim.AdamW | None) -> None:
         """Publish one checkpoint (a collective) and drop the older ones."""
         target = self.folder / f"phase-{phase}-step-{step:08d}"
-        if together(lambda: not target.exists(), on=0):
-            save_checkpoint(target, self.engine.student, optimizer, {"phase": phase, "step": step})
+        with patience(COLLECTIVE_TIMEOUT_SECONDS):  # a shared disk may be slow
+            if together(lambda: not target.exists(), on=0):
+                save_checkpoint(target, self.engine.student, optimizer, {"phase": phase, "step": step})
         if self.first_rank:
             for old in self.folder.glob("phase-*-step-*"):
                 if position_of(old) < (phase, step):

@@ -48,7 +48,7 @@ def save_checkpoint(
     with ExitStack() as stack:
         temporary = Path(together(lambda: str(stack.enter_context(atomic_folder(folder))), on=0))
         mine = together(lambda: _write_tensors(temporary, _files_of(student, optimizer)))
-        hashes = {name: digest for part in _all_gather(mine) for name, digest in part.items()}
+        hashes = {name: digest for part in gather(mine) for name, digest in part.items()}
         index = {
             "schema_version": CHECKPOINT_SCHEMA_VERSION,
             "shape": student.shape.as_json(),
@@ -74,7 +74,7 @@ def gather_state(student: Student) -> dict[str, Tensor]:
     state = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
     if student.expert_parallel_size == 1:
         return dict(sorted(state.items()))
-    layout = _all_gather([(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None])
+    layout = gather([(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None])
     device = next(student.parameters()).device
     for owner in range(student.expert_parallel_size):
         names = layout[owner]
@@ -105,7 +105,7 @@ def together(work: Callable[[], Result], on: int | None = None) -> Result:
             result = work()
         except Exception as error:
             failure = error
-    outcomes = _all_gather((result if on is not None else None, _describe(failure)))
+    outcomes: list[tuple[Any, Any]] = gather((result if on is not None else None, _describe(failure)))
     if failure is not None:
         raise failure
     for rank, (_, failed) in enumerate(outcomes):
@@ -132,7 +132,8 @@ def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _all_gather(value: Any) -> list[Any]:
+def gather(value: Result) -> list[Result]:
+    """Every rank's `value`, on every rank."""
     if not _distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()

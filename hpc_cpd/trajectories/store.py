@@ -92,6 +92,11 @@ class TrajectoryStore:
         task = self.task_ids.index(task_id)
         return slice(int(self._task_starts[task]), int(self._task_starts[task + 1]))
 
+    def describe_step(self, step: int) -> str:
+        """The task, episode and step of the episode that row `step` of the arrays is."""
+        span = self.episodes[int(np.searchsorted(self._episode_starts, step, side="right")) - 1]
+        return f"{self.task_ids[span.task]} episode {span.index} step {step - span.start}"
+
     def episode(self, number: int) -> Episode:
         """Episode `number` of `episodes`; its arrays are views."""
         span = self.episodes[number]

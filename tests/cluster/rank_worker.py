@@ -3,7 +3,7 @@
     python -m tests.cluster.rank_worker ACT FOLDER [mpi]
 
 ACT: done, wait (until asked to stop), mistake-R, mistake-all, fault-R, killed-R: what rank R does after a moment,
-while the other ranks go on waiting.
+while the other ranks go on waiting. stopped-R: it stops, and rank 0 says so.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.errors import StopRequested, UserError
+from hpc_cpd.errors import RankLost, StopRequested, UserError
 from hpc_cpd.worker import find_place, run_rank
 
 
@@ -46,7 +46,9 @@ def main() -> NoReturn:
                     raise UserError(f"the file of rank {place.rank} is missing; make it")
                 if what == "fault":
                     raise RuntimeError("an invariant was broken")
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
+            if what == "stopped" and step == 10:
+                raise RankLost(f"rank {who} of {place.size} no longer answers", [int(who)])
             if what == "done" and step == 5:
                 return
             if agree(stop()):

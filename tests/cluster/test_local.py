@@ -109,6 +109,14 @@ def test_a_killed_rank_ends_the_job_within_seconds_and_is_named(tmp_path, mpi, r
     assert not alive(tmp_path)
 
 
+def test_a_rank_that_no_longer_answers_is_ended_and_named(tmp_path):
+    launcher = start("stopped-1", tmp_path, [])
+    _, errors = launcher.communicate(timeout=90)
+    assert launcher.returncode == 1
+    assert "rank 1 of 2 no longer answered the others" in errors and "rank-1.log" in errors
+    assert not alive(tmp_path)
+
+
 @pytest.mark.parametrize("mpi", KINDS)
 def test_a_rank_with_a_traceback_is_named_and_its_last_lines_are_shown(tmp_path, mpi):
     launcher = start("fault-1", tmp_path, mpi)

@@ -178,10 +178,15 @@ def test_a_student_killed_at_any_moment_ends_with_the_same_bits(undisturbed: Run
         assert student_hash(run, stage) == student_hash(undisturbed, stage)
 
 
-def test_a_stage_stopped_on_two_ranks_goes_on_on_one(undisturbed: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 3, 4])
+def test_a_stage_stopped_on_two_ranks_goes_on_on_another_number(undisturbed: Run, tmp_path: Path, ranks: int) -> None:
     run = copy_of(undisturbed, tmp_path, 2)
     finish(start_ranks(2, run.folder, 2, 20), expected=3)
-    finish(start_ranks(1, run.folder, 2))
+    finish(start_ranks(ranks, run.folder, 2))
+    losses, wanted = (read_metrics(r.stage(2) / "metrics.jsonl") for r in (run, undisturbed))
+    assert len(losses) == len(wanted) == 2
+    for key in ("loss", "new_loss", "replay_loss", "load_balancing_loss"):
+        assert [line[key] for line in losses] == pytest.approx([line[key] for line in wanted], rel=0, abs=1e-5)
     ours, theirs = (state_of(r.stage(2) / "student") for r in (run, undisturbed))
     start = state_of(run.stage(2) / "start")
     for name in ours:
