@@ -156,6 +156,13 @@ class DistillSettings(Settings):
     expert_parallel_size: int = Field(
         0, ge=0, description="ranks that share one set of experts; 0: all of them", json_schema_extra=RESUMABLE
     )
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=2,
+        description="ZeRO: 1 shares the optimiser's state over the ranks, 2 the gradients too (memory, not speed)",
+        json_schema_extra=RESUMABLE,
+    )
     batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
     phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
     phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and all experts learning")

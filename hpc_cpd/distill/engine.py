@@ -1,8 +1,7 @@
 """DeepSpeed: starting the ranks, and one training engine per phase.
 
-DeepSpeed's engine, gradient averaging and expert-parallel groups are used as they are; the mixture
-layer and the checkpoints are ours (`hpc_cpd.student`). ZeRO stage 0 in float32: the engine then steps the
-plain AdamW it is given, so the optimiser's state can be saved one tensor per parameter.
+DeepSpeed's engine, gradient averaging, ZeRO (stages 0 to 2, float32) and expert-parallel groups are used as they are;
+the mixture layer and the checkpoints are ours (`hpc_cpd.student`).
 """
 
 from __future__ import annotations
@@ -19,10 +18,13 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.config import DistillSettings
+from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.errors import StopRequested
+from hpc_cpd.student.checkpoint import Moments
 from hpc_cpd.student.transformer import Student
 
 COLLECTIVE_TIMEOUT_SECONDS = 300.0
+BUCKET = 5_000_000  # numbers that ZeRO reduces at once; DeepSpeed's own default holds 2 GB
 
 
 def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tuple[int, int]:
@@ -93,10 +95,12 @@ class PhaseEngine:
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": 0},
+                "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET},
+                "gradient_clipping": settings.max_gradient_norm if settings.zero_stage else 0.0,
                 "steps_per_print": 10**9,
             },
         )[0]
+        self._zero = self.engine.optimizer if settings.zero_stage else None
         self.world_size = torch.distributed.get_world_size()
 
     def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,18 +115,29 @@ class PhaseEngine:
         FloatingPointError on every rank, before the update, when the gradient is not finite.
         """
         self.engine.backward(loss)
-        norm = self._clip()
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"the norm of the gradient is {norm}")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, self.total_steps)
-        self.engine.step()
+        norm = self._clip() if self._zero is None else math.nan
+        if self._zero is not None or math.isfinite(norm):
+            self.engine.step()  # under ZeRO it clips, and leaves out a step that is not finite
+        if self._zero is not None:
+            norm = float(self.engine.get_global_grad_norm())
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the gradient is {norm}")
         return norm
+
+    def moments(self) -> Moments:
+        """What a checkpoint keeps of AdamW (a collective under ZeRO)."""
+        return read_moments(self.student, self.optimizer, self._zero)
+
+    def restore(self, moments: Moments) -> None:
+        """Go on with the moments of a checkpoint. The student's weights must be loaded before the engine is built."""
+        write_moments(self.student, self.optimizer, moments, self._zero)
 
     def close(self) -> None:
         """Free the engine and its hooks before the next phase builds another."""
         self.engine.destroy()
-        del self.engine, self.optimizer
+        del self.engine, self.optimizer, self._zero
         gc.collect()
 
     def _clip(self) -> float:

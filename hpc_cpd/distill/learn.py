@@ -67,17 +67,18 @@ def learn_stage(
         if phase.number >= reached[0]:
             student = build_student(beginning, config)
             student.load_canonical(state)
+            start, moments = 0, None
+            if newest is not None and phase.number == reached[0]:
+                start, moments = reached[1], load_checkpoint(newest, student)[1]
             freeze(student, phase, beginning.new_experts)
             engine = PhaseEngine(student, config.distill, phase.steps)
-            start = 0
-            if newest is not None and phase.number == reached[0]:
-                load_checkpoint(newest, student, engine.optimizer if reached[1] else None)
-                start = reached[1]
+            if moments is not None:
+                engine.restore(moments)
             save = _Saver(checkpoints, engine, SaveDue(run, config.checkpoint_every_seconds), stop)
             _run_phase(engine, phase, start, done, config, batches, penalty, metrics, save, f"stage {stage}")
             state = gather_state(student)
             if phase is not phases[-1]:
-                save.write(phase.number + 1, 0, None)
+                save.write(phase.number + 1, 0)
             engine.close()
         done += phase.steps
     return dict(state)
@@ -217,16 +218,17 @@ class _Saver:
         due = self.first_rank and self.due()
         stopping, saving = all_ranks_max([float(self.stop()), float(due)])
         if stopping or saving:
-            self.write(phase, step, self.engine.optimizer if step else None)
+            self.write(phase, step)
         if stopping:
             raise StopRequested(f"all ranks saved {self.folder} at phase {phase} step {step}; run it again to go on")
 
-    def write(self, phase: int, step: int, optimizer: torch.optim.AdamW | None) -> None:
-        """Publish one checkpoint (a collective) and drop the older ones."""
+    def write(self, phase: int, step: int) -> None:
+        """Publish one checkpoint (a collective) and drop the older ones. A phase begins without moments."""
         target = self.folder / f"phase-{phase}-step-{step:08d}"
         with patience(COLLECTIVE_TIMEOUT_SECONDS):  # a shared disk may be slow
             if together(lambda: not target.exists(), on=0):
-                save_checkpoint(target, self.engine.student, optimizer, {"phase": phase, "step": step})
+                moments = self.engine.moments() if step else {}
+                save_checkpoint(target, self.engine.student, moments, {"phase": phase, "step": step})
         if self.first_rank:
             for old in self.folder.glob("phase-*-step-*"):
                 if position_of(old) < (phase, step):

@@ -30,7 +30,9 @@ from hpc_cpd.student.transformer import Student, StudentShape, expert_of
 CHECKPOINT_SCHEMA_VERSION = 1
 DENSE_FILE = "dense.safetensors"
 INDEX_FILE = "index.json"
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+Moments = Mapping[str, Mapping[str, Tensor]]
+"""Parameter name -> MOMENTS: AdamW's state of the parameters that this rank holds and that learn."""
 
 Result = TypeVar("Result")
 
@@ -38,16 +40,16 @@ Result = TypeVar("Result")
 def save_checkpoint(
     folder: Path,
     student: Student,
-    optimizer: torch.optim.Optimizer | None,
+    moments: Moments,
     position: Mapping[str, Any],
 ) -> None:
-    """Publish `student`, the state of `optimizer` (AdamW) and `position` (plain JSON) as `folder`. A collective.
+    """Publish `student`, its optimiser's `moments` and `position` (plain JSON) as `folder`. A collective.
 
     `folder` appears whole or not at all. When any rank cannot write, every rank raises.
     """
     with ExitStack() as stack:
         temporary = Path(together(lambda: str(stack.enter_context(atomic_folder(folder))), on=0))
-        mine = together(lambda: _write_tensors(temporary, _files_of(student, optimizer)))
+        mine = together(lambda: _write_tensors(temporary, _files_of(student, moments)))
         hashes = {name: digest for part in gather(mine) for name, digest in part.items()}
         index = {
             "schema_version": CHECKPOINT_SCHEMA_VERSION,
@@ -60,13 +62,12 @@ def save_checkpoint(
         together(stack.pop_all().close, on=0)  # rank 0 fsyncs and renames; the others see it published
 
 
-def load_checkpoint(folder: Path, student: Student, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
-    """Load into `student`, on any number of ranks, and return the position. A collective.
+def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Moments]:
+    """Load into `student`, on any number of ranks, and return the position and the moments. A collective.
 
-    `optimizer` (a plain AdamW over the student's trainable parameters) receives the saved state. Raises UserError on
-    every rank when the checkpoint is damaged, has another schema, or holds another student.
+    Raises UserError on every rank when the checkpoint is damaged, has another schema, or holds another student.
     """
-    return together(lambda: _load(folder, student, optimizer))
+    return together(lambda: _load(folder, student))
 
 
 def gather_state(student: Student) -> dict[str, Tensor]:
@@ -146,10 +147,9 @@ def _file_of(name: str) -> str:
     return DENSE_FILE if expert is None else f"expert-{expert:04d}.safetensors"
 
 
-def _files_of(student: Student, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Tensor]]:
+def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]]:
     """What this rank has to write: dense things on rank 0, experts in the first group that holds them."""
     rank = dist.get_rank() if _distributed() else 0
-    parameters = dict(student.named_parameters())
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in student.state_dict().items():
         spread = expert_of(name) is not None
@@ -157,10 +157,7 @@ def _files_of(student: Student, optimizer: torch.optim.Optimizer | None) -> dict
             continue
         file = files.setdefault(_file_of(name), {})
         file[name] = tensor
-        moments = optimizer.state.get(parameters[name], {}) if optimizer is not None and name in parameters else {}
-        for moment in _MOMENTS:
-            if moment in moments:
-                file[f"{name}|{moment}"] = moments[moment]
+        file |= {f"{name}|{moment}": value for moment, value in moments.get(name, {}).items()}
     return files
 
 
@@ -213,7 +210,7 @@ def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
         raise UserError(damaged % error) from None
 
 
-def _load(folder: Path, student: Student, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments]:
     index = _read_index(folder)
     for what, saved, wanted in (
         ("shape", index["shape"], student.shape.as_json()),
@@ -228,22 +225,15 @@ def _load(folder: Path, student: Student, optimizer: torch.optim.Optimizer | Non
         student.load_canonical(tensors)
     except ValueError as error:
         raise UserError(f"{folder} does not hold this student: {error}") from None
-    if optimizer is not None:
-        names = {parameter: name for name, parameter in student.named_parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                saved = {
-                    m: tensors[f"{names[parameter]}|{m}"] for m in _MOMENTS if f"{names[parameter]}|{m}" in tensors
-                }
-                if saved:
-                    # AdamW keeps its step count on the CPU
-                    optimizer.state[parameter] = {
-                        m: tensor if m == "step" else tensor.to(parameter) for m, tensor in saved.items()
-                    }
+    moments = {
+        name: {moment: tensors[f"{name}|{moment}"] for moment in MOMENTS}
+        for name, _ in student.named_parameters()
+        if f"{name}|{MOMENTS[0]}" in tensors
+    }
     position = index["position"]
     if not isinstance(position, dict):
         raise UserError(f"{folder / INDEX_FILE} is damaged: its position is not an object; delete the checkpoint")
-    return position
+    return position, moments
 
 
 def shape_from_json(values: Mapping[str, Any], path: Path) -> StudentShape:

@@ -52,8 +52,12 @@ def test_a_lost_rank_ends_the_job_within_a_minute_by_default() -> None:
     assert DistillSettings().patience_seconds + ROLL_CALL_SECONDS + GRACE_SECONDS < 60
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_and_names_its_rows(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", "distill.learning_rate=1e30", "checkpoint_every_seconds=0.001")
+@pytest.mark.parametrize("zero", [0, 1])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step_and_names_its_rows(
+    tmp_path: Path, zero: int
+) -> None:
+    words = ["distill.learning_rate=1e30", f"distill.zero_stage={zero}", "checkpoint_every_seconds=0.001"]
+    run = make_run(tmp_path / "run", *words)
     output = finish(start_ranks(2, run.folder, 1), expected=2)
     assert "stage 1 phase 1 step " in output and "the step was not made; the last checkpoint stands" in output
     assert "not finite in 32 of the batch's 32 rows: metaworld/" in output and " episode " in output

@@ -130,13 +130,13 @@ def test_growth_leaves_actions_on_old_tasks_as_they_were(undisturbed: Run) -> No
         assert abs(before - after).max() <= 1e-2 * abs(before).max()
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(1, 1), (2, 1)])
-def test_number_of_ranks_and_expert_parallel_size_do_not_change_the_student(
-    undisturbed: Run, tmp_path: Path, ranks: int, parallel: int
+@pytest.mark.parametrize(("ranks", "parallel", "zero"), [(1, 1, 0), (2, 1, 0), (2, 2, 1), (2, 1, 2)])
+def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
+    undisturbed: Run, tmp_path: Path, ranks: int, parallel: int, zero: int
 ) -> None:
     """50 steps from the same start, equal up to float rounding."""
     run = copy_of(undisturbed, tmp_path, 2)
-    text = run.config_file.read_text()
+    text = run.config_file.read_text().replace("zero_stage: 0", f"zero_stage: {zero}")
     run.config_file.write_text(text.replace("expert_parallel_size: 0", f"expert_parallel_size: {parallel}"))
     finish(start_ranks(ranks, run.folder, 2))
     ours, theirs = (state_of(r.stage(2) / "student") for r in (run, undisturbed))

@@ -13,6 +13,7 @@ import torch
 from torch import distributed as dist
 
 from hpc_cpd.distill.engine import finish_distributed, start_distributed
+from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint
 from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
@@ -26,8 +27,9 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    shape = small_shape(wish["top_k"])
+    shape, stage = small_shape(wish["top_k"]), wish.get("zero", 0)
     student = make_student(shape, EXPERTS, wish["expert_parallel_size"])
+    position, moments = load_checkpoint(Path(wish["load"]), student) if wish.get("load") else ({"step": 0}, {})
     for _, parameter in [*student.shared_parameters(), *student.expert_parameters([0])]:
         parameter.requires_grad_(not wish.get("frozen", True))
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -38,13 +40,19 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     engine = deepspeed.initialize(
         model=student,
         optimizer=optimizer,
-        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9},
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 10_000},
+            "steps_per_print": 10**9,
+        },
     )[0]
-    start = load_checkpoint(Path(wish["load"]), student, optimizer)["step"] if wish.get("load") else 0
+    zero = engine.optimizer if stage else None
+    write_moments(student, optimizer, moments, zero)
     losses = []
-    for step in range(start, wish["steps"]):
+    for step in range(position["step"], wish["steps"]):
         if wish.get("save") and step == wish["save_at"]:
-            save_checkpoint(Path(wish["save"]), student, optimizer, {"step": step, "phase": 1})
+            found = read_moments(student, optimizer, zero)
+            save_checkpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1})
         observations, tasks, valid, lift, target = make_batch(WINDOWS + step, shape.history, shape)
         own = slice(rank * len(valid) // world_size, (rank + 1) * len(valid) // world_size)
         actions, balance, _ = engine(observations[own], tasks[own], valid[own], lift[own])
@@ -70,9 +78,9 @@ def fail_on_last_rank(wish: dict[str, Any]) -> list[Any]:
     raised: tuple[str, int | None, str] | None = None
     try:
         if wish["mode"] == "full disk":
-            save_checkpoint(Path(wish["save"]), student, None, {"step": 0})
+            save_checkpoint(Path(wish["save"]), student, {}, {"step": 0})
         else:
-            load_checkpoint(Path(wish["load"]), student, None)
+            load_checkpoint(Path(wish["load"]), student)
     except Exception as error:
         raised = (type(error).__name__, getattr(error, "errno", None), str(error))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

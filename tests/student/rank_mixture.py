@@ -60,7 +60,11 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     engine = deepspeed.initialize(
         model=student,
         optimizer=torch.optim.AdamW([group for group in groups if group["params"]]),
-        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 0}, "steps_per_print": 10**9},
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": case.get("zero", 0), "reduce_bucket_size": 10_000},
+            "steps_per_print": 10**9,
+        },
     )[0]
     own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
     actions, balance, _ = engine(
@@ -76,16 +80,17 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     worst["balance"] = abs(float(mean_balance) / world_size - float(expected_balance.detach()))
     reference = dict(whole.named_parameters())
     for name, parameter in student.named_parameters():
-        if name == "mixture.anchor":
-            worst["anchor"] = float(parameter.grad.abs().max())
-            continue
-        kind = "expert" if expert_of(name) is not None else "gate" if "gate" in name else "shared"
         if not parameter.requires_grad:
             worst["frozen"] = max(worst["frozen"], float(parameter.grad is not None))
             continue
+        gradient = parameter.get_full_hp_grad() if case.get("zero") else parameter.grad
+        if name == "mixture.anchor":
+            worst["anchor"] = float(gradient.abs().max())
+            continue
+        kind = "expert" if expert_of(name) is not None else "gate" if "gate" in name else "shared"
         wanted = reference[name].grad
         wanted = torch.zeros_like(parameter) if wanted is None else wanted
-        worst[kind] = max(worst[kind], float((parameter.grad - wanted).abs().max()))
+        worst[kind] = max(worst[kind], float((gradient - wanted).abs().max()))
     student.eval()
     with torch.no_grad():
         quiet, _, _ = engine(observations[own], tasks[own], valid[own], None if lift_mask is None else lift_mask[own])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,32 @@ from tests.student.ranks import run_ranks
 from tests.student.reference import make_student, small_shape
 
 STEPS, SAVE_AT = 6, 3
-
-
 EXPERTS = [[0, 1, 2], [3, 4]]
+
+
+SAVES = {
+    "dense": {"top_k": 0},
+    "top-2": {"top_k": 2},
+    "ZeRO 1": {"top_k": 0, "zero": 1},
+    "ZeRO 2": {"top_k": 2, "zero": 2},
+}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
-    """What two ranks that share five experts did: train (dense, top-2) with a save in the middle, then fail to save.
+    """What two ranks that share five experts did: train with a save in the middle, then fail to save.
 
     One start of the ranks for all of it: starting takes longer than the work.
     """
     folder = tmp_path_factory.mktemp("two_ranks")
-    save_checkpoint(folder / "damaged", make_student(small_shape(0), EXPERTS, inference=True), None, {"step": 0})
+    save_checkpoint(folder / "damaged", make_student(small_shape(0), EXPERTS, inference=True), {}, {"step": 0})
     with open(folder / "damaged" / "expert-0001.safetensors", "r+b") as file:
         file.seek(200)
         file.write(b"\x00\x01\x02\x03")
     spread = {"expert_parallel_size": 2}
     wishes: list[dict[str, Any]] = [
-        {**spread, "mode": "train", "top_k": k, "steps": STEPS, "save": str(folder / f"k{k}"), "save_at": SAVE_AT}
-        for k in (0, 2)
+        {**spread, "mode": "train", **SAVES[name], "steps": STEPS, "save": str(folder / name), "save_at": SAVE_AT}
+        for name in SAVES
     ]
     wishes.append({**spread, "mode": "train", "top_k": 0, "steps": 1, "save": str(folder / "first"), "save_at": 0})
     wishes.append({**spread, "mode": "full disk", "save": str(folder / "new")})
@@ -44,29 +51,34 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     return folder, run_ranks("rank_checkpoint.py", 2, folder, {"wishes": wishes})
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [(1, [1]), (2, [1, 2]), (4, [2, 4])])
-def test_another_number_of_ranks_goes_on_with_the_same_losses(
+@pytest.mark.parametrize(("world_size", "sizes"), [(1, [1]), (2, [1, 2]), (3, [1, 3]), (4, [1, 2, 4])])
+def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_losses(
     two_ranks: tuple[Path, list[Any]], world_size: int, sizes: list[int], tmp_path: Path
 ) -> None:
     folder, whole = two_ranks
+    tried = [
+        (name, size, zero)
+        for name, size, zero in product(SAVES, sizes, (0, 1, 2))
+        if size == sizes[-1] or zero == SAVES[name].get("zero", 0)
+    ]
     wishes = [
-        {"mode": "train", "top_k": k, "expert_parallel_size": size, "steps": STEPS, "load": str(folder / f"k{k}")}
-        for size in sizes
-        for k in (0, 2)
+        {**SAVES[name], "mode": "train", "expert_parallel_size": size, "steps": STEPS, "load": str(folder / name)}
+        | {"zero": zero}
+        for name, size, zero in tried
     ]
     resumed = run_ranks("rank_checkpoint.py", world_size, tmp_path, {"wishes": wishes})
-    for wish, answer in zip(wishes, resumed, strict=True):
-        expected = whole[0 if wish["top_k"] == 0 else 1]
+    for (name, size, zero), wish, answer in zip(tried, wishes, resumed, strict=True):
+        expected = whole[list(SAVES).index(name)]
         assert answer["losses"] == pytest.approx(expected["losses"][SAVE_AT:], abs=1e-6, rel=0), wish
         assert answer["names"] == expected["names"]
-        if (world_size, wish["expert_parallel_size"]) == (2, 2):
+        if (world_size, size, zero) == (2, 2, SAVES[name].get("zero", 0)):
             assert answer["digest"] == expected["digest"], "the same topology must go on to the last bit"
             assert answer["losses"] == expected["losses"][SAVE_AT:]
 
 
 def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
     alone = make_student(small_shape(0), EXPERTS, inference=True)
-    save_checkpoint(tmp_path / "alone", alone, None, {"step": 0, "phase": 1})
+    save_checkpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1})
     first, second = (
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "alone", two_ranks[0] / "first")
     )
@@ -78,28 +90,29 @@ def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[A
 
 def test_a_rank_that_cannot_write_stops_all_ranks_and_leaves_nothing(two_ranks: tuple[Path, list[Any]]) -> None:
     folder, answers = two_ranks
-    assert [raised[0] for raised in answers[3]] == ["OSError", "OSError"]
-    assert answers[3][0][1] == answers[3][1][1] is not None
+    raised = answers[-2]
+    assert [kind for kind, _, _ in raised] == ["OSError", "OSError"]
+    assert raised[0][1] == raised[1][1] is not None
     assert not (folder / "new").exists()
     assert not list(folder.glob(".new.*"))
 
 
 def test_a_rank_that_cannot_read_stops_all_ranks(two_ranks: tuple[Path, list[Any]]) -> None:
-    raised = two_ranks[1][4]
+    raised = two_ranks[1][-1]
     assert [kind for kind, _, _ in raised] == ["UserError", "UserError"]
     assert "expert-0001.safetensors is damaged" in raised[0][2]
 
 
 def saved(folder: Path) -> tuple[Path, Student]:
     student = make_student(small_shape(0), [[0, 1], [2]], inference=True)
-    save_checkpoint(folder / "one", student, None, {"step": 7, "phase": 2})
+    save_checkpoint(folder / "one", student, {}, {"step": 7, "phase": 2})
     return folder / "one", student
 
 
 def test_one_process_reads_back_what_it_wrote(tmp_path: Path) -> None:
     folder, student = saved(tmp_path)
     other = Student(student.shape, student.experts_by_stage, seed=99, inference=True)
-    assert load_checkpoint(folder, other, None) == {"step": 7, "phase": 2}
+    assert load_checkpoint(folder, other) == ({"step": 7, "phase": 2}, {})
     for name, tensor in student.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
 
@@ -109,12 +122,12 @@ def test_damage_is_named(tmp_path: Path) -> None:
     changed = shutil.copytree(folder, tmp_path / "missing")
     (changed / "expert-0002.safetensors").unlink()
     with pytest.raises(UserError, match=r"expert-0002\.safetensors is missing"):
-        load_checkpoint(changed, student, None)
+        load_checkpoint(changed, student)
     changed = shutil.copytree(folder, tmp_path / "short")
     whole = (changed / "dense.safetensors").read_bytes()
     (changed / "dense.safetensors").write_bytes(whole[:-8])
     with pytest.raises(UserError, match=r"dense\.safetensors is damaged"):
-        load_checkpoint(changed, student, None)
+        load_checkpoint(changed, student)
     for key, value, expected in (
         ("schema_version", 99, "schema_version 99"),
         ("experts_by_stage", [[0, 1, 2]], "another student"),
@@ -126,6 +139,6 @@ def test_damage_is_named(tmp_path: Path) -> None:
         changed = shutil.copytree(folder, tmp_path / f"wrong-{key}")
         (changed / "index.json").write_text(json.dumps(index))
         with pytest.raises(UserError, match=expected):
-            load_checkpoint(changed, student, None)
+            load_checkpoint(changed, student)
     with pytest.raises(UserError, match=r"index\.json is missing"):
-        load_checkpoint(tmp_path / "nowhere", student, None)
+        load_checkpoint(tmp_path / "nowhere", student)

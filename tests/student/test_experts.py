@@ -22,7 +22,17 @@ def cases(world_size: int) -> list[dict[str, Any]]:
     uneven = [9, 2, 4, 1][:world_size]
     empty = [0, 7, 3, 0][:world_size] if world_size > 1 else [7]
     found: list[dict[str, Any]] = []
-    sizes = {1: [1], 2: [1, 2], 4: [2, 4]}[world_size]
+    sizes = {1: [1], 2: [1, 2], 3: [1, 3], 4: [1, 2, 4]}[world_size]
+    for size, zero in product(sizes, (1, 2)):
+        base = {"expert_parallel_size": size, "top_k": 1, "experts": [[0, 1, 2, 3, 4]], "shares": uneven, "zero": zero}
+        found += [base, {**base, "top_k": 0, "shares": empty}, {**base, "experts": [[0], [1]], "top_k": 2}]
+        found += [
+            {**base, "frozen": frozen} for frozen in ("shared", "gate+shared", "shared+experts", "shared+gate+even")
+        ]
+    for size, top_k in product(sizes, (0, 1, 2)):
+        found.append(
+            {"expert_parallel_size": size, "top_k": top_k, "experts": [list(range(25))], "shares": uneven, "lift": True}
+        )
     for size, top_k in product(sizes, (0, 1, 2) if world_size < 4 else (0, 2)):
         base = {"expert_parallel_size": size, "top_k": top_k, "experts": [[0, 1, 2, 3, 4]], "shares": uneven}
         found += [base, {**base, "shares": even}, {**base, "shares": empty}]
@@ -39,7 +49,7 @@ def cases(world_size: int) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_outputs_and_gradients_equal_the_plain_mixture(world_size: int, tmp_path: Path) -> None:
     tried = cases(world_size)
     results = run_ranks("rank_mixture.py", world_size, tmp_path, {"cases": tried})
