@@ -20,7 +20,7 @@ from hpc_cpd.distill.rollcall import naming_lost_ranks, patience
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue
-from hpc_cpd.student.checkpoint import gather, gather_state, load_checkpoint, save_checkpoint, together
+from hpc_cpd.student.checkpoint import PendingCheckpoint, gather, gather_state, load_checkpoint, together
 from hpc_cpd.student.transformer import Student, StudentShape
 
 LOG_EVERY_STEPS = 50
@@ -56,7 +56,7 @@ def learn_stage(
     folder = run.stage(stage)
     checkpoints = folder / "checkpoints"
     first_rank = torch.distributed.get_rank() == 0
-    newest = together(lambda: newest_checkpoint(checkpoints), on=0)
+    newest = together(lambda: _newest_alone(checkpoints), on=0)
     reached = position_of(newest) if newest is not None else (phases[0].number, 0)
     offset = sum(phase.steps for phase in phases if phase.number < reached[0])
     metrics = MetricsLog(folder / "metrics.jsonl", offset + reached[1]) if first_rank else None
@@ -76,9 +76,11 @@ def learn_stage(
                 engine.restore(moments)
             save = _Saver(checkpoints, engine, SaveDue(run, config.checkpoint_every_seconds), stop)
             _run_phase(engine, phase, start, done, config, batches, penalty, metrics, save, f"stage {stage}")
+            save.finish()
             state = gather_state(student)
             if phase is not phases[-1]:
-                save.write(phase.number + 1, 0)
+                save.begin(phase.number + 1, 0)
+                save.finish()
             engine.close()
         done += phase.steps
     return dict(state)
@@ -111,6 +113,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     return max(found, key=position_of, default=None)
 
 
+def _newest_alone(folder: Path) -> Path | None:
+    """The newest checkpoint, after what kills have left unfinished beside it is removed."""
+    for orphan in folder.glob(".phase-*.tmp"):
+        shutil.rmtree(orphan, ignore_errors=True)
+    return newest_checkpoint(folder)
+
+
 def position_of(checkpoint: Path) -> tuple[int, int]:
     """(phase, step) from the folder's name."""
     _, phase, _, step = checkpoint.name.split("-")
@@ -135,7 +144,11 @@ def _run_phase(
         seconds = COLLECTIVE_TIMEOUT_SECONDS if step == start else config.distill.patience_seconds
         with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), patience(seconds):
             save.if_due(phase.number, step)
-            norm, record = _step(engine, phase, step, config, batches, penalty, name)
+            try:
+                norm, record = _step(engine, phase, step, config, batches, penalty, name)
+            except UserError:  # on all ranks: the step is not finite, but what is being saved is
+                save.finish()
+                raise
         if record is not None and metrics is not None:
             metrics.append(offset + step + 1, phase=phase.number, gradient_norm=norm, **record)
             progress.update(
@@ -212,25 +225,42 @@ class _Saver:
         self.due = due
         self.stop = stop
         self.first_rank = torch.distributed.get_rank() == 0
+        self.pending: PendingCheckpoint | None = None
 
     def if_due(self, phase: int, step: int) -> None:
-        """Save before `step` when time is up or somebody asked to stop; raise StopRequested in that case."""
-        due = self.first_rank and self.due()
-        stopping, saving = all_ranks_max([float(self.stop()), float(due)])
+        """Save the state before `step` when time is up or somebody asked to stop; raise StopRequested in that case.
+
+        A checkpoint is written while training goes on, and published at a later step; at most one is under way.
+        """
+        due = self.first_rank and self.pending is None and self.due()
+        writing = self.pending is not None and not self.pending.written()
+        stopping, saving, waiting = all_ranks_max([float(self.stop()), float(due), float(writing)])
+        if stopping or not waiting:
+            self.finish()
         if stopping or saving:
-            self.write(phase, step)
+            self.begin(phase, step)
         if stopping:
+            self.finish()
             raise StopRequested(f"all ranks saved {self.folder} at phase {phase} step {step}; run it again to go on")
 
-    def write(self, phase: int, step: int) -> None:
-        """Publish one checkpoint (a collective) and drop the older ones. A phase begins without moments."""
+    def begin(self, phase: int, step: int) -> None:
+        """Begin to write a checkpoint (a collective). A phase begins without moments."""
         target = self.folder / f"phase-{phase}-step-{step:08d}"
         with patience(COLLECTIVE_TIMEOUT_SECONDS):  # a shared disk may be slow
             if together(lambda: not target.exists(), on=0):
                 moments = self.engine.moments() if step else {}
-                save_checkpoint(target, self.engine.student, moments, {"phase": phase, "step": step})
+                position = {"phase": phase, "step": step}
+                self.pending = PendingCheckpoint(target, self.engine.student, moments, position)
+        self.due.saved()
+
+    def finish(self) -> None:
+        """Publish the checkpoint that is under way, if one is (a collective), and drop the older ones."""
+        if self.pending is None:
+            return
+        with patience(COLLECTIVE_TIMEOUT_SECONDS):
+            self.pending.publish()
         if self.first_rank:
             for old in self.folder.glob("phase-*-step-*"):
-                if position_of(old) < (phase, step):
+                if position_of(old) < position_of(self.pending.folder):
                     shutil.rmtree(old, ignore_errors=True)
-        self.due.saved()
+        self.pending = None

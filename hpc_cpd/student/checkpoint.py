@@ -13,6 +13,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,29 +38,45 @@ Moments = Mapping[str, Mapping[str, Tensor]]
 Result = TypeVar("Result")
 
 
-def save_checkpoint(
-    folder: Path,
-    student: Student,
-    moments: Moments,
-    position: Mapping[str, Any],
-) -> None:
-    """Publish `student`, its optimiser's `moments` and `position` (plain JSON) as `folder`. A collective.
+class PendingCheckpoint:
+    """A checkpoint whose files are being written by a thread of every rank, while training goes on."""
 
-    `folder` appears whole or not at all. When any rank cannot write, every rank raises.
-    """
-    with ExitStack() as stack:
-        temporary = Path(together(lambda: str(stack.enter_context(atomic_folder(folder))), on=0))
-        mine = together(lambda: _write_tensors(temporary, _files_of(student, moments)))
-        hashes = {name: digest for part in gather(mine) for name, digest in part.items()}
-        index = {
+    def __init__(self, folder: Path, student: Student, moments: Moments, position: Mapping[str, Any]) -> None:
+        """Copy `student`, its optimiser's `moments` and `position` (plain JSON), and begin to write. A collective."""
+        self.folder = folder
+        self._stack = ExitStack()
+        self._temporary = Path(together(lambda: str(self._stack.enter_context(atomic_folder(folder))), on=0))
+        self._index = {
             "schema_version": CHECKPOINT_SCHEMA_VERSION,
             "shape": student.shape.as_json(),
             "experts_by_stage": student.experts_by_stage,
             "position": dict(position),
-            "files": dict(sorted(hashes.items())),
         }
-        together(lambda: write_json(temporary / INDEX_FILE, index), on=0)
-        together(stack.pop_all().close, on=0)  # rank 0 fsyncs and renames; the others see it published
+        files = _files_of(student, moments)
+        writer = ThreadPoolExecutor(1, "checkpoint")
+        self._written = writer.submit(_write_tensors, self._temporary, files)
+        writer.shutdown(wait=False)
+
+    def written(self) -> bool:
+        """Whether this rank's files are on the disk, or cannot be written."""
+        return self._written.done()
+
+    def publish(self) -> None:
+        """Wait for the files of all ranks and let `folder` appear, whole. A collective.
+
+        When any rank cannot write, every rank raises and nothing is left.
+        """
+        with self._stack as stack:
+            mine = together(self._written.result)
+            hashes = {name: digest for part in gather(mine) for name, digest in part.items()}
+            index = {**self._index, "files": dict(sorted(hashes.items()))}
+            together(lambda: write_json(self._temporary / INDEX_FILE, index), on=0)
+            together(stack.pop_all().close, on=0)  # rank 0 fsyncs and renames; the others see it published
+
+
+def save_checkpoint(folder: Path, student: Student, moments: Moments, position: Mapping[str, Any]) -> None:
+    """Publish a checkpoint, and wait for it. A collective that raises on every rank when any cannot write."""
+    PendingCheckpoint(folder, student, moments, position).publish()
 
 
 def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Moments]:
@@ -148,7 +165,7 @@ def _file_of(name: str) -> str:
 
 
 def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]]:
-    """What this rank has to write: dense things on rank 0, experts in the first group that holds them."""
+    """Copies of what this rank has to write: dense things on rank 0, experts in the first group that holds them."""
     rank = dist.get_rank() if _distributed() else 0
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in student.state_dict().items():
@@ -156,8 +173,8 @@ def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]
         if rank >= (student.expert_parallel_size if spread else 1):
             continue
         file = files.setdefault(_file_of(name), {})
-        file[name] = tensor
-        file |= {f"{name}|{moment}": value for moment, value in moments.get(name, {}).items()}
+        found = {name: tensor} | {f"{name}|{moment}": value for moment, value in moments.get(name, {}).items()}
+        file |= {key: value.detach().to("cpu", copy=True).contiguous() for key, value in found.items()}
     return files
 
 
@@ -165,7 +182,7 @@ def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> d
     """Write and fsync; return each file's SHA-256."""
     hashes = {}
     for name, tensors in files.items():
-        data = safetensors.torch.save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+        data = safetensors.torch.save(dict(tensors))
         with open(folder / name, "xb") as file:
             if file.write(data) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
