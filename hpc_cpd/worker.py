@@ -44,6 +44,7 @@ from hpc_cpd.run import Run, is_done, read_json
 
 FIRST_RANK_SPEAKS_SECONDS = 2.0
 LOCK_WAIT_SECONDS = 120.0
+REQUEUE_SECONDS = 60.0
 Stop = Callable[[], bool]
 
 
@@ -219,8 +220,11 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
     speak({"outcome": code, "rank": place.rank, "sentence": sentence[:2000], "lost": lost})
     if code == EXIT_STOPPED and place.own_job:
         _leave_mpi()  # requeueing kills what is left of this job
-        if place.rank == 0 and may_requeue and unit is not None and not unit.run.stop_file.exists():
-            requeue_this_job()
+        if may_requeue and unit is not None and not unit.run.stop_file.exists():
+            if place.rank == 0:
+                requeue_this_job()
+            else:  # srun ends a step, and rank 0 before its word is out, as soon as one rank has ended
+                flag.wait(REQUEUE_SECONDS)
     leave(code)
 
 

@@ -39,6 +39,12 @@ class StopFlag:
     def __call__(self) -> bool:
         return self.count > 0
 
+    def wait(self, seconds: float) -> None:
+        """Return at the next signal, or when the time is over."""
+        heard, end = self.count, time.monotonic() + seconds
+        while self.count == heard and time.monotonic() < end:
+            time.sleep(0.1)
+
 
 class Watch:
     """Calling it tells whether this rank was asked to stop: by a signal, by the run's file STOP, or by the clock.

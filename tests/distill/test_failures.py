@@ -28,10 +28,11 @@ def wait_for_checkpoint(run: Run, stage: int, seconds: float = 120.0) -> None:
 def test_a_rank_lost_in_a_step_is_named_by_the_other_and_the_next_launch_goes_on(
     tmp_path: Path, lost: int, number: signal.Signals
 ) -> None:
-    words = ["distill.phase1_steps=3000", "distill.patience_seconds=4", "checkpoint_every_seconds=0.5"]
+    words = ["distill.phase1_steps=3000", "distill.patience_seconds=4", "checkpoint_every_seconds=4"]
     run = make_run(tmp_path / "run", *words)
     ranks = start_ranks(2, run.folder, 1)
     wait_for_checkpoint(run, 1)
+    time.sleep(1.0)  # a rank that publishes a checkpoint is given more time than one in a step
     ranks[lost].send_signal(number)
     began = time.monotonic()
     output, _ = ranks[1 - lost].communicate(timeout=120)
