@@ -137,7 +137,9 @@ class StudentSettings(Settings):
     experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
     grow: bool = Field(True, description="false: the experts of stage 1 serve every later stage (ablation)")
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    gate_bias_at_birth: float = Field(-5.0, description="gate bias of a new expert (arXiv 2601.22475)")
+    gate_bias_at_birth: float = Field(
+        -5.0, description="gate bias of a new expert (arXiv 2601.22475); of more than five, log(number / 5) lower"
+    )
     task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
     task_encoder: TaskEncoderSettings = TaskEncoderSettings()
 
@@ -171,6 +173,9 @@ class DistillSettings(Settings):
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_gradient_norm: float = Field(1.0, gt=0, description="global gradient norm clip")
     load_balancing_coefficient: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
+    newborn_coefficient: float = Field(
+        0.1, ge=0, description="top-k gate, phase 1: weight of sending new tasks to new experts and old ones to old"
+    )
     replay_fraction: float = Field(0.5, ge=0, lt=1, description="share of a batch drawn from the replay memory")
     anchor_fraction: float = Field(
         0.5,

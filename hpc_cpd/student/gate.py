@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +60,13 @@ class Gate(nn.Module):
         for stage in self.stages:
             count = len(experts_by_stage[stage - 1])
             rows = torch.empty(count, input_size).uniform_(-bound, bound, generator=seeded_generator(seed, 1, stage))
-            biases = torch.full((count,), bias_at_birth if stage > 1 else 0.0)
+            biases = torch.full((count,), self.bias_of(count) if stage > 1 else 0.0)
             self.register_parameter(f"weight_{stage}", nn.Parameter(rows))
             self.register_parameter(f"bias_{stage}", nn.Parameter(biases))
+
+    def bias_of(self, newborns: int) -> float:
+        """The bias at birth. More than five share the weight that five have: many change no more than five do."""
+        return self.bias_at_birth - math.log(max(1.0, newborns / 5))
 
     def forward(self, tokens: Tensor, lift_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Tokens [n, input] -> (logits [n, E], logits that select [n, E]).
@@ -78,7 +83,7 @@ class Gate(nn.Module):
         chooser = logits.detach()
         if lift_mask is not None and 0 < self.top_k < self.num_experts and len(self.stages) > 1:
             lift = torch.zeros_like(chooser[0])
-            lift[-self.newest :] = -self.bias_at_birth
+            lift[-self.newest :] = -self.bias_of(self.newest)
             chooser = chooser + lift_mask[:, None] * lift
         return logits, chooser
 
