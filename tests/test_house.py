@@ -23,7 +23,7 @@ ORDER = [
     {"lock"},
     {"run"},
     {"config"},
-    {"progress", "errors"},
+    {"progress", "errors", "optimizers"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

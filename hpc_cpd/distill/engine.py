@@ -20,6 +20,7 @@ from torch import Tensor
 from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.errors import StopRequested
+from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import Moments
 from hpc_cpd.student.transformer import Student
 
@@ -83,7 +84,8 @@ class PhaseEngine:
             {"params": trainable, "name": "dense", "lr": settings.learning_rate}, max_group_size=None
         )
         # Frozen parameters have no state and weight decay 0 is honoured exactly: nothing frozen can move.
-        self.optimizer = torch.optim.AdamW(
+        kind = torch.optim.AdamW if settings.zero_stage else AdamW  # ZeRO knows torch's own by its very type
+        self.optimizer = kind(
             [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_cpd.config import TaskEncoderSettings
+from hpc_cpd.optimizers import Adam
 from hpc_cpd.student.gate import seeded_generator, seeded_linear
 from hpc_cpd.student.transformer import OBSERVATION_CLIP
 
@@ -91,7 +92,7 @@ def learn_task_vectors(
     if encoder_state is not None:
         encoder.load_state_dict(dict(encoder_state))
     stored = torch.tensor(np.stack([old_vectors[task] for task in old_tasks])) if old_tasks else None
-    optimizer = torch.optim.Adam(encoder.parameters(), lr=settings.learning_rate)
+    optimizer = Adam(encoder.parameters(), lr=settings.learning_rate)
     per_task = settings.windows_per_task
     new_index = torch.arange(len(new_tasks)).repeat_interleave(per_task)
     for _ in range(settings.gradient_steps):

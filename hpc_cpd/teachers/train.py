@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
+from hpc_cpd.optimizers import Adam
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done
 from hpc_cpd.tasks.batch import BatchEnv
@@ -316,7 +317,7 @@ class _Training:
             {"params": actor, "lr": rules.warm_learning_rate if self.warm else rules.learning_rate},
             {"params": list(self.policy.critic.parameters()), "lr": rules.learning_rate},
         ]
-        return torch.optim.Adam(groups, eps=1e-5, fused=True)  # fused: all weights in one pass, a third of the time
+        return Adam(groups, eps=1e-5, fused=True)  # fused: all weights in one pass, a third of the time
 
     def _set_step_size(self) -> None:
         for group in self.optimiser.param_groups:
