@@ -87,7 +87,7 @@ def make_engine(settings: StudentSettings, expert_parallel_size: int, plain: boo
     """`plain`: with a mixture that DeepSpeed does not know as such, all experts on every rank."""
     student = Student(shape_of(settings), [list(range(EXPERTS))], expert_parallel_size, inference=plain)
     if plain:
-        student.mixture.anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
+        student.mixtures.get_submodule("0").anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
     return PhaseEngine(student.train(), DistillSettings(), 100)
 
 

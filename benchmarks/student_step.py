@@ -101,7 +101,7 @@ def make_ours(settings: StudentSettings, expert_parallel_size: int, batches: lis
 
 def make_plain(settings: StudentSettings, with_ddp: bool, batches: list[Batch]) -> Contender:
     student = Student(shape_of(settings), [list(range(EXPERTS))], inference=True).train()
-    student.mixture.anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
+    student.mixtures.get_submodule("0").anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters, lr=SETTINGS.learning_rate, weight_decay=SETTINGS.weight_decay, foreach=True

@@ -127,10 +127,17 @@ class StudentSettings(Settings):
     """The generalist: a causal Transformer, then a mixture of experts that grows."""
 
     width: int = Field(128, ge=8, description="token width")
-    layers: int = Field(1, ge=1, description="Transformer blocks before the mixture")
-    heads: int = Field(4, ge=1, description="attention heads; must divide width")
-    history: int = Field(4, ge=1, description="observations the student sees")
+    layers: int = Field(1, ge=1, description="Transformer blocks")
+    mixtures: int = Field(1, ge=1, description="mixtures of experts, one behind each of the last so many blocks")
+    heads: int = Field(4, ge=1, description="attention heads; twice this must divide width")
+    history: int = Field(4, ge=1, description="observations the student sees, through all its blocks together")
     expert_hidden: int = Field(256, ge=1, description="hidden width of an expert")
+    shared_expert_hidden: int = Field(
+        0,
+        ge=0,
+        description="hidden width of an expert per mixture that serves every task and is frozen with the "
+        "backbone; 0: none",
+    )
     experts_see_observation: bool = Field(
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
@@ -183,6 +190,15 @@ class DistillSettings(Settings):
         le=1,
         description="share of the replayed rows that ask for what the student before this stage did: new "
         "observations, the vector of an old task",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the student's products while it learns; weights, gate and optimiser stay float32"
+    )
+    in_memory_gigabytes: float = Field(
+        8.0,
+        ge=0,
+        description="trajectories of a stage beyond this are mapped from their files instead of held by every rank",
+        json_schema_extra=RESUMABLE,
     )
     patience_seconds: float = Field(
         45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE

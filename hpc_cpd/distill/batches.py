@@ -6,6 +6,7 @@ number of ranks, and a resumed run sees the batches it would have seen.
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +15,11 @@ from torch import Tensor
 
 from hpc_cpd.student.policy import StudentPolicy
 from hpc_cpd.trajectories.store import TrajectoryStore
+
+Columns = tuple[np.ndarray, ...]
+"""observations, teacher_mean, valid, task vectors and newness of some rows"""
+Place = tuple[int, int, int, int]
+"""phase, step, rank, world size"""
 
 
 @dataclass(frozen=True)
@@ -63,27 +69,68 @@ class StageBatches:
         self.length = length
         self.seed = seed
         self.device = device
+        # what is mapped may have to come from a disk, and a GPU need not wait for its rows
+        slow = any(store.mapped for store in self.sources) or device.type != "cpu"
+        self._reader = ThreadPoolExecutor(1, "batches") if slow else None
+        self._ahead: tuple[Place, Future[tuple[list[Columns], Columns | None]]] | None = None
 
     def batch(self, phase: int, step: int, rank: int, world_size: int) -> Batch:
         """Rows ``rank::world_size`` of the global batch of (phase, step)."""
-        rng = np.random.default_rng([*self.seed, phase, step])
-        parts: list[tuple[np.ndarray, ...]] = []
-        for new, (store, rows, vectors) in enumerate(zip(self.sources, self.rows, self.vectors, strict=True)):
-            if rows == 0:
-                continue
-            drawn = store.draw_windows(rows, rng, balance_tasks=True)
-            # the very windows the student acts on: the loss is on their newest step, and only it takes experts' time
-            windows = store.gather_histories(drawn[rank::world_size], self.length)
-            newness = np.full(len(windows["task_index"]), new == 0)
-            told = vectors[windows["task_index"]]
-            parts.append((windows["observations"], windows["teacher_mean"], windows["valid"], told, newness))
-        if self.past is not None and self.old_vectors is not None and self.anchored:
-            parts.append(self._anchors(self.past, self.old_vectors, rng, rank, world_size))
+        parts, asked = self._windows_ahead((phase, step, rank, world_size))
+        if asked is not None:
+            parts.append(self._answered(asked))
         # torch.tensor copies into memory aligned alike on every run: vectorised sums then give the same bits
-        observations, teacher_mean, valid, task_vectors, is_new = (
-            torch.tensor(np.concatenate(column), device=self.device) for column in zip(*parts, strict=True)
-        )
+        tensors = [torch.tensor(np.concatenate(column)) for column in zip(*parts, strict=True)]
+        if self.device.type != "cpu":
+            tensors = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
+        observations, teacher_mean, valid, task_vectors, is_new = tensors
         return Batch(observations, teacher_mean, valid, task_vectors, is_new, is_new, sum(self.rows) + self.anchored)
+
+    def _windows_ahead(self, place: Place) -> tuple[list[Columns], Columns | None]:
+        """`_windows`, read while the step before was made."""
+        if self._reader is None:
+            return self._windows(place)
+        if self._ahead is None or self._ahead[0] != place:
+            self._ahead = (place, self._reader.submit(self._windows, place))
+        windows = self._ahead[1].result()
+        phase, step, rank, world_size = place
+        following = (phase, step + 1, rank, world_size)
+        self._ahead = (following, self._reader.submit(self._windows, following))
+        return windows
+
+    def _windows(self, place: Place) -> tuple[list[Columns], Columns | None]:
+        """The rows that have a teacher, in parts, and those that the past student is to answer, if there are any."""
+        phase, step, rank, world_size = place
+        rng = np.random.default_rng([*self.seed, phase, step])
+        parts: list[Columns] = []
+        for new, (store, rows, vectors) in enumerate(zip(self.sources, self.rows, self.vectors, strict=True)):
+            if rows:
+                drawn = store.draw_windows(rows, rng, balance_tasks=True)[rank::world_size]
+                parts.append(self._columns(store, drawn, vectors, new == 0))
+        if self.old_vectors is None or not self.anchored:
+            return parts, None
+        drawn = self.sources[0].draw_windows(self.anchored, rng, balance_tasks=True)[rank::world_size]
+        told = rng.integers(len(self.old_vectors), size=self.anchored)[rank::world_size]
+        observations, means, valid, _, newness = self._columns(self.sources[0], drawn, self.vectors[0], False)
+        return parts, (observations, means, valid, self.old_vectors[told], newness)
+
+    def _columns(self, store: TrajectoryStore, drawn: np.ndarray, vectors: np.ndarray, new: bool) -> Columns:
+        # the very windows the student acts on: the loss is on their newest step, and only it takes experts' time
+        windows = store.gather_histories(drawn, self.length)
+        told = vectors[windows["task_index"]]
+        newness = np.full(len(drawn), new)
+        return windows["observations"], windows["teacher_mean"], windows["valid"], told, newness
+
+    def _answered(self, asked: Columns) -> Columns:
+        """Rows that pin the student's function on old tasks between the few states that the memory keeps.
+
+        What the past student would do there is known without a teacher, at any observation (arXiv 1606.09282).
+        """
+        assert self.past is not None
+        observations, _, valid, told, newness = asked
+        with torch.inference_mode():
+            actions, _, _ = self.past.student(torch.tensor(observations), torch.tensor(told), torch.tensor(valid), None)
+        return observations, actions.numpy(), valid, told, newness
 
     def origins(self, phase: int, step: int, rank: int, world_size: int) -> list[str]:
         """Where each row of `batch` was recorded, for a message."""
@@ -94,20 +141,3 @@ class StageBatches:
             if rows
         ]
         return [store.describe_step(first) for store, windows in drawn for first in windows[rank::world_size]]
-
-    def _anchors(
-        self, past: StudentPolicy, old_vectors: np.ndarray, rng: np.random.Generator, rank: int, world_size: int
-    ) -> tuple[np.ndarray, ...]:
-        """Rows that pin the student's function on old tasks between the few states that the memory keeps.
-
-        What the past student would do there is known without a teacher, at any observation (arXiv 1606.09282).
-        """
-        store = self.sources[0]
-        drawn = store.draw_windows(self.anchored, rng, balance_tasks=True)[rank::world_size]
-        told = old_vectors[rng.integers(len(old_vectors), size=self.anchored)[rank::world_size]]
-        windows = store.gather_histories(drawn, self.length)
-        with torch.inference_mode():
-            actions, _, _ = past.student(
-                torch.tensor(windows["observations"]), torch.tensor(told), torch.tensor(windows["valid"]), None
-            )
-        return windows["observations"], actions.numpy(), windows["valid"], told, np.zeros(len(drawn), np.bool_)

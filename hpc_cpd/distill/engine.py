@@ -1,7 +1,7 @@
 """DeepSpeed: starting the ranks, and one training engine per phase.
 
-DeepSpeed's engine, gradient averaging, ZeRO (stages 0 to 2, float32) and expert-parallel groups are used as they are;
-the mixture layer and the checkpoints are ours (`hpc_cpd.student`).
+DeepSpeed's engine, ZeRO (stages 0 to 2), mixed precision and expert-parallel groups are used as they are;
+the mixture layer, the averaging of gradients and the checkpoints are ours (here and in `hpc_cpd.student`).
 """
 
 from __future__ import annotations
@@ -99,14 +99,22 @@ class PhaseEngine:
                 "gradient_accumulation_steps": 1,
                 "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET},
                 "gradient_clipping": settings.max_gradient_norm if settings.zero_stage else 0.0,
+                # weights and moments stay float32, and so do the gradients that ranks exchange (no safe modules)
+                "torch_autocast": {
+                    "enabled": settings.precision == "bfloat16",
+                    "dtype": "bfloat16",
+                    "lower_precision_safe_modules": [],
+                },
                 "steps_per_print": 10**9,
             },
         )[0]
+        self.engine.allreduce_and_copy = self._average  # ZeRO 0 alone calls it
+        self._flat: dict[int, Tensor] = {}
         self._zero = self.engine.optimizer if settings.zero_stage else None
         self.world_size = torch.distributed.get_world_size()
 
     def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(actions [B, L, act], load-balancing loss, gate probabilities [B, L, E])."""
+        """(actions [B, L, act], load-balancing loss, gate probabilities [B, L, M, E])."""
         result: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs)
         return result
 
@@ -139,8 +147,26 @@ class PhaseEngine:
     def close(self) -> None:
         """Free the engine and its hooks before the next phase builds another."""
         self.engine.destroy()
-        del self.engine, self.optimizer, self._zero
+        del self.engine, self.optimizer, self._zero, self._flat
         gc.collect()
+
+    def _average(self, gradients: list[Tensor], group: Any, divisor: float | None = None) -> None:
+        """As DeepSpeed's own, which makes two copies of all gradients even for a rank that is alone in its group."""
+        ranks = torch.distributed.get_world_size(group)
+        factor = 1.0 / (divisor or ranks)
+        if ranks == 1:
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            return
+        sizes = [gradient.numel() for gradient in gradients]
+        flat = self._flat.get(sum(sizes))
+        if flat is None:
+            flat = self._flat[sum(sizes)] = gradients[0].new_empty(sum(sizes))
+        parts = [part.view_as(gradient) for part, gradient in zip(flat.split(sizes), gradients, strict=True)]
+        torch._foreach_copy_(parts, gradients)
+        torch.distributed.all_reduce(flat, group=group)
+        flat.mul_(factor)
+        torch._foreach_copy_(gradients, parts)
 
     def _clip(self) -> float:
         # ZeRO 0 would average the ranks' local norms, which depends on where the experts live.

@@ -106,12 +106,13 @@ def batch_loss(engine: PhaseEngine, batch: Batch, coefficient: float) -> tuple[T
     share = engine.world_size / batch.global_valid  # DeepSpeed averages over ranks, the loss over valid steps
     loss = errors.sum() * share + coefficient * balance
     newborns = len(engine.student.experts_by_stage[-1])  # none where nothing grows
-    if batch.lift is not None and engine.student.shape.top_k and 0 < newborns < len(engine.student.mixture.ids):
+    if batch.lift is not None and engine.student.shape.top_k and 0 < newborns < len(engine.student.expert_ids):
         # A hard gate learns from the error of the expert that it picked alone, and where a lifted expert has learnt to
         # serve a token there is no error left to tell the gate so: it is told who is to serve whom.
         born = gate[..., -newborns:].sum(dim=-1)
-        right = torch.where(batch.lift[:, None], born, 1.0 - born).clamp_min(1e-6)
-        loss = loss - engine.settings.newborn_coefficient * torch.where(batch.valid, right.log(), 0.0).sum() * share
+        right = torch.where(batch.lift[:, None, None], born, 1.0 - born).clamp_min(1e-6)
+        wrong = -torch.where(batch.valid[:, :, None], right.log(), 0.0).mean(dim=2).sum() * share
+        loss = loss + engine.settings.newborn_coefficient * wrong
     return loss, errors.detach(), balance.detach()
 
 

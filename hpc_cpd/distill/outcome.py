@@ -112,11 +112,11 @@ def update_penalty(
 def _predictions(
     policy: StudentPolicy, store: TrajectoryStore, steps: np.ndarray
 ) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:
-    """(histories, actions [B, L, act], gate probabilities [B, L, E]) of the student at `steps`, in pieces."""
+    """(histories, actions [B, L, act], gate probabilities [B, L, E] meant over the mixtures) at `steps`, in pieces."""
     for first in range(0, len(steps), STEPS_AT_ONCE):
         windows = store.gather_histories(steps[first : first + STEPS_AT_ONCE], policy.shape.history)
         vectors = np.stack([policy.task_vectors[store.task_ids[i]] for i in windows["task_index"]])
         actions, _, gate = policy.student(
             torch.tensor(windows["observations"]), torch.tensor(vectors), torch.tensor(windows["valid"]), None
         )
-        yield windows, actions, gate
+        yield windows, actions, gate.mean(dim=2)

@@ -57,8 +57,9 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     say = Progress(f"stage {stage}", every_seconds=0, enabled=rank == 0)
     seen = [task for tasks in plan[:stage] for task in tasks]
     tasks = plan[stage - 1]
-    new = open_trajectories([run.trajectories(task) for task in tasks], tasks)
-    memory = open_memory([run.stage(k) / "memory" for k in range(1, stage)])
+    limit = config.distill.in_memory_gigabytes
+    new = open_trajectories([run.trajectories(task) for task in tasks], tasks, limit)
+    memory = open_memory([run.stage(k) / "memory" for k in range(1, stage)], limit)
 
     def lacks(name: str) -> bool:
         """Whether a step is to be done, as rank 0 sees it: a slower rank may look when its result is there already."""

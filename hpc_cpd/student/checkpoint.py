@@ -1,8 +1,8 @@
 """Canonical checkpoints: one tensor per parameter and per expert, nothing that depends on the number of ranks.
 
-    FOLDER/dense.safetensors          everything outside the experts, written by rank 0
-    FOLDER/expert-0007.safetensors    one expert, written by the rank of the first group that holds it
-    FOLDER/index.json                 sizes, position and the SHA-256 of each file, written last
+    FOLDER/dense.safetensors                    everything outside the experts, written by rank 0
+    FOLDER/mixture-0-expert-0007.safetensors    one expert, written by the rank of the first group that holds it
+    FOLDER/index.json                           sizes, position and the SHA-256 of each file, written last
 
 Keys are parameter names; the optimiser's state of a parameter stands beside it as ``NAME|exp_avg`` and so on.
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,11 +27,12 @@ from torch import distributed as dist
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import atomic_folder, read_json, write_json
-from hpc_cpd.student.transformer import Student, StudentShape, expert_of
+from hpc_cpd.student.transformer import Student, StudentShape, expert_of, expert_place
 
-CHECKPOINT_SCHEMA_VERSION = 1
+CHECKPOINT_SCHEMA_VERSION = 2
 DENSE_FILE = "dense.safetensors"
 INDEX_FILE = "index.json"
+_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 Moments = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> MOMENTS: AdamW's state of the parameters that this rank holds and that learn."""
@@ -160,8 +162,8 @@ def gather(value: Result) -> list[Result]:
 
 
 def _file_of(name: str) -> str:
-    expert = expert_of(name)
-    return DENSE_FILE if expert is None else f"expert-{expert:04d}.safetensors"
+    place = expert_place(name)
+    return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
 
 
 def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]]:
@@ -179,17 +181,35 @@ def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]
 
 
 def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
-    """Write and fsync; return each file's SHA-256."""
+    """Write in the format of safetensors and fsync; return each file's SHA-256.
+
+    Piece by piece: safetensors' own `save` copies everything twice, and no other thread runs meanwhile.
+    """
     hashes = {}
     for name, tensors in files.items():
-        data = safetensors.torch.save(dict(tensors))
-        with open(folder / name, "xb") as file:
-            if file.write(data) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
-            file.flush()
+        digest = hashlib.sha256()
+        with open(folder / name, "xb", buffering=0) as file:
+            for piece in _pieces(tensors):
+                if file.write(piece) != len(piece):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
+                digest.update(piece)
             os.fsync(file.fileno())
-        hashes[name] = hashlib.sha256(data).hexdigest()
+        hashes[name] = digest.hexdigest()
     return hashes
+
+
+def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: the length of the header, the header, the contiguous CPU tensors."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -78,6 +78,40 @@ class ExchangeRows(torch.autograd.Function):
         return _all_to_all(gradients[0], receive, send, group), None, None, None
 
 
+class Reorder(torch.autograd.Function):
+    """Rows in another order. `inverse` serves the gradient, where autograd would add rows up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.inverse = inverse
+        return rows.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].index_select(0, ctx.inverse), None, None
+
+
+class Combine(torch.autograd.Function):
+    """Results [n * k, D] in the order of `RowPlan.outgoing`, weights [n, k] -> their weighted sums [n, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, results: Tensor, weights: Tensor, plan: RowPlan) -> Tensor:
+        chosen = results.index_select(0, plan.returning).view(*weights.shape, results.shape[1])
+        ctx.save_for_backward(chosen, weights)
+        ctx.outgoing = plan.outgoing
+        if weights.shape[1] == 1:
+            return chosen.squeeze(1) * weights
+        return (chosen * weights.unsqueeze(-1)).sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        chosen, weights = ctx.saved_tensors
+        rows = gradients[0].unsqueeze(1)
+        for_weights = (chosen * rows).sum(dim=-1) if ctx.needs_input_grad[1] else None
+        back = (rows * weights.unsqueeze(-1)).flatten(0, 1).index_select(0, ctx.outgoing)
+        return back, for_weights, None
+
+
 class SendToAll(torch.autograd.Function):
     """Every token to every peer once, with the weights of that peer's experts beside it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,26 +69,29 @@ class Gate(nn.Module):
         """The bias at birth. More than five share the weight that five have: many change no more than five do."""
         return self.bias_at_birth - math.log(max(1.0, newborns / 5))
 
-    def forward(self, tokens: Tensor, lift_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens [n, input] -> (logits [n, E], logits that select [n, E]).
+    def forward(self, tokens: Tensor, lift_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens [n, input] -> (logits [n, E], logits that select [n, E], or None where they are the same).
 
         Tokens flagged by `lift_mask` bool [n] select without the birth bias of the newest stage: an expert born at
         -5 would never be among the top k, and would get no gradient.
         """
+        with torch.autocast(tokens.device.type, enabled=False):  # who serves a token must not be a matter of rounding
+            logits = self._logits(tokens.float())
+        if lift_mask is None or not 0 < self.top_k < self.num_experts or len(self.stages) == 1:
+            return logits, None
+        lift = logits.new_zeros(self.num_experts)
+        lift[-self.newest :] = -self.bias_of(self.newest)
+        return logits, logits.detach() + lift_mask[:, None] * lift
+
+    def _logits(self, tokens: Tensor) -> Tensor:
         # stage by stage: one product over all rows would round the old logits otherwise once there are more rows
         parts = [
             F.linear(tokens, self.get_parameter(f"weight_{stage}"), self.get_parameter(f"bias_{stage}"))
             for stage in self.stages
         ]
-        logits = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        chooser = logits.detach()
-        if lift_mask is not None and 0 < self.top_k < self.num_experts and len(self.stages) > 1:
-            lift = torch.zeros_like(chooser[0])
-            lift[-self.newest :] = -self.bias_of(self.newest)
-            chooser = chooser + lift_mask[:, None] * lift
-        return logits, chooser
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def route(self, logits: Tensor, chooser: Tensor) -> Routing:
+    def route(self, logits: Tensor, chooser: Tensor | None) -> Routing:
         """Choose experts and weights for tokens with these logits.
 
         With k >= 2 the weights are a softmax over the chosen logits alone: the renormalised probabilities, but
@@ -99,12 +103,30 @@ class Gate(nn.Module):
         if not 0 < self.top_k < self.num_experts:
             return Routing(probabilities, None, probabilities, probabilities.detach().sum(dim=0).double())
         # Lifted tokens did not come by the gate's wish: counted as load, they would push new experts down again.
-        wished = logits.detach().topk(self.top_k, dim=-1).indices
+        wished = self._highest(logits.detach())
         load = torch.bincount(wished.reshape(-1), minlength=self.num_experts).double()
-        selected = chooser.topk(self.top_k, dim=-1).indices
+        selected = wished if chooser is None else self._highest(chooser)
         if self.top_k == 1:
-            log_probability = F.log_softmax(logits, dim=-1).gather(1, selected)
-            weights = torch.exp(log_probability - log_probability.detach())
+            weights = OneByLogProbability.apply(logits, probabilities.detach(), selected)
         else:
             weights = F.softmax(logits.gather(1, selected), dim=-1)
         return Routing(probabilities, selected, weights, load)
+
+    def _highest(self, logits: Tensor) -> Tensor:
+        if self.top_k == 1:
+            return logits.argmax(dim=-1, keepdim=True)  # topk takes up to ten times as long
+        return logits.topk(self.top_k, dim=-1).indices
+
+
+class OneByLogProbability(torch.autograd.Function):
+    """The constant 1 for each chosen expert, with the gradient of its log-probability."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, probabilities: Tensor, selected: Tensor) -> Tensor:
+        ctx.save_for_backward(probabilities, selected)
+        return torch.ones_like(selected, dtype=logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        probabilities, selected = ctx.saved_tensors
+        return (probabilities * -gradients[0]).scatter_add_(1, selected, gradients[0]), None, None

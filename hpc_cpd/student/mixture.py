@@ -12,16 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hpc_cpd.student.dispatch import ExchangeRows, Group, ReturnSum, SendToAll, Tie, plan_rows
+from hpc_cpd.student.dispatch import Combine, ExchangeRows, Group, Reorder, ReturnSum, SendToAll, Tie, plan_rows
 from hpc_cpd.student.gate import Gate, Routing, seeded_generator, seeded_linear
 
 
 class Expert(nn.Module):
-    """Two hidden layers with GELU: [n, input] -> [n, output]. Its start is a function of (seed, global id) alone."""
+    """Two hidden layers with GELU: [n, input] -> [n, output]."""
 
-    def __init__(self, input_size: int, hidden: int, output_size: int, seed: int, global_id: int) -> None:
+    def __init__(self, input_size: int, hidden: int, output_size: int, generator: torch.Generator) -> None:
         super().__init__()
-        generator = seeded_generator(seed, 2, global_id)
         self.first = seeded_linear(input_size, hidden, generator)
         self.second = seeded_linear(hidden, hidden, generator)
         self.last = seeded_linear(hidden, output_size, generator)
@@ -47,8 +46,11 @@ class Mixture(nn.Module):
         top_k: int,
         gate_bias_at_birth: float,
         seed: int,
+        shared_hidden: int = 0,
     ) -> None:
-        """`experts_by_stage`: global ids in ascending order over the stages, at least one."""
+        """`experts_by_stage`: global ids in ascending order over the stages, at least one. `shared_hidden`: hidden
+        width of an expert beside them that serves every token and is on every rank; 0: none.
+        """
         nn.Module.__init__(self)  # not super(): DeepSpeed's MoE, a base of the subclass, must not build its own layer
         ids = [global_id for stage in experts_by_stage for global_id in stage]
         if not ids or ids != sorted(set(ids)):
@@ -61,24 +63,27 @@ class Mixture(nn.Module):
         self.gate = Gate(input_size, experts_by_stage, top_k, gate_bias_at_birth, seed)
         self.experts = nn.ModuleDict(
             {
-                str(global_id): Expert(input_size, expert_hidden, output_size, seed, global_id)
+                # how an expert starts is a function of (seed, global id) alone
+                str(global_id): Expert(input_size, expert_hidden, output_size, seeded_generator(seed, 2, global_id))
                 for global_id in ids
                 if global_id % expert_parallel_size == self.expert_parallel_rank
             }
+        )
+        self.shared = (
+            Expert(input_size, shared_hidden, output_size, seeded_generator(seed, 3)) if shared_hidden else None
         )
         # Never moves (its gradient is zero); keeps every rank in every backward pass and in DeepSpeed's groups.
         self.anchor = nn.Parameter(torch.zeros(1))
         self._group: Group = None
 
     def forward(
-        self, tokens: Tensor, valid: Tensor | None = None, lift_mask: Tensor | None = None, every_expert: bool = False
+        self, tokens: Tensor, valid: Tensor | None = None, lift_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [n, input] -> (outputs [n, output], load-balancing loss [], gate probabilities [n, E]).
 
         Tokens with `valid` bool [n] False reach no expert, count in no statistics, and come out as zeros. The loss is
-        scaled so that its mean over ranks is the loss of the global batch. `every_expert` evaluates all experts on all
-        tokens also under top-k, so that a token's rounding does not depend on what its neighbours chose. A collective
-        over the ranks when training or when experts are spread.
+        scaled so that its mean over ranks is the loss of the global batch. A collective over the ranks when training or
+        when experts are spread.
         """
         if self.expert_parallel_size > 1 and self._group is None:
             raise RuntimeError("experts are spread over ranks, but no expert-parallel group was set by the engine")
@@ -88,17 +93,16 @@ class Mixture(nn.Module):
             routing, served = self.gate.route(logits, chooser), tokens
             probabilities = routing.probabilities
         else:
-            routing = self.gate.route(logits[index], chooser[index])
+            routing = self.gate.route(logits[index], None if chooser is None else chooser[index])
             served = tokens.index_select(0, index)
             probabilities = F.softmax(logits, dim=-1)
         table = self._counts(routing)
         if routing.selected is None:
             outputs = self._mix_all(served, routing.weights, table)
-        elif every_expert and self.expert_parallel_size == 1:
-            weights = torch.zeros_like(routing.probabilities).scatter(1, routing.selected, routing.weights)
-            outputs = self._mix_all(served, weights, table)
         else:
             outputs = self._mix_selected(served, routing, routing.selected, table)
+        if self.shared is not None:
+            outputs = outputs + self.shared(served)
         if index is not None:
             outputs = outputs.new_zeros(tokens.shape[0], self.output_size).index_copy(0, index, outputs)
         return outputs, self._load_balancing_loss(routing, table), probabilities
@@ -162,28 +166,31 @@ class Mixture(nn.Module):
         counts = peers[:, 1 + len(self.ids) :].astype(np.int64)
         plan = plan_rows(selected, counts, self.owners, self.expert_parallel_rank)
         k = selected.shape[1]
-        rows = tokens.index_select(0, plan.outgoing // k if k > 1 else plan.outgoing)
+        pairs = tokens.repeat_interleave(k, dim=0) if k > 1 else tokens
+        rows = Reorder.apply(pairs, plan.outgoing, plan.returning)
         if self.expert_parallel_size > 1:
             rows = ExchangeRows.apply(rows, plan.send, plan.receive, self._group)
         arrived = rows
         if plan.by_expert is not None:
-            rows = rows.index_select(0, plan.by_expert)
-        # every local expert is called, also with no rows: a parameter without a gradient on one replica alone would
-        # leave the ranks with gradients of different sizes
+            rows = Reorder.apply(rows, plan.by_expert, plan.by_peer)
+        # to learn, every local expert is called, also with no rows: a parameter without a gradient on one replica alone
+        # would leave the ranks with gradients of different sizes
         results = [
-            expert(part) for expert, part in zip(self.experts.values(), rows.split(plan.expert_rows), strict=True)
+            expert(part)
+            for expert, part in zip(self.experts.values(), rows.split(plan.expert_rows), strict=True)
+            if len(part) or torch.is_grad_enabled()
         ]
         if results:
             done = torch.cat(results)
             if plan.by_peer is not None:
-                done = done.index_select(0, plan.by_peer)
+                done = Reorder.apply(done, plan.by_peer, plan.by_expert)
             done = self._tied(done)
         else:
             done = self._tied(tokens.new_zeros(0, self.output_size), arrived)
         if self.expert_parallel_size > 1:
             done = ExchangeRows.apply(done, plan.receive, plan.send, self._group)
-        chosen = done.index_select(0, plan.returning).view(*selected.shape, self.output_size)
-        return (chosen * routing.weights.unsqueeze(-1)).sum(dim=1)
+        outputs: Tensor = Combine.apply(done, routing.weights, plan)
+        return outputs
 
     def _tied(self, value: Tensor, *others: Tensor) -> Tensor:
         if self._group is None:

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import atomic_folder, read_json, sha256, write_bytes, write_json
+from hpc_cpd.student.acting import Actor
 from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.transformer import OBSERVATION_CLIP, Student, StudentShape
 
-STUDENT_SCHEMA_VERSION = 1
+STUDENT_SCHEMA_VERSION = 2
 MODEL_FILE = "model.safetensors"
 JSON_FILE = "student.json"
 
@@ -123,6 +124,7 @@ class StudentPolicy:
         self.student = Student(parts.shape, parts.experts_by_stage, inference=True)
         self.student.load_canonical(parts.state)
         self.student.eval().requires_grad_(False)
+        self.actor = Actor(self.student)
         self.encoder: TaskEncoder | None = None
         if parts.task_encoder_state is not None:
             self.encoder = TaskEncoder.from_state(parts.task_encoder_state, parts.shape.observation_size)
@@ -157,19 +159,21 @@ class StudentPolicy:
         self._rows = num_envs
         self._infer = task_id is None
         self._vectors = vectors
-        self._history = torch.zeros(num_envs, self.shape.history, self.shape.observation_size)
-        self._ages = torch.zeros(num_envs, dtype=torch.int64)  # observations seen, per environment
-        window = self.encoder.window if self.encoder is not None and self._infer else 1
-        self._window = torch.zeros(num_envs, window, self.shape.observation_size)
-        self._encoding_sum = torch.zeros(num_envs, self.shape.task_vector_size)
+        self.actor.begin(num_envs)
+        if self._infer:
+            assert self.encoder is not None
+            self._window = torch.zeros(num_envs, self.encoder.window, self.shape.observation_size)
+            self._encoding_sum = torch.zeros(num_envs, self.shape.task_vector_size)
+            self._past = torch.zeros(num_envs, self.shape.history, self.shape.observation_size)
         self._gate_sum = torch.zeros(self.num_experts, dtype=torch.float64)
         self._gate_rows = 0
 
     def reset_rows(self, mask: np.ndarray) -> None:
         """Forget the history of the environments flagged by `mask` bool [num_envs]: they begin a new episode."""
         rows = torch.tensor(np.asarray(mask, dtype=bool))
-        self._ages[rows] = 0
-        self._encoding_sum[rows] = 0.0
+        self.actor.ages[rows] = 0
+        if self._infer:
+            self._encoding_sum[rows] = 0.0
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Observations float32 [num_envs, obs] -> actions float32 [num_envs, act], clipped to [-1, 1].
@@ -183,13 +187,9 @@ class StudentPolicy:
         if tuple(seen.shape) != wanted:
             raise UserError(f"observations have shape {list(seen.shape)}, but [num_envs, obs] is {list(wanted)}")
         with torch.inference_mode():
-            position = self._remember(self._history, seen)
             if self._infer:
-                self._remember(self._window, seen)
-            self._ages += 1
-            if self._infer:
-                self._infer_tasks()
-            actions, gate = self.student.act_at(self._history, self._vectors, position)
+                self._infer_tasks(seen)
+            actions, gate = self.actor.act(seen, self._vectors)
             self._gate_sum += gate.double().sum(dim=0)
             self._gate_rows += self._rows
             clipped: np.ndarray = actions.clamp(-1.0, 1.0).numpy()
@@ -201,23 +201,38 @@ class StudentPolicy:
         usage: np.ndarray = (self._gate_sum / max(1, self._gate_rows)).numpy()
         return usage
 
-    def _remember(self, buffer: Tensor, seen: Tensor) -> Tensor:
-        """Put `seen` behind what each row of `buffer` holds, oldest first out; the rest repeats it, as in training."""
-        length = buffer.shape[1]
-        full = self._ages >= length
-        buffer[full, :-1] = buffer[full, 1:].clone()
-        position = self._ages.clamp(max=length - 1)
-        behind = torch.arange(length) >= position[:, None]
-        buffer.copy_(torch.where(behind[:, :, None], seen[:, None], buffer))
-        return position
-
-    def _infer_tasks(self) -> None:
+    def _infer_tasks(self, seen: Tensor) -> None:
         """Each environment's nearest known task vector to the mean encoding of its episode so far."""
         assert self.encoder is not None
+        self._remember(self._window, seen)
         normalised = (self._window - self.student.observation_mean) / self.student.observation_std
         self._encoding_sum += self.encoder(normalised.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP))
         known = torch.tensor(np.stack(list(self.task_vectors.values())))
-        self._vectors = known[(self._encoding_sum @ known.T).argmax(dim=1)]
+        vectors = known[(self._encoding_sum @ known.T).argmax(dim=1)]
+        changed, self._vectors = not torch.equal(vectors, self._vectors), vectors
+        if changed:
+            self._see_the_past_anew()
+        self._remember(self._past, seen)
+
+    def _see_the_past_anew(self) -> None:
+        """What the student keeps of past observations was computed for another task: look at them again."""
+        now = self.actor.ages
+        count = now.clamp(max=self.shape.history - 1)
+        first = (now.clamp(max=self.shape.history) - count)[:, None]
+        for step in range(int(count.max())):
+            # rows that have no more past write where the newest observation will be written next
+            self.actor.ages = torch.where(step < count, now - count + step, now)
+            place = (first + step).clamp(max=self.shape.history - 1)
+            self.actor.act(self._past.take_along_dim(place[:, :, None], dim=1)[:, 0], self._vectors)
+        self.actor.ages = now
+
+    def _remember(self, buffer: Tensor, seen: Tensor) -> None:
+        """Put `seen` behind what each row of `buffer` holds, oldest first out; the rest repeats it, as in training."""
+        length = buffer.shape[1]
+        full = self.actor.ages >= length
+        buffer[full, :-1] = buffer[full, 1:].clone()
+        behind = torch.arange(length) >= self.actor.ages.clamp(max=length - 1)[:, None]
+        buffer.copy_(torch.where(behind[:, :, None], seen[:, None], buffer))
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

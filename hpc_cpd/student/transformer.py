@@ -1,25 +1,25 @@
-"""The student network: a causal Transformer over the last observations, then a mixture of experts.
+"""The student network: a causal Transformer over the last observations, and mixtures of experts behind its last blocks.
 
-Shapes: B windows, L positions (at most `history`), E experts.
+Shapes: B windows, L positions (at most `history`), M mixtures, E experts in each.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_cpd.config import StudentSettings
+from hpc_cpd.student.attention import Block, reaches, rotation
 from hpc_cpd.student.gate import seeded_generator, seeded_linear
 from hpc_cpd.student.mixture import Mixture
 
 OBSERVATION_CLIP = 10.0
-FEED_FORWARD_FACTOR = 4
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,11 @@ class StudentShape:
     task_vector_size: int
     width: int
     layers: int
+    mixtures: int
     heads: int
     history: int
     expert_hidden: int
+    shared_expert_hidden: int
     experts_see_observation: bool
     top_k: int
     gate_bias_at_birth: float
@@ -49,9 +51,11 @@ class StudentShape:
             task_vector_size=task_vector_size,
             width=settings.width,
             layers=settings.layers,
+            mixtures=settings.mixtures,
             heads=settings.heads,
             history=settings.history,
             expert_hidden=settings.expert_hidden,
+            shared_expert_hidden=settings.shared_expert_hidden,
             experts_see_observation=settings.experts_see_observation,
             top_k=settings.top_k,
             gate_bias_at_birth=settings.gate_bias_at_birth,
@@ -59,30 +63,6 @@ class StudentShape:
 
     def as_json(self) -> dict[str, int | float | bool]:
         return dataclasses.asdict(self)
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm causal Transformer block: [B, L, width] -> [B, L, width]."""
-
-    def __init__(self, width: int, heads: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm_attention = nn.LayerNorm(width)
-        self.query_key_value = seeded_linear(width, 3 * width, generator)
-        self.attention_out = seeded_linear(width, width, generator)
-        self.norm_feed_forward = nn.LayerNorm(width)
-        self.feed_forward_in = seeded_linear(width, FEED_FORWARD_FACTOR * width, generator)
-        self.feed_forward_out = seeded_linear(FEED_FORWARD_FACTOR * width, width, generator)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        batch, length, width = tokens.shape
-        mixed = self.query_key_value(self.norm_attention(tokens))
-        query, key, value = mixed.view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        tokens = tokens + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
-        hidden = F.gelu(self.feed_forward_in(self.norm_feed_forward(tokens)))
-        after: Tensor = tokens + self.feed_forward_out(hidden)
-        return after
 
 
 class Student(nn.Module):
@@ -103,11 +83,15 @@ class Student(nn.Module):
         inference: bool = False,
     ) -> None:
         """`experts_by_stage`: global expert ids, ascending. `inference`: never under an engine, so DeepSpeed is not
-        imported. Raises ValueError when `heads` does not divide `width`.
+        imported. Raises ValueError when the sizes do not fit each other.
         """
         super().__init__()
-        if shape.width % shape.heads:
-            raise ValueError(f"student.heads is {shape.heads}, which does not divide student.width {shape.width}")
+        if shape.width % (2 * shape.heads):
+            raise ValueError(
+                f"student.heads is {shape.heads}, but student.width {shape.width} is no multiple of twice it"
+            )
+        if shape.mixtures > shape.layers:
+            raise ValueError(f"student.mixtures is {shape.mixtures}, more than student.layers, {shape.layers}")
         self.shape = shape
         self.experts_by_stage = [list(stage) for stage in experts_by_stage]
         self.expert_parallel_size = expert_parallel_size
@@ -116,27 +100,37 @@ class Student(nn.Module):
         generator = seeded_generator(seed, 0)
         self.embed_observation = seeded_linear(shape.observation_size, shape.width, generator)
         self.embed_task = seeded_linear(shape.task_vector_size, shape.width, generator)
-        self.position = nn.Parameter(torch.empty(shape.history, shape.width).normal_(0.0, 0.02, generator=generator))
-        self.blocks = nn.ModuleList(Block(shape.width, shape.heads, generator) for _ in range(shape.layers))
-        self.norm_features = nn.LayerNorm(shape.width)
+        self.blocks = nn.ModuleList(
+            Block(shape.width, shape.heads, reach, generator) for reach in reaches(shape.history, shape.layers)
+        )
+        self.norms_features = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(shape.mixtures))
         self.norm_head = nn.LayerNorm(shape.width)
         self.head = seeded_linear(shape.width, shape.action_size, generator)
-        mixture: type[Mixture] = Mixture
+        kind: type[Mixture] = Mixture
         if not inference:
             from hpc_cpd.student.experts import MixtureOfExperts
 
-            mixture = MixtureOfExperts
+            kind = MixtureOfExperts
         observation = shape.observation_size if shape.experts_see_observation else 0
-        self.mixture = mixture(
-            input_size=shape.width + observation + shape.task_vector_size,
-            output_size=shape.width,
-            expert_hidden=shape.expert_hidden,
-            experts_by_stage=self.experts_by_stage,
-            expert_parallel_size=expert_parallel_size,
-            top_k=shape.top_k,
-            gate_bias_at_birth=shape.gate_bias_at_birth,
-            seed=seed,
+        self.mixtures = nn.ModuleList(
+            kind(
+                input_size=shape.width + observation + shape.task_vector_size,
+                output_size=shape.width,
+                expert_hidden=shape.expert_hidden,
+                experts_by_stage=self.experts_by_stage,
+                expert_parallel_size=expert_parallel_size,
+                top_k=shape.top_k,
+                gate_bias_at_birth=shape.gate_bias_at_birth,
+                seed=int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0]),
+                shared_hidden=shape.shared_expert_hidden,
+            )
+            for number in range(shape.mixtures)
         )
+
+    @property
+    def expert_ids(self) -> list[int]:
+        """Global ids of all experts, ascending."""
+        return [global_id for stage in self.experts_by_stage for global_id in stage]
 
     def forward(
         self,
@@ -147,44 +141,50 @@ class Student(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw observations float32 [B, L, obs], task vectors float32 [B, D], valid bool [B, L] (None: all).
 
-        Returns (actions [B, L, act], load-balancing loss [], gate probabilities [B, L, E]). Actions at positions that
-        are not valid mean nothing. `lift_mask` bool [B]: windows whose tokens give experts of the newest stage a
+        Returns (actions [B, L, act], load-balancing loss [], gate probabilities [B, L, M, E]). Actions at positions
+        that are not valid mean nothing. `lift_mask` bool [B]: windows whose tokens give experts of the newest stage a
         chance under a top-k gate (see `gate.Gate`).
         """
         length = observations.shape[1]
-        features, normalised = self._features(observations, task_vectors)
-        tasks = task_vectors[:, None].expand(-1, length, -1)
-        flat = self._mixture_input(features, normalised, tasks).flatten(0, 1)
+        tokens, context = self.embed(observations, task_vectors[:, None].expand(-1, length, -1))
+        turn = rotation(torch.arange(length, device=tokens.device), self.head_size)
         lift = None if lift_mask is None else lift_mask[:, None].expand(-1, length).reshape(-1)
-        mixed, balance, gate = self.mixture(flat, None if valid is None else valid.reshape(-1), lift)
-        actions = self.head(self.norm_head(features + mixed.view_as(features)))
-        return actions, balance, gate.view(*observations.shape[:2], gate.shape[1])
+        balances, gates = [], []
+        for number, block in enumerate(self.blocks):
+            tokens = block(tokens, turn)
+            place = self.mixture_behind(number)
+            if place is not None:
+                features = self.norms_features[place](tokens)
+                flat = torch.cat([features, context], dim=-1).flatten(0, 1)
+                mixed, balance, gate = self.mixtures[place](flat, self._served(valid, place), lift)
+                tokens = features + mixed.view_as(features)
+                balances.append(balance)
+                gates.append(gate.view(*observations.shape[:2], -1))
+        actions = self.head(self.norm_head(tokens))
+        return actions, torch.stack(balances).mean(), torch.stack(gates, dim=2)
 
-    def act_at(self, observations: Tensor, task_vectors: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions [B, act] and gate probabilities [B, E] at one `position` int64 [B] per window, for acting.
+    @property
+    def head_size(self) -> int:
+        return self.shape.width // self.shape.heads
 
-        The mixture sees B tokens rather than B * L, always as many: rounding does not depend on the windows' ages.
-        """
-        features, normalised = self._features(observations, task_vectors)
-        rows = torch.arange(len(position), device=position.device)
-        last = features[rows, position]
-        mixed, _, gate = self.mixture(
-            self._mixture_input(last, normalised[rows, position], task_vectors), every_expert=True
-        )
-        return self.head(self.norm_head(last + mixed)), gate
-
-    def _features(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Raw observations [..., obs] and task vectors [..., D] -> (tokens [..., width], what experts also see)."""
         normalised = (observations - self.observation_mean) / self.observation_std
         normalised = normalised.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
-        tokens = self.embed_observation(normalised) + self.embed_task(task_vectors)[:, None]
-        tokens = tokens + self.position[: observations.shape[1]]
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.norm_features(tokens), normalised
-
-    def _mixture_input(self, features: Tensor, normalised: Tensor, task_vectors: Tensor) -> Tensor:
+        tokens = self.embed_observation(normalised) + self.embed_task(task_vectors)
         seen = [normalised] if self.shape.experts_see_observation else []
-        return torch.cat([features, *seen, task_vectors], dim=-1)
+        return tokens, torch.cat([*seen, task_vectors], dim=-1)
+
+    def mixture_behind(self, block: int) -> int | None:
+        """Number of the mixture that follows block `block`, if one does."""
+        number = block - (self.shape.layers - self.shape.mixtures)
+        return number if number >= 0 else None
+
+    def _served(self, valid: Tensor | None, mixture: int) -> Tensor | None:
+        """bool [B * L]: the last mixture serves valid positions, the others also those that these look back at."""
+        if valid is None or mixture == self.shape.mixtures - 1:
+            return None if valid is None else valid.reshape(-1)
+        return (valid.flip(1).cumsum(1).flip(1) > 0).reshape(-1)
 
     def set_normaliser(self, mean: np.ndarray | Tensor, std: np.ndarray | Tensor) -> None:
         """Fix how observations are normalised, float [obs] each. Set once, before training; part of the state."""
@@ -194,17 +194,17 @@ class Student(nn.Module):
             self.observation_std.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
 
     def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of everything outside the mixture; the same on every rank."""
-        return [(name, value) for name, value in self.named_parameters() if not name.startswith("mixture.")]
+        """(name, parameter) of everything but gates and experts that grow; the same on every rank."""
+        return [(name, value) for name, value in self.named_parameters() if not _OF_MIXTURES.match(name)]
 
     def gate_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """(name, parameter) of the gate; the same on every rank."""
-        return [(name, value) for name, value in self.named_parameters() if name.startswith("mixture.gate.")]
+        """(name, parameter) of the gates; the same on every rank."""
+        return [(name, value) for name, value in self.named_parameters() if _OF_GATES.match(name)]
 
     def expert_parameters(self, ids: Iterable[int] | None = None) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of the experts `ids` (None: all) that live on this rank."""
-        prefixes = tuple(expert_prefix(e) for e in (self.mixture.ids if ids is None else ids))
-        return [(name, value) for name, value in self.named_parameters() if name.startswith(prefixes)]
+        wanted = set(self.expert_ids if ids is None else ids)
+        return [(name, value) for name, value in self.named_parameters() if expert_of(name) in wanted]
 
     def load_canonical(self, state: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a canonical state (names of an expert-parallel size of 1) that live on this rank.
@@ -220,15 +220,21 @@ class Student(nn.Module):
                 tensor.copy_(state[name])
 
 
-def expert_prefix(global_id: int) -> str:
-    """How the names of one expert's parameters begin."""
-    return f"mixture.experts.{global_id}."
+_OF_MIXTURES = re.compile(r"mixtures\.\d+\.(gate|experts|anchor)\b")
+_OF_GATES = re.compile(r"mixtures\.\d+\.gate\.")
+_OF_EXPERTS = re.compile(r"mixtures\.(\d+)\.experts\.(\d+)\.")
+
+
+def expert_place(name: str) -> tuple[int, int] | None:
+    """(mixture, global id of the expert) that a parameter name belongs to, None for everything else."""
+    found = _OF_EXPERTS.match(name)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def expert_of(name: str) -> int | None:
     """Global id of the expert a parameter name belongs to, None for everything else."""
-    prefix = "mixture.experts."
-    return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+    place = expert_place(name)
+    return place[1] if place is not None else None
 
 
 def grown(
@@ -245,7 +251,7 @@ def grown(
     """
     student = Student(shape, [*experts_by_stage_old, new_ids], expert_parallel_size, seed)
     stage = len(experts_by_stage_old) + 1
-    born = {f"mixture.gate.weight_{stage}", f"mixture.gate.bias_{stage}"}
+    born = {f"mixtures.{n}.gate.{part}_{stage}" for n in range(shape.mixtures) for part in ("weight", "bias")}
     fresh = {
         name: tensor.clone()
         for name, tensor in student.state_dict().items()

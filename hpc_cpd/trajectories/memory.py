@@ -136,7 +136,7 @@ def select_episodes(
     elif method == "dpp":
         weights = np.asarray(quality, np.float64) / np.sqrt(sizes)
         rows = np.asarray(features, np.float64) * weights[:, None]
-        order = fitting[_diverse_order(rows[fitting], sizes[fitting], budget_steps)]
+        order = _diverse_order(rows, sizes, fitting, budget_steps)
     else:
         raise ValueError(f"method must be 'dpp' or 'uniform', not {method!r}")
     chosen: list[int] = []
@@ -180,13 +180,13 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
         mark_done(temporary, summary)
 
 
-def open_memory(folders: Sequence[str | Path]) -> TrajectoryStore | None:
+def open_memory(folders: Sequence[str | Path], in_memory_gigabytes: float | None = None) -> TrajectoryStore | None:
     """Read memory folders together; None when nothing is kept in any (a budget of 0, or below one episode).
 
     Raises UserError like `open_trajectories`.
     """
     if any(not is_done(Path(folder)) or load_done(Path(folder))["steps"] for folder in folders):
-        return open_trajectories(folders)
+        return open_trajectories(folders, in_memory_gigabytes=in_memory_gigabytes)
     return None
 
 
@@ -206,16 +206,21 @@ def _selection(task: TaskMemory) -> dict[str, Any]:
     }
 
 
-def _diverse_order(rows: NDArray[np.float64], sizes: NDArray[np.int64], budget_steps: int) -> NDArray[np.int64]:
-    rest = np.arange(len(sizes))
+def _diverse_order(
+    rows: NDArray[np.float64], sizes: NDArray[np.int64], fitting: NDArray[np.int64], budget_steps: int
+) -> NDArray[np.int64]:
+    """The numbers in `fitting`; of `rows` nothing is left: a row of zeros is never picked, and no copy is needed."""
+    rest = fitting
+    rows[np.setdiff1d(np.arange(len(rows)), rest)] = 0.0
     order: list[NDArray[np.int64]] = []
     total = 0
     while len(rest) and total <= budget_steps:
-        picks = rest[greedy_map(rows[rest], len(rest))]
-        if not len(picks):  # rows of zeros: nothing tells them apart
+        picks = greedy_map(rows, len(rest))
+        if not len(picks):  # nothing but zeros: nothing tells them apart
             picks = rest
         order.append(picks)
         total += int(sizes[picks].sum())
+        rows[picks] = 0.0
         rest = np.setdiff1d(rest, picks)
     return np.concatenate(order) if order else np.zeros(0, np.int64)
 

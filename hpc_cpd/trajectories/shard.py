@@ -27,6 +27,7 @@ from hpc_cpd.trajectories.schema import (
 )
 
 MANIFEST = "manifest.json"
+PER_EPISODE = ("episode_offsets", "episode_index", "final_observations")
 SHARD_NAME = re.compile(r"shard-(\d{4})-(\d{5})\.h5")
 
 
@@ -129,8 +130,11 @@ def check_shard(path: str | Path, task_id: str | None = None) -> None:
     load_shard(path, task_id)
 
 
-def load_shard(path: str | Path, task_id: str | None = None) -> tuple[Origin, list[Episode]]:
-    """Origin and episodes of a shard, every check made. Raises UserError like `check_shard`."""
+def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = False) -> tuple[Origin, list[Episode]]:
+    """Origin and episodes of a shard, every check made. Raises UserError like `check_shard`.
+
+    `mapped`: what has a row per step stays in the file, which must not be written to (a closed shard never is).
+    """
     path = Path(path)
     if not path.is_file():
         raise broken(path, "is missing")
@@ -141,7 +145,7 @@ def load_shard(path: str | Path, task_id: str | None = None) -> tuple[Origin, li
             version = attributes.get("schema_version", "none")
             if not np.array_equal(version, SCHEMA_VERSION):
                 raise broken(path, f"has schema version {version}, but this version reads {SCHEMA_VERSION}")
-            columns = {name: _read_column(path, file, name) for name in KINDS if name in file}
+            columns = {name: _read_column(path, file, name, mapped) for name in KINDS if name in file}
     except PermissionError as error:
         raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for permission") from None
     except (OSError, KeyError, RuntimeError) as error:
@@ -228,7 +232,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def check_listed(folder: Path, entry: dict[str, Any], task_id: str | None = None) -> tuple[Origin, list[Episode]]:
+def check_listed(
+    folder: Path, entry: dict[str, Any], task_id: str | None = None, mapped: bool = False
+) -> tuple[Origin, list[Episode]]:
     """Read one shard of a manifest and hold it against its `entry`. Raises UserError naming the shard."""
     path = folder / entry["file"]
     if not path.is_file():
@@ -236,7 +242,7 @@ def check_listed(folder: Path, entry: dict[str, Any], task_id: str | None = None
     # first the bytes, so that HDF5 never has to make sense of a damaged file
     if sha256(path) != entry["sha256"]:
         raise broken(path, f"does not have the sha256 that {MANIFEST} recorded: it was changed or damaged")
-    origin, episodes = load_shard(path, task_id)
+    origin, episodes = load_shard(path, task_id, mapped)
     if (len(episodes), sum(map(len, episodes))) != (entry["episodes"], entry["steps"]):
         raise broken(path, f"holds other numbers of episodes and steps than {MANIFEST} says")
     return origin, episodes
@@ -258,10 +264,14 @@ def _canonical(episode: Episode) -> Episode:
     )
 
 
-def _read_column(path: Path, file: h5py.File, name: str) -> NDArray[Any]:
+def _read_column(path: Path, file: h5py.File, name: str, mapped: bool) -> NDArray[Any]:
     dataset = file[name]
     if not isinstance(dataset, h5py.Dataset) or str(dataset.dtype) not in KINDS[name]:
         raise broken(path, f"has a '{name}' that is not {' or '.join(KINDS[name])}")
+    offset = dataset.id.get_offset()  # None where another tool has packed the column into chunks
+    if mapped and offset is not None and name not in PER_EPISODE:
+        # a view of the map: np.memmap itself takes long to slice
+        return np.asarray(np.memmap(path, dataset.dtype, "r", offset, dataset.shape))
     return dataset[()]
 
 

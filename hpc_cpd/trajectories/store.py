@@ -1,12 +1,13 @@
-"""Reading trajectories: everything in RAM, in one canonical order, with a fast window sampler.
+"""Reading trajectories: in RAM, in one canonical order, with a fast window sampler.
 
 Measured on one core: windows gathered from RAM come 20 to 200 times faster than slices of HDF5 files, and
-trajectories of low-dimensional tasks are small (MT50 with 100 episodes per task: below 300 MB).
+trajectories of low-dimensional tasks are small (MT50 with 100 episodes per task: below 300 MB). Larger ones (images)
+are mapped from their shards, which need no room and no second copy.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,12 @@ from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import DONE, is_done
+from hpc_cpd.trajectories.columns import joined
 from hpc_cpd.trajectories.schema import Episode, Origin, broken
 from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest
+
+STATISTICS_STEPS = 65_536
+"""Steps of which statistics are computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +52,13 @@ class TrajectoryStore:
         episodes: Mapping[str, Sequence[Episode]],
         origins: Mapping[str, Origin] | None = None,
         folders: Sequence[Path] = (),
+        mapped: bool = False,
     ) -> None:
-        """Copy `episodes` (task id -> episodes). Raises UserError when sizes differ or an episode is there twice."""
+        """Copy `episodes` (task id -> episodes), or keep them as they are if they are `mapped` from files.
+
+        Raises UserError when sizes differ or an episode is there twice.
+        """
+        self.mapped = mapped
         self.task_ids = [task_id for task_id in episodes if len(episodes[task_id])]
         if not self.task_ids:
             raise UserError("there are no episodes to read; record some with hpc_cpd.launch --stage teachers")
@@ -70,11 +80,11 @@ class TrajectoryStore:
             EpisodeSpan(task, int(stop - length), int(length), episode.index, episode.goal_index)
             for (task, episode), length, stop in zip(ordered, lengths, stops, strict=True)
         ]
-        self.observations = np.concatenate([episode.observations for _, episode in ordered])
-        self.actions = np.concatenate([episode.actions for _, episode in ordered])
-        self.teacher_mean = np.concatenate([episode.teacher_mean for _, episode in ordered])
-        self.rewards = np.concatenate([episode.rewards for _, episode in ordered])
-        self.success = np.concatenate([episode.success for _, episode in ordered])
+        self.observations = joined([episode.observations for _, episode in ordered], mapped)
+        self.actions = joined([episode.actions for _, episode in ordered], mapped)
+        self.teacher_mean = joined([episode.teacher_mean for _, episode in ordered], mapped)
+        self.rewards = joined([episode.rewards for _, episode in ordered], mapped)
+        self.success = joined([episode.success for _, episode in ordered], mapped)
         self.final_observations = np.stack([episode.final_observation for _, episode in ordered])
         self._episode_starts = stops - lengths
         self._first_step = np.repeat(stops - lengths, lengths)  # of the episode that a step belongs to
@@ -175,9 +185,20 @@ class TrajectoryStore:
 
         Over all steps of a task, or of all tasks (None).
         """
-        values = self.observations[self.steps(task_id) if task_id else slice(None)]
-        mean = values.mean(axis=0, dtype=np.float64)
-        return mean.astype(np.float32), values.std(axis=0, dtype=np.float64).astype(np.float32)
+        rows = self.steps(task_id) if task_id else slice(0, len(self))
+        count = rows.stop - rows.start
+
+        def mean(of: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
+            total = np.zeros(self.observations.shape[1:])
+            for first in range(rows.start, rows.stop, STATISTICS_STEPS):
+                total += of(self.observations[first : min(first + STATISTICS_STEPS, rows.stop)].astype(np.float64)).sum(
+                    0
+                )
+            return total / count
+
+        centre = mean(lambda values: values)
+        variance = mean(lambda values: (values - centre) ** 2)
+        return centre.astype(np.float32), np.sqrt(variance).astype(np.float32)
 
     def episode_means(self, values: NDArray[Any]) -> NDArray[np.float64]:
         """Mean of `values` [S] (one per step) over each episode, float64 [E]."""
@@ -207,11 +228,14 @@ class TrajectoryStore:
 
 
 def open_trajectories(
-    folders: str | Path | Sequence[str | Path], task_ids: Sequence[str] | None = None
+    folders: str | Path | Sequence[str | Path],
+    task_ids: Sequence[str] | None = None,
+    in_memory_gigabytes: float | None = None,
 ) -> TrajectoryStore:
     """Read a task folder, a memory folder, or several of them; every shard is checked against its manifest.
 
-    `task_ids`: the task that each folder must hold (None: whatever it holds).
+    `task_ids`: the task that each folder must hold (None: whatever it holds). Files of more than
+    `in_memory_gigabytes` (10^9 bytes) together are mapped instead of read (None: never).
 
     Raises UserError naming the folder or shard that is missing, unfinished or broken, and the command that
     makes it again.
@@ -220,14 +244,17 @@ def open_trajectories(
     episodes: dict[str, list[Episode]] = {}
     origins: dict[str, Origin] = {}
     expected: Sequence[str | None] = task_ids if task_ids is not None else [None] * len(paths)
-    for folder, task_id in zip(paths, expected, strict=True):
+    for folder in paths:
         _refuse_unfinished(folder)
+    size = sum(path.stat().st_size for folder in paths for path in closed_shards(folder))
+    mapped = in_memory_gigabytes is not None and size > in_memory_gigabytes * 1e9
+    for folder, task_id in zip(paths, expected, strict=True):
         for entry in read_manifest(folder)["shards"]:
-            origin, recorded = check_listed(folder, entry, task_id)
+            origin, recorded = check_listed(folder, entry, task_id, mapped)
             if origins.setdefault(origin.task_id, origin) != origin:
                 raise broken(folder / entry["file"], f"comes from another teacher or version of {origin.task_id}")
             episodes.setdefault(origin.task_id, []).extend(recorded)
-    return TrajectoryStore(episodes, origins, paths)
+    return TrajectoryStore(episodes, origins, paths, mapped)
 
 
 def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:

@@ -75,7 +75,8 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Grown]:
 def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Every recorded step of the old tasks, before and after the growth that begins `stage`.
 
-    Returns pairs (before, after) of actions, of the pass that learns and of the one that acts; and the gate after.
+    Returns pairs (before, after) of actions, of the pass that learns and of the one that acts at the beginning of an
+    episode; and the gate after.
     """
     before, after = (load_student(grown.run.stage(k) / name) for k, name in ((stage - 1, "student"), (stage, "start")))
     assert [before.num_experts, after.num_experts] == EXPERTS[stage - 2 : stage]
@@ -85,7 +86,10 @@ def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Ten
     vectors = torch.tensor(np.stack([before.task_vectors[store.task_ids[i]] for i in windows["task_index"]]))
     with torch.inference_mode():
         learning = [policy.student(observations, vectors, valid)[0][valid] for policy in (before, after)]
-        acting = [policy.student.act_at(observations, vectors, valid.int().argmax(dim=1)) for policy in (before, after)]
+        acting = []
+        for policy in (before, after):
+            policy.actor.begin(len(observations))
+            acting.append(policy.actor.act(observations[:, 0], vectors))
     return [(learning[0], learning[1]), (acting[0][0], acting[1][0])], acting[1][1]
 
 

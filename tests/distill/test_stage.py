@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hpc_cpd.distill.learn import newest_checkpoint
 from hpc_cpd.run import Run, is_done, read_json, read_metrics
@@ -146,11 +147,14 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
         assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * moved + 1e-5, name
 
 
-@pytest.mark.parametrize("steps", [7, 31])
+@pytest.mark.parametrize(("steps", "in_memory"), [(7, "8.0"), (31, "0.0")])
 def test_stopped_ranks_save_together_and_the_resumed_student_has_the_same_bits(
-    undisturbed: Run, tmp_path: Path, steps: int
+    undisturbed: Run, tmp_path: Path, steps: int, in_memory: str
 ) -> None:
+    """Also when the trajectories stay in their files."""
     run = copy_of(undisturbed, tmp_path, 2)
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("in_memory_gigabytes: 8.0", f"in_memory_gigabytes: {in_memory}"))
     output = finish(start_ranks(2, run.folder, 2, steps), expected=3)
     assert "all ranks saved" in output
     assert newest_checkpoint(run.stage(2) / "checkpoints") is not None
@@ -192,6 +196,22 @@ def test_a_stage_stopped_on_two_ranks_goes_on_on_another_number(undisturbed: Run
     for name in ours:
         moved = (theirs[name] - start[name]).abs().max()
         assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * moved + 1e-5, name
+
+
+def test_bfloat16_learns_like_float32_and_its_checkpoint_serves_both(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path, 2)
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("precision: float32", "precision: bfloat16"))
+    finish(start_ranks(2, run.folder, 2, 35), expected=3)
+    checkpoint = newest_checkpoint(run.stage(2) / "checkpoints")
+    assert checkpoint is not None
+    for file in checkpoint.glob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+    run.config_file.write_text(text)
+    finish(start_ranks(1, run.folder, 2))
+    losses, wanted = ([line["loss"] for line in read_metrics(r.stage(2) / "metrics.jsonl")] for r in (run, undisturbed))
+    assert losses == pytest.approx(wanted, rel=0.05)
+    assert losses[0] != wanted[0]
 
 
 def test_a_finished_stage_is_not_done_again(undisturbed: Run) -> None:

@@ -24,7 +24,7 @@ def freeze(student: Student, frozen: str) -> None:
         "shared": student.shared_parameters(),
         "gate": student.gate_parameters(),
         "experts": student.expert_parameters(),
-        "even": student.expert_parameters([e for e in student.mixture.ids if e % 2 == 0]),
+        "even": student.expert_parameters([e for e in student.expert_ids if e % 2 == 0]),
     }
     for part in filter(None, frozen.split("+")):
         for _, parameter in parts[part]:
@@ -36,7 +36,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    shape = small_shape(case["top_k"])
+    shape = small_shape(case["top_k"], **case.get("shape", {}))
     experts, shares = case["experts"], case["shares"]
     total = sum(shares)
     observations, tasks, valid, lift, target = make_batch(total, shape.history, shape)
@@ -84,10 +84,10 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
             worst["frozen"] = max(worst["frozen"], float(parameter.grad is not None))
             continue
         gradient = parameter.get_full_hp_grad() if case.get("zero") else parameter.grad
-        if name == "mixture.anchor":
+        if name.endswith(".anchor"):
             worst["anchor"] = float(gradient.abs().max())
             continue
-        kind = "expert" if expert_of(name) is not None else "gate" if "gate" in name else "shared"
+        kind = "expert" if expert_of(name) is not None else "gate" if ".gate." in name else "shared"
         wanted = reference[name].grad
         wanted = torch.zeros_like(parameter) if wanted is None else wanted
         worst[kind] = max(worst[kind], float((gradient - wanted).abs().max()))

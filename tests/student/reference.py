@@ -1,4 +1,4 @@
-"""The mixture written down plainly: every expert on every token, one process, nothing clever."""
+"""The student written down plainly: every expert on every token, one process, nothing clever."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hpc_cpd.student.attention import Block
 from hpc_cpd.student.transformer import Student, StudentShape
 
 
@@ -16,9 +17,11 @@ def small_shape(top_k: int = 0, **changes: int | float | bool) -> StudentShape:
         "task_vector_size": 5,
         "width": 16,
         "layers": 1,
+        "mixtures": 1,
         "heads": 2,
         "history": 4,
         "expert_hidden": 12,
+        "shared_expert_hidden": 0,
         "experts_see_observation": True,
         "top_k": top_k,
         "gate_bias_at_birth": -5.0,
@@ -58,11 +61,60 @@ def reference_forward(
     student: Student, observations: Tensor, tasks: Tensor, valid: Tensor, lift_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(actions [B, L, act], load-balancing loss) of a student that lives whole in this process."""
-    shape, mixture = student.shape, student.mixture
-    batch, length = valid.shape
-    features, normalised = student._features(observations, tasks)
+    shape = student.shape
+    length = valid.shape[1]
+    told = tasks[:, None].expand(-1, length, -1)
+    normalised = (observations - student.observation_mean) / student.observation_std
+    tokens = student.embed_observation(normalised) + student.embed_task(told)
     seen = [normalised] if shape.experts_see_observation else []
-    tokens = torch.cat([features, *seen, tasks[:, None].expand(-1, length, -1)], dim=-1).reshape(batch * length, -1)
+    looked_at = torch.tensor([[any(row[place:]) for place in range(length)] for row in valid.tolist()]).view_as(valid)
+    balances = []
+    for number, block in enumerate(student.blocks):
+        tokens = reference_block(block, tokens)
+        place = number - (shape.layers - shape.mixtures)
+        if place >= 0:
+            features = student.norms_features[place](tokens)
+            inputs = torch.cat([features, *seen, told], dim=-1)
+            served = valid if number == shape.layers - 1 else looked_at
+            mixed, balance = reference_mixture(student, place, inputs, served, lift_mask)
+            tokens = features + mixed
+            balances.append(balance)
+    return student.head(student.norm_head(tokens)), torch.stack(balances).mean()
+
+
+def reference_block(block: Block, tokens: Tensor) -> Tensor:
+    """A Transformer block with its attention written out, head by head and query by query."""
+    _, length, width = tokens.shape
+    size = width // block.heads
+    query, key, value = block.query_key_value(block.norm_attention(tokens)).split(width, dim=-1)
+    attended = torch.zeros_like(tokens)
+    for head in range(block.heads):
+        part = slice(head * size, (head + 1) * size)
+        for now in range(length):
+            places = range(max(0, now - block.reach + 1), now + 1)
+            # only the distance counts: the query stays, the key turns back by how long ago it was
+            scores = [(query[:, now, part] * turned(key[:, then, part], then - now)).sum(-1) for then in places]
+            weights = (torch.stack(scores, dim=-1) / size**0.5).softmax(dim=-1)
+            attended[:, now, part] = (weights[:, :, None] * value[:, places.start : places.stop, part]).sum(dim=1)
+    tokens = tokens + block.attention_out(attended)
+    return tokens + block.feed_forward_out(F.gelu(block.feed_forward_in(block.norm_feed_forward(tokens))))
+
+
+def turned(vectors: Tensor, angle: int) -> Tensor:
+    """Number i and number i + half of each vector, as a complex number, times exp(1j * angle / 100^(i / half))."""
+    half = vectors.shape[-1] // 2
+    angles = angle / 100.0 ** (torch.arange(half) / half)
+    plane = torch.complex(vectors[..., :half], vectors[..., half:]) * torch.polar(torch.ones(half), angles)
+    return torch.cat([plane.real, plane.imag], dim=-1)
+
+
+def reference_mixture(
+    student: Student, place: int, inputs: Tensor, valid: Tensor, lift_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(outputs [B, L, width], load-balancing loss) of one mixture."""
+    shape, mixture = student.shape, student.mixtures[place]
+    length = valid.shape[1]
+    tokens = inputs.flatten(0, 1)
     stages = [stage for stage, ids in enumerate(student.experts_by_stage, start=1) if ids]
     weight = torch.cat([getattr(mixture.gate, f"weight_{stage}") for stage in stages])
     bias = torch.cat([getattr(mixture.gate, f"bias_{stage}") for stage in stages])
@@ -87,10 +139,11 @@ def reference_forward(
             weights = chosen * (1.0 + masked.clamp_min(1e-30).log() - masked.clamp_min(1e-30).log().detach())
         else:
             weights = masked / masked.sum(dim=1, keepdim=True)
-    mixed = (outputs * weights[:, :, None]).sum(dim=1) * flat_valid[:, None]
-    actions = student.head(student.norm_head(features + mixed.view_as(features)))
+    mixed = (outputs * weights[:, :, None]).sum(dim=1)
+    if mixture.shared is not None:
+        mixed = mixed + mixture.shared(tokens)
     balance = experts * (load[flat_valid].mean(dim=0) * probability[flat_valid].mean(dim=0)).sum()
-    return actions, balance
+    return (mixed * flat_valid[:, None]).view(*valid.shape, -1), balance
 
 
 def masked_loss(actions: Tensor, target: Tensor, valid: Tensor, count: float) -> Tensor:

@@ -37,7 +37,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     """
     folder = tmp_path_factory.mktemp("two_ranks")
     save_checkpoint(folder / "damaged", make_student(small_shape(0), EXPERTS, inference=True), {}, {"step": 0})
-    with open(folder / "damaged" / "expert-0001.safetensors", "r+b") as file:
+    with open(folder / "damaged" / "mixture-0-expert-0001.safetensors", "r+b") as file:
         file.seek(200)
         file.write(b"\x00\x01\x02\x03")
     spread = {"expert_parallel_size": 2}
@@ -82,7 +82,11 @@ def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[A
     first, second = (
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "alone", two_ranks[0] / "first")
     )
-    assert sorted(first) == ["dense.safetensors", *(f"expert-000{e}.safetensors" for e in range(5)), "index.json"]
+    assert sorted(first) == [
+        "dense.safetensors",
+        *(f"mixture-0-expert-000{e}.safetensors" for e in range(5)),
+        "index.json",
+    ]
     assert sorted(second) == sorted(first)
     for name, data in first.items():
         assert second[name] == data, name
@@ -100,7 +104,7 @@ def test_a_rank_that_cannot_write_stops_all_ranks_and_leaves_nothing(two_ranks: 
 def test_a_rank_that_cannot_read_stops_all_ranks(two_ranks: tuple[Path, list[Any]]) -> None:
     raised = two_ranks[1][-1]
     assert [kind for kind, _, _ in raised] == ["UserError", "UserError"]
-    assert "expert-0001.safetensors is damaged" in raised[0][2]
+    assert "mixture-0-expert-0001.safetensors is damaged" in raised[0][2]
 
 
 def saved(folder: Path) -> tuple[Path, Student]:
@@ -120,8 +124,8 @@ def test_one_process_reads_back_what_it_wrote(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path) -> None:
     folder, student = saved(tmp_path)
     changed = shutil.copytree(folder, tmp_path / "missing")
-    (changed / "expert-0002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"expert-0002\.safetensors is missing"):
+    (changed / "mixture-0-expert-0002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"mixture-0-expert-0002\.safetensors is missing"):
         load_checkpoint(changed, student)
     changed = shutil.copytree(folder, tmp_path / "short")
     whole = (changed / "dense.safetensors").read_bytes()

@@ -29,7 +29,10 @@ def cases(world_size: int) -> list[dict[str, Any]]:
         found += [
             {**base, "frozen": frozen} for frozen in ("shared", "gate+shared", "shared+experts", "shared+gate+even")
         ]
+    deep = {"layers": 3, "mixtures": 2, "shared_expert_hidden": 8}
     for size, top_k in product(sizes, (0, 1, 2)):
+        base = {"expert_parallel_size": size, "top_k": top_k, "experts": [[0, 1], [2, 3, 4]], "shape": deep}
+        found += [{**base, "shares": uneven, "lift": True}, {**base, "shares": empty, "frozen": "gate+shared"}]
         found.append(
             {"expert_parallel_size": size, "top_k": top_k, "experts": [list(range(25))], "shares": uneven, "lift": True}
         )

@@ -13,17 +13,21 @@ import torch
 
 from hpc_cpd.config import TaskEncoderSettings
 from hpc_cpd.errors import UserError
+from hpc_cpd.student.acting import FEW_ROWS
 from hpc_cpd.student.policy import StudentPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.transformer import Student
 from tests.student.reference import make_student, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
-ENVS, STEPS = 5, 9
+ENVS, STEPS = 5, 16
 
 
-def publish(folder: Path, top_k: int = 0, encoder: TaskEncoder | None = None) -> Student:
-    shape = small_shape(top_k)
+DEEP = {"layers": 3, "mixtures": 2, "history": 6, "shared_expert_hidden": 8}
+
+
+def publish(folder: Path, top_k: int = 0, encoder: TaskEncoder | None = None, **changes: int) -> Student:
+    shape = small_shape(top_k, **changes)
     student = make_student(shape, EXPERTS, inference=True)
     student.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
     vectors = np.eye(5, dtype=np.float32)
@@ -45,9 +49,23 @@ def expected_actions(student: Student, seen: np.ndarray, vector: np.ndarray) -> 
     return actions[:, -1].clamp(-1, 1).numpy()
 
 
+def test_many_rows_are_served_like_few(tmp_path: Path) -> None:
+    publish(tmp_path / "student")
+    policy = load_student(tmp_path / "student")
+    seen = np.random.default_rng(0).normal(size=(3, FEW_ROWS + 1, 6)).astype(np.float32)
+    policy.reset("metaworld/push-v3", FEW_ROWS + 1)
+    many = [policy.act(step) for step in seen]
+    policy.reset("metaworld/push-v3", FEW_ROWS)
+    few = [policy.act(step[:-1]) for step in seen]
+    np.testing.assert_allclose(np.array(many)[:, :-1], few, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, DEEP, {"history": 1}], ids=["default", "deep", "no history"])
 @pytest.mark.parametrize("top_k", [0, 1, 2])
-def test_acting_equals_the_training_forward_at_each_position(top_k: int, tmp_path: Path) -> None:
-    student = publish(tmp_path / "student", top_k)
+def test_acting_equals_the_training_forward_at_each_position(
+    top_k: int, changes: dict[str, int], tmp_path: Path
+) -> None:
+    student = publish(tmp_path / "student", top_k, **changes)
     policy = load_student(tmp_path / "student")
     policy.reset("metaworld/push-v3", ENVS)
     seen, restarted = observations(), np.array([False, True, False, False, True])
@@ -67,9 +85,8 @@ def test_acting_equals_the_training_forward_at_each_position(top_k: int, tmp_pat
     np.testing.assert_allclose(policy.act(seen[0]), expected_actions(student, seen[:1], vector), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("top_k", [0, 1])
-def test_what_neighbours_do_changes_no_bit(top_k: int, tmp_path: Path) -> None:
-    publish(tmp_path / "student", top_k)
+def test_what_neighbours_do_changes_no_bit(tmp_path: Path) -> None:
+    publish(tmp_path / "student")
     policy = load_student(tmp_path / "student")
     seen, actions = observations(), []
     for others in (0.0, 1.0, 2.0, 3.0):
@@ -83,15 +100,9 @@ def test_what_neighbours_do_changes_no_bit(top_k: int, tmp_path: Path) -> None:
     assert all(np.array_equal(actions[0], other) for other in actions[1:])
 
 
-def test_the_task_is_inferred_from_the_history(tmp_path: Path) -> None:
-    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
-    with torch.no_grad():  # tell the tasks apart by the sign of the first observed number
-        for layer in (encoder.first, encoder.second, encoder.last):
-            layer.weight.zero_()
-            layer.bias.zero_()
-        encoder.first.weight[0, ::6], encoder.first.weight[1, ::6] = 1.0, -1.0
-        encoder.second.weight[:2, :2] = encoder.last.weight[:2, :2] = torch.eye(2)
-    publish(tmp_path / "student", encoder=encoder)
+@pytest.mark.parametrize("changes", [{}, DEEP], ids=["default", "deep"])
+def test_the_task_is_inferred_from_the_history(changes: dict[str, int], tmp_path: Path) -> None:
+    publish(tmp_path / "student", encoder=sign_encoder(), **changes)
     policy = load_student(tmp_path / "student")
     seen = np.abs(observations()) + 1.0
     seen[:, 3:, 0] *= -1.0
@@ -104,6 +115,36 @@ def test_the_task_is_inferred_from_the_history(tmp_path: Path) -> None:
         actions = policy.act(seen[step])
         np.testing.assert_array_equal(actions[:3], known["metaworld/reach-v3"][step][:3])
         np.testing.assert_array_equal(actions[3:], known["metaworld/push-v3"][step][3:])
+
+
+def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path) -> None:
+    student = publish(tmp_path / "student", encoder=sign_encoder(), **DEEP)
+    policy = load_student(tmp_path / "student")
+    seen = np.abs(observations()) + 1.0
+    for row in range(ENVS):  # the evidence turns at another step in each row
+        seen[2 + row :, row, 0] *= -9.0
+    policy.reset(None, ENVS)
+    told = []
+    for step in range(STEPS):
+        actions = policy.act(seen[step])
+        told.append(policy._vectors.argmax(dim=1).tolist())
+        window = torch.tensor(seen[max(0, step + 1 - DEEP["history"]) : step + 1]).transpose(0, 1).contiguous()
+        with torch.no_grad():
+            expected = student(window, policy._vectors)[0][:, -1].clamp(-1, 1)
+        np.testing.assert_allclose(actions, expected, rtol=0, atol=2e-6)
+    assert told[0] == [0] * ENVS and told[-1] == [1] * ENVS and len({tuple(tasks) for tasks in told}) > 3
+
+
+def sign_encoder() -> TaskEncoder:
+    """Tells the two tasks apart by the sign of the first observed number."""
+    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    with torch.no_grad():
+        for layer in (encoder.first, encoder.second, encoder.last):
+            layer.weight.zero_()
+            layer.bias.zero_()
+        encoder.first.weight[0, ::6], encoder.first.weight[1, ::6] = 1.0, -1.0
+        encoder.second.weight[:2, :2] = encoder.last.weight[:2, :2] = torch.eye(2)
+    return encoder
 
 
 def test_parts_come_back_as_they_went(tmp_path: Path) -> None:

@@ -41,25 +41,31 @@ def test_growth_keeps_every_old_tensor_and_adds_only_the_new_experts() -> None:
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     added = set(after) - set(before)
     assert {expert_of(name) for name in added} == {None, *NEW}
-    assert {name for name in added if expert_of(name) is None} == {"mixture.gate.weight_2", "mixture.gate.bias_2"}
-    assert torch.equal(after["mixture.gate.bias_2"], torch.full((5,), -5.0))
+    assert {name for name in added if expert_of(name) is None} == {
+        "mixtures.0.gate.weight_2",
+        "mixtures.0.gate.bias_2",
+    }
+    assert torch.equal(after["mixtures.0.gate.bias_2"], torch.full((5,), -5.0))
     assert new.experts_by_stage == [*OLD, NEW]
 
 
 def test_growth_refuses_a_state_that_lacks_an_expert() -> None:
     old = make_student(small_shape(), OLD)
     state = {name: tensor for name, tensor in old.state_dict().items() if expert_of(name) != 4}
-    with pytest.raises(ValueError, match=r"mixture\.experts\.4\."):
+    with pytest.raises(ValueError, match=r"mixtures\.0\.experts\.4\."):
         grown(state, old.shape, OLD, NEW, 1, seed=3)
 
 
 def test_parameters_are_parted_into_shared_gate_and_experts() -> None:
-    student = make_student(small_shape(), OLD)
+    student = make_student(small_shape(layers=2, mixtures=2, shared_expert_hidden=4), OLD)
     parts = [student.shared_parameters(), student.gate_parameters(), student.expert_parameters()]
     names = [name for part in parts for name, _ in part]
-    assert sorted([*names, "mixture.anchor"]) == sorted(name for name, _ in student.named_parameters())
+    assert sorted([*names, "mixtures.0.anchor", "mixtures.1.anchor"]) == sorted(
+        name for name, _ in student.named_parameters()
+    )
     assert {expert_of(name) for name, _ in student.expert_parameters([1, 3])} == {1, 3}
-    assert all("expert" not in name for name, _ in student.gate_parameters())
+    assert all(".experts." not in name for name, _ in student.gate_parameters())
+    assert "mixtures.1.shared.first.weight" in dict(student.shared_parameters())
 
 
 @pytest.mark.parametrize("top_k", [0, 1])
@@ -108,9 +114,23 @@ def test_a_step_is_the_same_to_the_last_bit_when_repeated() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
-def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(ValueError, match="heads is 3"):
-        Student(small_shape(heads=3), OLD, inference=True)
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    for heads in (3, 16):
+        with pytest.raises(ValueError, match=f"heads is {heads}, but student.width 16"):
+            Student(small_shape(heads=heads), OLD, inference=True)
+    with pytest.raises(ValueError, match=r"mixtures is 2, more than student\.layers, 1"):
+        Student(small_shape(mixtures=2), OLD, inference=True)
+
+
+@pytest.mark.parametrize(("history", "layers"), [(1, 1), (1, 3), (4, 1), (4, 2), (5, 3), (9, 4), (3, 6)])
+def test_all_blocks_together_see_exactly_the_history(history: int, layers: int) -> None:
+    student = make_student(small_shape(layers=layers, history=history), OLD)
+    observations, tasks, _, _, _ = make_batch(8, history + 3, student.shape)
+    observations.requires_grad_()
+    student(observations, tasks)[0][:, -1].square().sum().backward()
+    assert observations.grad is not None
+    seen = observations.grad.abs().sum(dim=(0, 2)) > 0
+    assert seen.tolist() == [False] * 3 + [True] * history
 
 
 def test_the_shape_survives_json() -> None:

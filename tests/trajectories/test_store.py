@@ -14,6 +14,7 @@ from recorded import TASK, assert_same_episode, make_episode, publish, write_fol
 
 import hpc_cpd
 from hpc_cpd.errors import UserError
+from hpc_cpd.trajectories.columns import MappedColumn
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, verify_folder
 
 OTHER = "metaworld/push-v3"
@@ -101,6 +102,46 @@ def test_a_history_ends_at_its_step_and_begins_no_earlier_than_its_episode(lengt
             values = getattr(store, name)
             np.testing.assert_array_equal(histories[name][row, :seen], values[step - seen + 1 : step + 1])
             assert (histories[name][row, seen:] == values[step]).all()
+
+
+def test_trajectories_that_stay_in_their_files_are_the_same(tmp_path):
+    write_folder(tmp_path / "a", [make_episode(n, 3 + n) for n in range(6)], TASK)
+    write_folder(tmp_path / "b", [make_episode(9 - n, 2 + n) for n in range(3)], OTHER)
+    folders = [tmp_path / "a", tmp_path / "b"]
+    size = sum(path.stat().st_size for folder in folders for path in folder.glob("*.h5")) / 1e9
+    read, mapped = open_trajectories(folders, None, 1.01 * size), open_trajectories(folders, None, 0.99 * size)
+    assert (read.mapped, mapped.mapped) == (False, True)
+    assert len(read) == len(mapped) and read.episodes == mapped.episodes
+    for name in ("observations", "actions", "teacher_mean", "rewards", "success"):
+        column = getattr(mapped, name)
+        assert isinstance(column, MappedColumn) and (column.dtype, column.shape) == (
+            getattr(read, name).dtype,
+            getattr(read, name).shape,
+        )
+        for start in range(len(read)):
+            for stop in (start, start + 1, start + 7, len(read)):
+                np.testing.assert_array_equal(column[start:stop], getattr(read, name)[start:stop])
+    steps = np.arange(len(read))
+    for gathered in ("gather", "gather_histories"):
+        one, other = (getattr(store, gathered)(steps, 4) for store in (read, mapped))
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(one[name], other[name])
+    for task in (None, TASK, OTHER):
+        for one, other in zip(read.observation_statistics(task), mapped.observation_statistics(task), strict=True):
+            np.testing.assert_array_equal(one, other)
+    for number in range(len(read.episodes)):
+        assert_same_episode(mapped.episode(number), read.episode(number))
+
+
+def test_statistics_do_not_depend_on_how_many_steps_are_held_at_once(monkeypatch):
+    store = _store({TASK: [50, 7], OTHER: [13]})
+    whole = store.observations.astype(np.float64)
+    for pieces in (1, 7, 64, 70):
+        monkeypatch.setattr("hpc_cpd.trajectories.store.STATISTICS_STEPS", pieces)
+        mean, deviation = store.observation_statistics()
+        np.testing.assert_allclose(mean, whole.mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(deviation, whole.std(axis=0), rtol=1e-6)
 
 
 def test_gathered_windows_are_copies():
