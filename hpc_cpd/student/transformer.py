@@ -159,7 +159,7 @@ class Student(nn.Module):
                 mixed, balance, gate = self.mixtures[place](flat, self._served(valid, place), lift)
                 tokens = features + mixed.view_as(features)
                 balances.append(balance)
-                gates.append(gate.view(*observations.shape[:2], -1))
+                gates.append(gate.view(*observations.shape[:2], gate.shape[1]))
         actions = self.head(self.norm_head(tokens))
         return actions, torch.stack(balances).mean(), torch.stack(gates, dim=2)
 

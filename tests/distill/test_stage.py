@@ -171,7 +171,7 @@ def test_a_student_killed_at_any_moment_ends_with_the_same_bits(undisturbed: Run
     )
     moments = random.Random(0)
     for stage in (1, 2):
-        for _ in range(3):
+        for _ in range(2):
             ranks = start_ranks(2, run.folder, stage)
             time.sleep(moments.uniform(4.0, 9.0))
             for rank in ranks:

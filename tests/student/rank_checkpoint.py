@@ -19,6 +19,7 @@ from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
+DEEP = {"layers": 2, "mixtures": 2, "shared_expert_hidden": 4}
 WINDOWS = 12
 
 
@@ -27,7 +28,7 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    shape, stage = small_shape(wish["top_k"]), wish.get("zero", 0)
+    shape, stage = small_shape(wish["top_k"], **DEEP), wish.get("zero", 0)
     student = make_student(shape, EXPERTS, wish["expert_parallel_size"])
     position, moments = load_checkpoint(Path(wish["load"]), student) if wish.get("load") else ({"step": 0}, {})
     for _, parameter in [*student.shared_parameters(), *student.expert_parameters([0])]:
@@ -72,7 +73,7 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
 
 def fail_on_last_rank(wish: dict[str, Any]) -> list[Any]:
     """Ask for a checkpoint (or load one) that the last rank cannot write (or read); what every rank raised."""
-    student = make_student(small_shape(0), EXPERTS, wish["expert_parallel_size"])
+    student = make_student(small_shape(0, **DEEP), EXPERTS, wish["expert_parallel_size"])
     if wish["mode"] == "full disk" and dist.get_rank() == dist.get_world_size() - 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
     raised: tuple[str, int | None, str] | None = None

@@ -14,6 +14,7 @@ import torch
 from hpc_cpd.errors import UserError
 from hpc_cpd.student.checkpoint import load_checkpoint, save_checkpoint
 from hpc_cpd.student.transformer import Student
+from tests.student.rank_checkpoint import DEEP
 from tests.student.ranks import run_ranks
 from tests.student.reference import make_student, small_shape
 
@@ -36,7 +37,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     One start of the ranks for all of it: starting takes longer than the work.
     """
     folder = tmp_path_factory.mktemp("two_ranks")
-    save_checkpoint(folder / "damaged", make_student(small_shape(0), EXPERTS, inference=True), {}, {"step": 0})
+    save_checkpoint(folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, inference=True), {}, {"step": 0})
     with open(folder / "damaged" / "mixture-0-expert-0001.safetensors", "r+b") as file:
         file.seek(200)
         file.write(b"\x00\x01\x02\x03")
@@ -77,15 +78,15 @@ def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_los
 
 
 def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    alone = make_student(small_shape(0), EXPERTS, inference=True)
+    alone = make_student(small_shape(0, **DEEP), EXPERTS, inference=True)
     save_checkpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1})
     first, second = (
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "alone", two_ranks[0] / "first")
     )
     assert sorted(first) == [
         "dense.safetensors",
-        *(f"mixture-0-expert-000{e}.safetensors" for e in range(5)),
         "index.json",
+        *(f"mixture-{mixture}-expert-000{expert}.safetensors" for mixture in (0, 1) for expert in range(5)),
     ]
     assert sorted(second) == sorted(first)
     for name, data in first.items():

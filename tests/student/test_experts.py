@@ -22,7 +22,7 @@ def cases(world_size: int) -> list[dict[str, Any]]:
     uneven = [9, 2, 4, 1][:world_size]
     empty = [0, 7, 3, 0][:world_size] if world_size > 1 else [7]
     found: list[dict[str, Any]] = []
-    sizes = {1: [1], 2: [1, 2], 3: [1, 3], 4: [1, 2, 4]}[world_size]
+    sizes = {1: [1], 2: [1, 2], 3: [3], 4: [1, 2, 4]}[world_size]
     for size, zero in product(sizes, (1, 2)):
         base = {"expert_parallel_size": size, "top_k": 1, "experts": [[0, 1, 2, 3, 4]], "shares": uneven, "zero": zero}
         found += [base, {**base, "top_k": 0, "shares": empty}, {**base, "experts": [[0], [1]], "top_k": 2}]
@@ -41,7 +41,7 @@ def cases(world_size: int) -> list[dict[str, Any]]:
         found += [base, {**base, "shares": even}, {**base, "shares": empty}]
         found.append({**base, "experts": [[0, 1], [2, 3, 4]], "lift": True})
         found.append({**base, "experts": [[0]]})  # other ranks hold no expert
-        if world_size == 4 and size == 2:
+        if world_size == 4 and size < 4:
             continue
         if world_size > 1:
             found.append({**base, "invalid_rank": world_size - 1})
@@ -70,7 +70,7 @@ def test_one_process_needs_no_distributed_start(top_k: int) -> None:
     expected, expected_balance = reference_forward(student, observations, tasks, valid, lift)
     torch.testing.assert_close(actions[valid], expected[valid], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(balance, expected_balance, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(gate.sum(dim=-1), torch.ones(9, 4))
+    torch.testing.assert_close(gate.sum(dim=-1), torch.ones(9, 4, 1))
     assert not torch.distributed.is_initialized()
 
 
