@@ -13,6 +13,7 @@ from hpc_cpd.run import Run
 from hpc_cpd.student.policy import StudentParts, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import learn_task_vectors
 from hpc_cpd.student.transformer import Student, StudentShape, grown
+from hpc_cpd.tasks.registry import stage_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
 
 NORMALISER_FLOOR = 0.05
@@ -82,7 +83,8 @@ def _task_vectors(
     settings = config.student.task_encoder
     old = dict(previous.task_vectors) if previous is not None else {}
     if config.student.task_embedding == "one_hot":
-        everything = [task for tasks in plan for task in tasks]
+        # of all tasks of the stream: a task that is left out later must not move the others' places
+        everything = [task for tasks in stage_plan(config.stream) for task in tasks]
         rows = np.eye(len(everything), dtype=np.float32)
         return None, {task: rows[everything.index(task)] for tasks in plan[:stage] for task in tasks}
 

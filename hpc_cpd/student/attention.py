@@ -70,7 +70,8 @@ class Block(nn.Module):
 
     def query_key_and_value(self, tokens: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, L, width], `turn` [2, B or 1, L, head size / 2] -> three times [B, heads, L, head size]."""
-        mixed = self.query_key_value(self.norm_attention(tokens)).unflatten(2, (3, self.heads, tokens.shape[2] // self.heads))
+        size = tokens.shape[2] // self.heads
+        mixed = self.query_key_value(self.norm_attention(tokens)).unflatten(2, (3, self.heads, size))
         turned = rotated(mixed[:, :, :2], turn.unflatten(-1, (1, 1, -1))).permute(2, 0, 3, 1, 4)
         return turned[0], turned[1], mixed[:, :, 2].transpose(1, 2)
 
