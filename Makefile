@@ -1,11 +1,11 @@
-# make setup | demo | test | lint | bench | bench-teachers | cluster-up | cluster-down | clean.
+# make setup | demo | test | lint | bench | bench-student | bench-teachers | cluster-up | cluster-down | clean.
 # Needs python3 >= 3.11 with its venv module, and nothing else; cluster-up brings Slurm itself where it is root.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench bench-teachers cluster-up cluster-down clean
+.PHONY: setup demo test lint bench bench-student bench-teachers cluster-up cluster-down clean
 
 setup: $(READY)
 
@@ -28,9 +28,15 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/windows.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/mixture.py
+bench: bench-student bench-teachers
+
+# Half an hour on an idle machine: the student's engine against DeepSpeed's layer, DDP, other checkpoints, robomimic's
+# layout and the plain ways. OUT=FOLDER keeps the figures there.
+STUDENT_BENCHMARKS := mixture student_step checkpoints windows dpp acting
+bench-student: $(READY)
+	set -e; for name in $(STUDENT_BENCHMARKS); do \
+	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(if $(OUT),--json $(OUT)/$$name.json); \
+	done
 
 # Ten minutes, then up to two hours, on an idle machine: our simulator and our PPO against stock Meta-World's and the
 # peers'. CLEANRL=PATH names ppo_continuous_action.py of a checkout of CleanRL.

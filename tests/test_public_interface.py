@@ -18,7 +18,7 @@ SETTINGS = Path(__file__).with_name("golden_settings.txt")
 def test_make_targets():
     text = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", text, re.M))
-    known = "setup demo test lint bench bench-teachers clean cluster-up cluster-down"
+    known = "setup demo test lint bench bench-student bench-teachers clean cluster-up cluster-down"
     assert targets == set(known.split())
     shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "-m hpc_cpd.launch --stage all --config configs/quickstart.yaml" in shown
