@@ -2,6 +2,7 @@
 
     python benchmarks/windows.py [--json OUT.json]
 
+"mapped" is our store when the trajectories are larger than it may hold: here their files are in the kernel's memory.
 The peers are robomimic's layout, read as its SequenceDataset does with hdf5_cache_mode=None (a group per demonstration,
 a look-up by path for each key of each window, repeated ends, a stack per batch; robomimic itself is not needed), and
 h5py slices of our own shards. The limit knows beforehand which rows to copy and has nothing else to do: NumPy's
@@ -44,7 +45,7 @@ OBSERVATION, ACTION = 39, 4
 LENGTHS = (4, 32)
 SLOWER = 16  # a file is read for this part of the batches: it takes so much longer
 TARGET_RATE, TARGET_RATIO = 500_000, 20
-OURS, ROBOMIMIC, SLICES = "ours", "robomimic's layout", "slices of our shards"
+OURS, MAPPED, ROBOMIMIC, SLICES = "ours", "ours, mapped", "robomimic's layout", "slices of our shards"
 NEW, KEPT = "NumPy, new arrays", "NumPy, kept arrays"
 
 Windows = dict[str, NDArray[Any]]
@@ -116,7 +117,12 @@ def play(make: Callable[[int], Windows], batches: int) -> None:
 
 
 def measure(
-    store: TrajectoryStore, method: str, length: int, files: dict[str, Reader], given: argparse.Namespace
+    store: TrajectoryStore,
+    mapped: TrajectoryStore,
+    method: str,
+    length: int,
+    files: dict[str, Reader],
+    given: argparse.Namespace,
 ) -> dict[str, Any]:
     """Windows per second of each contender, and ratios of ours to it."""
     rng = np.random.default_rng(length)
@@ -148,6 +154,7 @@ def measure(
     few = max(1, given.batches // SLOWER)
     contenders: dict[str, tuple[Callable[[int], Windows], int]] = {
         OURS: (lambda number: gather(drawn[number], length), given.batches),
+        MAPPED: (lambda number: getattr(mapped, method)(drawn[number], length), few),
         NEW: (lambda number: into_new(rows[number]), given.batches),
         KEPT: (lambda number: into_kept(rows[number]), given.batches),
     }
@@ -199,7 +206,7 @@ def main() -> None:
         record(folder, given.episodes, given.steps)
         demonstrations = Path(name) / "demonstrations.hdf5"
         export_robomimic(folder, demonstrations)
-        store = open_trajectories(folder)
+        store, mapped = open_trajectories(folder), open_trajectories(folder, in_memory_gigabytes=0.0)
         print(f"{len(store):,} steps of {OBSERVATION} + {ACTION} numbers, {given.batch} windows per call, one core")
         shards = [h5py.File(path, "r") for path in closed_shards(folder)]
         # as robomimic opens it
@@ -213,7 +220,7 @@ def main() -> None:
             }
             for length in LENGTHS:
                 case = f"{method}, {length} steps"
-                found = results[case] = measure(store, method, length, readers, given)
+                found = results[case] = measure(store, mapped, method, length, readers, given)
                 cells = [f"{who} {rate:,}/s" for who, rate in found["windows_per_second"].items()]
                 ratios = [f"ours/{who} {ratio}" for who, ratio in found["ours_to"].items()]
                 print(f"{case}: {', '.join(cells)}\n    {', '.join(ratios)}", flush=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hpc_cpd.student.transformer import Student, StudentShape, expert_of, grown
-from tests.student.reference import make_batch, make_student, small_shape
+from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 OLD, NEW = [[0, 1, 2, 3, 4]], [5, 6, 7, 8, 9]
 
@@ -136,3 +136,23 @@ def test_all_blocks_together_see_exactly_the_history(history: int, layers: int) 
 def test_the_shape_survives_json() -> None:
     shape = small_shape(2)
     assert StudentShape(**shape.as_json()) == shape  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_bfloat16_gradients_point_where_those_of_float32_do(top_k: int, deep: bool) -> None:
+    sizes = {"layers": 2, "mixtures": 2, "shared_expert_hidden": 8} if deep else {}
+    student = make_student(small_shape(top_k, **sizes), [[0, 1], [2, 3, 4]], inference=True)
+    observations, tasks, valid, lift, target = make_batch(64, 4, student.shape)
+    gradients, gates = [], []
+    for low in (False, True):
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            actions, balance, gate = student(observations, tasks, valid, lift)
+        assert actions.dtype == (torch.bfloat16 if low else torch.float32) and gate.dtype == torch.float32
+        (masked_loss(actions.float(), target, valid, 64.0) + 0.1 * balance).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None]))
+        gates.append(gate.detach()[:, :, 0])  # a later one may see another choice of the first
+    assert gradients[1].dtype == torch.float32 and not torch.equal(*gradients)
+    assert float(torch.nn.functional.cosine_similarity(*gradients, dim=0)) > 0.9995
+    torch.testing.assert_close(*gates, rtol=0, atol=0.02)
