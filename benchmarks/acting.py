@@ -45,6 +45,8 @@ TASK = "made/up"
 KEPT, WINDOW, NEWEST = "kept", "window", "newest"
 SECONDS = 0.3
 """Least duration of a turn."""
+PATIENCE_SECONDS = 2.0
+"""A contender whose ticks took this long takes no further turn."""
 TARGET = 10.0
 
 
@@ -66,9 +68,12 @@ class Window:
         self.vectors = torch.tensor(policy.task_vectors[TASK]).repeat(rows, 1)
         self.valid = torch.arange(length).expand(rows, length) == length - 1 if newest_alone else None
 
+    def see(self, observations: np.ndarray) -> None:
+        self.window = torch.cat([self.window[:, 1:], torch.tensor(observations)[:, None]], dim=1)
+
     def act(self, observations: np.ndarray) -> np.ndarray:
+        self.see(observations)
         with torch.inference_mode():
-            self.window = torch.cat([self.window[:, 1:], torch.tensor(observations)[:, None]], dim=1)
             actions: np.ndarray = self.student(self.window, self.vectors, self.valid)[0][:, -1].clamp(-1, 1).numpy()
         return actions
 
@@ -86,18 +91,23 @@ def seconds_per_tick(act: Callable[[np.ndarray], np.ndarray], seen: np.ndarray) 
 def compare(settings: StudentSettings, rows: int, turns: int) -> dict[str, Any]:
     policy = make_policy(settings)
     policy.reset(TASK, rows)
-    acts = {KEPT: policy.act, WINDOW: Window(policy, rows, False).act, NEWEST: Window(policy, rows, True).act}
+    windows = {WINDOW: Window(policy, rows, False), NEWEST: Window(policy, rows, True)}
+    acts = {KEPT: policy.act} | {who: window.act for who, window in windows.items()}
     rng = np.random.default_rng(0)
     seen = rng.normal(size=(settings.history + 3, rows, OBSERVATION)).astype(np.float32)
-    for observations in seen:
-        actions = {who: act(observations) for who, act in acts.items()}
+    for observations in seen[:-1]:
+        policy.act(observations)
+        for window in windows.values():
+            window.see(observations)
+    actions = {who: act(seen[-1]) for who, act in acts.items()}
     for who, other in actions.items():
         if not np.allclose(actions[KEPT], other, rtol=0, atol=1e-5):
             raise RuntimeError(f"{KEPT} and {who} differ by {np.abs(actions[KEPT] - other).max()}")
     times: dict[str, list[float]] = {who: [] for who in acts}
     for _ in range(turns):
         for who, act in acts.items():
-            times[who].append(seconds_per_tick(act, seen))
+            if sum(times[who]) < PATIENCE_SECONDS:
+                times[who].append(seconds_per_tick(act, seen))
     best = {who: min(values) for who, values in times.items()}
     return {
         "milliseconds_per_tick": {who: round(seconds * 1000, 3) for who, seconds in best.items()},
