@@ -9,7 +9,6 @@ Keys are parameter names; the optimiser's state of a parameter stands beside it 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -190,8 +189,12 @@ def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> d
         digest = hashlib.sha256()
         with open(folder / name, "xb", buffering=0) as file:
             for piece in _pieces(tensors):
-                if file.write(piece) != len(piece):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
+                left = memoryview(piece)
+                try:
+                    while left:
+                        left = left[file.write(left) :]  # one call takes 2 GB at most, and less on a disk nearly full
+                except OSError as error:
+                    raise OSError(error.errno, error.strerror, str(folder / name)) from None
                 digest.update(piece)
             os.fsync(file.fileno())
         hashes[name] = digest.hexdigest()

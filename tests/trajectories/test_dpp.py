@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_cpd.trajectories import dpp
 from hpc_cpd.trajectories.dpp import greedy_map
 
 
@@ -53,6 +55,16 @@ def test_greedy_is_the_best_set_when_directions_are_orthogonal(seed, k):
     rows = np.concatenate([directions * length for length in rng.uniform(0.5, 2.0, (2, 4, 1))])
     best = max(itertools.combinations(range(8), k), key=lambda subset: _determinant(rows, subset))
     assert sorted(greedy_map(rows, k)) == sorted(best)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 10_000), items=st.integers(1, 60), candidates=st.integers(1, 9), at_once=st.integers(1, 20))
+def test_how_many_rows_are_kept_up_to_date_changes_no_pick(seed, items, candidates, at_once):
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(items, 8)) * rng.uniform(0.1, 3.0, (items, 1))
+    picks = greedy_map(rows, 8)
+    with patch.multiple(dpp, CANDIDATES=candidates, ROWS_AT_ONCE=at_once):
+        assert greedy_map(rows, 8).tolist() == picks.tolist()
 
 
 def test_quality_decides_among_equally_different_items():
