@@ -40,6 +40,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from mixture import RESULT, run_ranks
+from student_step import EXPERTS, OBSERVATION, count_parameters, shape_of
 from torch import Tensor
 from torch import distributed as dist
 
@@ -50,9 +51,8 @@ from hpc_cpd.distill.learn import _Saver, position_of
 from hpc_cpd.errors import run_command
 from hpc_cpd.run import Run, SaveDue, publish_folder
 from hpc_cpd.student.checkpoint import load_checkpoint
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.transformer import Student
 
-OBSERVATION, ACTION, EXPERTS = 39, 4, 10
 SIZES = {
     "default": StudentSettings(),
     "fifty million": StudentSettings(width=512, layers=8, heads=8, expert_hidden=1088),
@@ -77,10 +77,6 @@ class Contender:
 
     def checkpoint(self, number: int) -> Path:
         return self.folder / f"phase-1-step-{number:08d}"
-
-
-def shape_of(settings: StudentSettings) -> StudentShape:
-    return StudentShape.from_settings(settings, OBSERVATION, ACTION, settings.task_encoder.size)
 
 
 def make_engine(settings: StudentSettings, expert_parallel_size: int, plain: bool) -> PhaseEngine:
@@ -232,11 +228,6 @@ def play(plan: dict[str, Any]) -> None:
     if rank == 0:
         print(RESULT + json.dumps(found), flush=True)
     finish_distributed()
-
-
-def count_parameters(settings: StudentSettings) -> int:
-    student = Student(shape_of(settings), [list(range(EXPERTS))], inference=True)
-    return sum(parameter.numel() for parameter in student.parameters())
 
 
 def show(ranks: int, results: dict[str, Any]) -> None:

@@ -191,9 +191,8 @@ class TrajectoryStore:
         def mean(of: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> NDArray[np.float64]:
             total = np.zeros(self.observations.shape[1:])
             for first in range(rows.start, rows.stop, STATISTICS_STEPS):
-                total += of(self.observations[first : min(first + STATISTICS_STEPS, rows.stop)].astype(np.float64)).sum(
-                    0
-                )
+                some = self.observations[first : min(first + STATISTICS_STEPS, rows.stop)]
+                total += of(some.astype(np.float64)).sum(axis=0)
             return total / count
 
         centre = mean(lambda values: values)
