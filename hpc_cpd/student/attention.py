@@ -57,8 +57,11 @@ class Block(nn.Module):
         self.feed_forward_in = seeded_linear(width, FEED_FORWARD_FACTOR * width, generator)
         self.feed_forward_out = seeded_linear(FEED_FORWARD_FACTOR * width, width, generator)
 
-    def forward(self, tokens: Tensor, turn: Tensor) -> Tensor:
-        """`turn`: `rotation` of the places, [2, L, head size / 2]."""
+    def forward(self, tokens: Tensor, turn: Tensor, rows: Tensor | None = None) -> Tensor:
+        """`turn`: `rotation` of the places, [2, L, head size / 2].
+
+        `rows` int64 [n] (into B * L): only these come out, [n, width]; what nobody reads is not computed.
+        """
         length = tokens.shape[1]
         query, key, value = self.query_key_and_value(tokens, turn)
         allowed = None
@@ -66,7 +69,10 @@ class Block(nn.Module):
             apart = torch.arange(length, device=tokens.device)[:, None] - torch.arange(length, device=tokens.device)
             allowed = (apart >= 0) & (apart < self.reach)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
-        return self.after_attention(tokens, attended.transpose(1, 2).flatten(2))
+        attended = attended.transpose(1, 2).flatten(2)
+        if rows is not None:
+            tokens, attended = (each.flatten(0, 1).index_select(0, rows) for each in (tokens, attended))
+        return self.after_attention(tokens, attended)
 
     def query_key_and_value(self, tokens: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, L, width], `turn` [2, B or 1, L, head size / 2] -> three times [B, heads, L, head size]."""
@@ -76,7 +82,7 @@ class Block(nn.Module):
         return turned[0], turned[1], mixed[:, :, 2].transpose(1, 2)
 
     def after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:
-        """What follows the attention, token by token: [B, L, width] each."""
+        """What follows the attention, token by token: [..., width] each."""
         tokens = tokens + self.attention_out(attended)
         hidden = F.gelu(self.feed_forward_in(self.norm_feed_forward(tokens)))
         after: Tensor = tokens + self.feed_forward_out(hidden)

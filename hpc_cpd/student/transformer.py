@@ -141,27 +141,45 @@ class Student(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw observations float32 [B, L, obs], task vectors float32 [B, D], valid bool [B, L] (None: all).
 
-        Returns (actions [B, L, act], load-balancing loss [], gate probabilities [B, L, M, E]). Actions at positions
-        that are not valid mean nothing. `lift_mask` bool [B]: windows whose tokens give experts of the newest stage a
-        chance under a top-k gate (see `gate.Gate`).
+        Returns (actions [B, L, act], load-balancing loss [], gate probabilities [B, L, M, E]). Actions and the last
+        mixture's probabilities are 0 at positions that are not valid. `lift_mask` bool [B]: windows whose tokens give
+        experts of the newest stage a chance under a top-k gate (see `gate.Gate`).
         """
-        length = observations.shape[1]
+        rows, length = observations.shape[:2]
         tokens, context = self.embed(observations, task_vectors[:, None].expand(-1, length, -1))
         turn = rotation(torch.arange(length, device=tokens.device), self.head_size)
         lift = None if lift_mask is None else lift_mask[:, None].expand(-1, length).reshape(-1)
+        # behind the last block's attention every position goes its own way, and those that are not valid none at all
+        read = None if valid is None else valid.reshape(-1).nonzero().squeeze(1)
         balances, gates = [], []
         for number, block in enumerate(self.blocks):
-            tokens = block(tokens, turn)
+            last = number == self.shape.layers - 1
+            tokens = block(tokens, turn, read if last else None).flatten(0, -2)
             place = self.mixture_behind(number)
             if place is not None:
                 features = self.norms_features[place](tokens)
-                flat = torch.cat([features, context], dim=-1).flatten(0, 1)
-                mixed, balance, gate = self.mixtures[place](flat, self._served(valid, place), lift)
-                tokens = features + mixed.view_as(features)
+                seen, served, born = context.flatten(0, 1), self._served(valid, place), lift
+                if last and read is not None:
+                    seen, served = seen.index_select(0, read), None
+                    born = None if lift is None else lift.index_select(0, read)
+                mixed, balance, gate = self.mixtures[place](torch.cat([features, seen], dim=-1), served, born)
+                tokens = features + mixed
                 balances.append(balance)
-                gates.append(gate.view(*observations.shape[:2], gate.shape[1]))
+                gates.append(gate)
+            if not last:
+                tokens = tokens.view(rows, length, self.shape.width)
         actions = self.head(self.norm_head(tokens))
-        return actions, torch.stack(balances).mean(), torch.stack(gates, dim=2)
+        if read is not None:
+            *before, gate = gates
+            actions = actions.new_zeros(rows * length, actions.shape[1]).index_copy(0, read, actions)
+            gates = [*before, gate.new_zeros(rows * length, gate.shape[1]).index_copy(0, read, gate)]
+        gate = torch.stack(gates, dim=1)
+        places = (rows, length)  # in full: a rank without rows cannot infer them
+        return (
+            actions.view(*places, self.shape.action_size),
+            torch.stack(balances).mean(),
+            gate.view(*places, *gate.shape[1:]),
+        )
 
     @property
     def head_size(self) -> int:
@@ -181,9 +199,9 @@ class Student(nn.Module):
         return number if number >= 0 else None
 
     def _served(self, valid: Tensor | None, mixture: int) -> Tensor | None:
-        """bool [B * L]: the last mixture serves valid positions, the others also those that these look back at."""
+        """bool [B * L]: a mixture before the last serves valid positions and those that these look back at."""
         if valid is None or mixture == self.shape.mixtures - 1:
-            return None if valid is None else valid.reshape(-1)
+            return None
         return (valid.flip(1).cumsum(1).flip(1) > 0).reshape(-1)
 
     def set_normaliser(self, mean: np.ndarray | Tensor, std: np.ndarray | Tensor) -> None:
