@@ -62,6 +62,7 @@ def evaluate(
     stage: Annotated[int | None, typer.Option(help="which student; default: the last that is published")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="per task; default: as in the run")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="of the goals; default: as in the run")] = None,
+    infer_task: Annotated[bool, typer.Option("--infer-task", help="do not tell the student its task")] = False,
 ) -> None:
     """Evaluate a published student once more. Writes nothing."""
     at = Run(run)
@@ -69,11 +70,15 @@ def evaluate(
     number = _published_stage(at, stage)
 
     from hpc_cpd.evaluate.rollouts import evaluate_policy
-    from hpc_cpd.student.policy import load_student  # imports torch: only once there is a student
+    from hpc_cpd.student.policy import Untold, load_student  # imports torch: only once there is a student
 
     policy = load_student(at.stage(number) / "student")
+    player = Untold(policy) if infer_task else policy
     count, goals = episodes or settings.episodes, settings.seed if seed is None else seed
-    table = Table(title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}")
+    table = Table(
+        title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}"
+        + (", the task not told" if infer_task else "")
+    )
     table.add_column("Task")
     for heading in ("Success", "Mean steps to success"):
         table.add_column(heading, justify="right")
@@ -81,7 +86,7 @@ def evaluate(
     rates = []
     for task in policy.task_ids:
         with console.status(task):
-            results = evaluate_policy(policy, task, count, goals)
+            results = evaluate_policy(player, task, count, goals)
         steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
         rates.append(sum(result.success for result in results) / len(results))
         table.add_row(task, f"{rates[-1]:.0%}", f"{sum(steps) / len(steps):.0f}" if steps else "-")

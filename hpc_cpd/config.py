@@ -215,6 +215,7 @@ class EvaluationSettings(Settings):
     episodes: int = Field(20, ge=1, description="episodes per task, each on a goal of its own while they last")
     seed: int = Field(10_000, ge=0, description="seed of the evaluation goals; never the training seed")
     forward_transfer: bool = Field(True, description="also evaluate new tasks before they are learnt")
+    infer_task: bool = Field(False, description="also evaluate a student that is not told its task")
 
 
 class ClusterSettings(Settings):
@@ -264,8 +265,22 @@ class ClusterSettings(Settings):
     )
 
 
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "ours": {},
+    # what is known of arXiv 2601.22475; where it says nothing, the defaults above stand in both methods
+    "paper": {
+        "student": {"experts_see_observation": False},
+        "memory": {"budget_fraction": 0.095},
+        "distill": {"anchor_fraction": 0.0},
+    },
+}
+"""What each method sets where neither file nor words say otherwise."""
+
+
 class Config(Settings):
     """One experiment."""
+
+    method: Literal["ours", "paper"] = Field("ours", description="the defaults, or the method of arXiv 2601.22475")
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     seed: int = Field(0, ge=0, description="seed of everything but the evaluation goals")
@@ -334,8 +349,13 @@ def _site(file: Any) -> dict[str, Any]:
 
 def parse_config(values: Mapping[str, Any]) -> Config:
     """Validate plain values. Raises UserError with one sentence for the first mistake."""
+    filled = dict(values)
+    for group, defaults in METHODS.get(str(values.get("method")), {}).items():
+        given = values.get(group)
+        if given is None or isinstance(given, Mapping):
+            filled[group] = {**defaults, **(given or {})}
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(filled)
     except ValidationError as failure:
         raise UserError(_sentence(failure.errors()[0])) from None
 

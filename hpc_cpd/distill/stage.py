@@ -24,13 +24,13 @@ from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import Run, is_done, mark_done, write_json
 from hpc_cpd.student.checkpoint import together
-from hpc_cpd.student.policy import StudentPolicy, load_student, load_student_parts, save_student
+from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
 from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.trajectories.memory import open_memory
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
-Evaluate = Callable[[StudentPolicy, str, int, int, list[int]], list[EpisodeResult]]
+Evaluate = Callable[[StudentPolicy | Untold, str, int, int, list[int]], list[EpisodeResult]]
 """(policy, task id, episodes, seed, episode numbers of this rank) -> their results."""
 Stop = Callable[[], bool]
 """Whether this rank was asked to stop."""
@@ -86,6 +86,11 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
         records = _evaluate_all(load_student(folder / "student"), seen, config, evaluate, stop)
         evaluation = evaluation_json(stage, config.evaluation, records)
         together(lambda: write_json(folder / "evaluation.json", evaluation), on=0)
+    if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
+        say.update(f"evaluating {len(seen)} tasks that the student is not told")
+        records = _evaluate_all(Untold(load_student(folder / "student")), seen, config, evaluate, stop)
+        inferred = evaluation_json(stage, config.evaluation, records)
+        together(lambda: write_json(folder / "evaluation_inferred.json", inferred), on=0)
     together(lambda: mark_done(folder, {"stage": stage, "tasks": seen}), on=0)
     finish_distributed()
 
@@ -149,7 +154,7 @@ def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], eva
 
 
 def _evaluate_all(
-    policy: StudentPolicy, tasks: list[str], config: Config, evaluate: Evaluate, stop: Stop
+    policy: StudentPolicy | Untold, tasks: list[str], config: Config, evaluate: Evaluate, stop: Stop
 ) -> dict[str, dict[str, Any]]:
     """The record of every task; the episodes are shared out over the ranks (a collective)."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

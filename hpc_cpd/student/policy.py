@@ -235,5 +235,18 @@ class StudentPolicy:
         buffer.copy_(torch.where(behind[:, :, None], seen[:, None], buffer))
 
 
+class Untold:
+    """A student that is never told its task: it infers it from what it sees, and `evaluate_policy` need not know."""
+
+    def __init__(self, policy: StudentPolicy) -> None:
+        self.policy = policy
+
+    def reset(self, task_id: str | None, num_envs: int) -> None:
+        self.policy.reset(None, num_envs)
+
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        return self.policy.act(observations)
+
+
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

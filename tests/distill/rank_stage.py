@@ -1,6 +1,7 @@
 """One rank of a stage, started by the tests: ``rank_stage.py RUN STAGE [STOP_AFTER_STEPS]``.
 
-The evaluation is a constant, because these tests are about learning; real ones are in tests/evaluate.
+The evaluation is a constant (a student that is not told its task never succeeds), because these tests are about
+learning; real ones are in tests/evaluate.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from pathlib import Path
 from hpc_cpd.distill.stage import run_stage
 from hpc_cpd.errors import run_command
 from hpc_cpd.run import Run
-from hpc_cpd.student.policy import StudentPolicy
+from hpc_cpd.student.policy import StudentPolicy, Untold
 from hpc_cpd.tasks.episodes import EpisodeResult
 from hpc_cpd.worker import leave
 
 
-def evaluate(policy: StudentPolicy, task_id: str, episodes: int, seed: int, indices: list[int]) -> list[EpisodeResult]:
-    return [EpisodeResult(i, i, True, 1.0, 1, 1) for i in indices]
+def evaluate(
+    policy: StudentPolicy | Untold, task_id: str, episodes: int, seed: int, indices: list[int]
+) -> list[EpisodeResult]:
+    return [EpisodeResult(i, i, not isinstance(policy, Untold), 1.0, 1, 1) for i in indices]
 
 
 def main() -> int:

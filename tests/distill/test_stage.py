@@ -26,7 +26,7 @@ def student_hash(run: Run, stage: int) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both stages on two ranks that share the experts."""
-    run = make_run(tmp_path_factory.mktemp("undisturbed") / "run")
+    run = make_run(tmp_path_factory.mktemp("undisturbed") / "run", "evaluation.infer_task=true")
     finish(start_ranks(2, run.folder, 1))
     finish(start_ranks(2, run.folder, 2))
     return run
@@ -59,7 +59,10 @@ def test_the_student_learns_and_publishes_every_file_of_the_run_layout(undisturb
             assert (folder / name).is_file()
         losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
         assert losses[-1] < losses[0]
-    assert list(read_json(undisturbed.stage(2) / "evaluation.json")["tasks"]) == TASKS
+    told, untold = (read_json(undisturbed.stage(2) / f"evaluation{name}.json")["tasks"] for name in ("", "_inferred"))
+    assert list(told) == list(untold) == TASKS
+    assert [task["successes"] for task in told.values()] == [2] * 4
+    assert [task["successes"] for task in untold.values()] == [0] * 4  # as rank_stage.py has it for who is not told
     memory = read_json(undisturbed.stage(1) / "memory" / "selection.json")["memories"]
     assert all(0 < task["kept_steps"] <= task["budget_steps"] <= 0.2 * task["total_steps"] for task in memory)
 
