@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -142,7 +143,7 @@ def verify(run: RunFolder) -> None:
     plan = run_plan(at)
 
     from hpc_cpd.student.policy import load_student  # imports torch: only once there is a run
-    from hpc_cpd.teachers.policy import load_teacher
+    from hpc_cpd.teachers.joint import load_any_teacher
     from hpc_cpd.trajectories.store import verify_folder
 
     problems: list[str] = []
@@ -150,7 +151,7 @@ def verify(run: RunFolder) -> None:
     for task in (task for tasks in plan for task in tasks):
         if is_done(at.teacher(task)):
             checked["teachers"] += 1
-            problems += _problem(load_teacher, at.teacher(task))
+            problems += _problem(partial(load_any_teacher, task_id=task), at.teacher(task))
         if is_done(at.trajectories(task)):
             checked["trajectory folders"] += 1
             problems += verify_folder(at.trajectories(task), task)

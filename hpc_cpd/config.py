@@ -83,9 +83,10 @@ class PPOSettings(Settings):
 class TeacherSettings(Settings):
     """Single-task experts."""
 
-    source: Literal["train", "zoo"] = Field(
-        "train", description="train them, or take the trained ones that come with the package"
+    source: Literal["train", "zoo", "student"] = Field(
+        "train", description="train them, take the trained ones that come with the package, or one student for all"
     )
+    student: str | None = Field(None, description="source student: its folder, RUN/stages/K/student")
     start: Literal["demonstrations", "scratch"] = Field("demonstrations", description="how a teacher begins")
     ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
     hidden: list[int] = Field([256, 256], min_length=1, description="widths of the hidden layers")

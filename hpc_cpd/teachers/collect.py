@@ -14,7 +14,8 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.actors import Boundary, Communicator
 from hpc_cpd.teachers.attempts import BLOCK, AttemptPlan, keep_successes, play_block
-from hpc_cpd.teachers.policy import WEIGHTS, TeacherPolicy, load_teacher
+from hpc_cpd.teachers.joint import load_any_teacher, weights_of
+from hpc_cpd.teachers.publish import Teacher
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, load_shard, next_part, write_manifest
 
@@ -22,7 +23,7 @@ from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, load_shard, n
 class TeacherActor:
     """A teacher as the actor of attempts."""
 
-    def __init__(self, policy: TeacherPolicy) -> None:
+    def __init__(self, policy: Teacher) -> None:
         self.policy = policy
 
     def begin(self, rows: int) -> None:
@@ -45,7 +46,7 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     config = run.config()
     settings = config.trajectories
     policy, teacher = communicator.on_root(
-        lambda: (load_teacher(run.teacher(task_id)), sha256(run.teacher(task_id) / WEIGHTS))
+        lambda: (load_any_teacher(run.teacher(task_id), task_id), sha256(weights_of(run.teacher(task_id))))
     )
     stored = communicator.on_root(lambda: _stored(run, task_id, teacher, config.seed))
     envs = make_batch(task_id, BLOCK, config.seed)

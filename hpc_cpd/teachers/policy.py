@@ -20,6 +20,8 @@ from hpc_cpd.run import is_done, read_json, sha256, write_bytes, write_json
 SCHEMA_VERSION = 1
 WEIGHTS = "policy.safetensors"
 DESCRIPTION = "policy.json"
+STUDENT_FOLDER = "student"
+"""A teacher that is a student (`joint.py`) has it instead of the two files above."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 _NORMALISED_LIMIT = 10.0
 _SMALLEST_VARIANCE = 1e-6  # a coordinate that never moved must not be blown up by its rounding noise
@@ -166,6 +168,8 @@ def load_teacher(folder: str | Path) -> TeacherPolicy:
         raise UserError(
             f"{folder} holds no published teacher (no DONE file); run 'python -m hpc_cpd.launch --stage teachers' first"
         )
+    if (folder / STUDENT_FOLDER).is_dir():
+        raise UserError(f"the teacher in {folder} is a student; load it with load_student({folder / STUDENT_FOLDER})")
     description = read_json(folder / DESCRIPTION)
     version = description.get("schema_version") if isinstance(description, dict) else None
     if version != SCHEMA_VERSION:

@@ -36,6 +36,7 @@ from hpc_cpd.teachers.demonstrations import (
     read_demonstrations,
     record_demonstrations,
 )
+from hpc_cpd.teachers.joint import take_from_student
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.ppo import (
     adapted_step_size,
@@ -68,8 +69,10 @@ def train_teacher(
     if communicator.on_root(lambda: is_done(folder)):
         communicator.on_root(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
         return
-    if run.config().teachers.source == "zoo":
-        take_from_zoo(run, task_id, communicator, evaluate)
+    source = run.config().teachers.source
+    if source != "train":
+        take = take_from_zoo if source == "zoo" else take_from_student
+        take(run, task_id, communicator, evaluate)
         return
     training = _Training(run, task_id, communicator, evaluate, stop)
     training.resume_or_begin()
