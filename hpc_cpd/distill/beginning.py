@@ -10,6 +10,7 @@ from torch import Tensor
 from hpc_cpd.config import Config
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.run import Run
+from hpc_cpd.student.inference import EpisodeFacts
 from hpc_cpd.student.policy import StudentParts, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import learn_task_vectors
 from hpc_cpd.student.transformer import Student, StudentShape, grown
@@ -60,7 +61,9 @@ def begin_stage(
     else:
         shape, experts, state = previous.shape, previous.experts_by_stage, dict(previous.state)
     metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed, "trained": False}
-    save_student(run.stage(stage) / "start", state, shape, experts, vectors, encoder, metadata)
+    facts = dict(previous.episode_facts) if previous is not None else {}
+    facts |= {task: EpisodeFacts.of(*new.episode_beginnings(task)) for task in tasks}
+    save_student(run.stage(stage) / "start", state, shape, experts, vectors, encoder, metadata, facts)
 
 
 def load_beginning(folder: Path, stage: int) -> tuple[Beginning, StudentParts]:

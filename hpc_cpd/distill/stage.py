@@ -135,6 +135,7 @@ def _learn(
             parts.task_vectors,
             parts.task_encoder_state,
             metadata,
+            parts.episode_facts,
         )
 
     together(publish, on=0)

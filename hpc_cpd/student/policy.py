@@ -1,6 +1,6 @@
 """A published student: how it is stored, and how it acts. No other process is needed, and no DeepSpeed.
 
-FOLDER/model.safetensors    canonical student state, task vectors and task encoder
+FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, and task encoder
 FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256, metadata
 """
 
@@ -21,8 +21,9 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.run import atomic_folder, read_json, sha256, write_bytes, write_json
 from hpc_cpd.student.acting import Actor
 from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
+from hpc_cpd.student.inference import EpisodeFacts, TaskInference, remember
 from hpc_cpd.student.task_encoder import TaskEncoder
-from hpc_cpd.student.transformer import OBSERVATION_CLIP, Student, StudentShape
+from hpc_cpd.student.transformer import Student, StudentShape
 
 STUDENT_SCHEMA_VERSION = 2
 MODEL_FILE = "model.safetensors"
@@ -39,6 +40,7 @@ class StudentParts:
     task_vectors: dict[str, np.ndarray]  # float32 [D] each, in the order learnt
     task_encoder_state: dict[str, Tensor] | None
     metadata: dict[str, Any]
+    episode_facts: dict[str, EpisodeFacts]  # of every task, for the student that is not told which it is
 
     def normaliser(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) of observations, float32 [obs] each."""
@@ -53,11 +55,13 @@ def save_student(
     task_vectors: Mapping[str, np.ndarray],
     task_encoder_state: Mapping[str, Tensor] | None,
     metadata: Mapping[str, Any],
+    episode_facts: Mapping[str, EpisodeFacts],
 ) -> None:
     """Write a student folder atomically. `state` is canonical; `metadata` is plain JSON without NaN."""
     tensors = {f"student/{name}": value for name, value in state.items()}
     tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(vector)) for task, vector in task_vectors.items()}
     tensors |= {f"task_encoder/{name}": value for name, value in (task_encoder_state or {}).items()}
+    tensors |= {f"task_start/{task}": torch.tensor(facts.start) for task, facts in episode_facts.items()}
     encoder = None
     if task_encoder_state is not None:
         encoder = TaskEncoder.sizes_of(task_encoder_state, shape.observation_size)
@@ -69,6 +73,7 @@ def save_student(
             "shape": shape.as_json(),
             "experts_by_stage": [list(stage) for stage in experts_by_stage],
             "tasks": list(task_vectors),
+            "task_steps": {task: facts.steps for task, facts in episode_facts.items()},
             "task_encoder": encoder,
             "model_sha256": sha256(model),
             "metadata": dict(metadata),
@@ -85,15 +90,20 @@ def load_student_parts(folder: str | Path) -> StudentParts:
     version = description.get("schema_version") if isinstance(description, dict) else None
     if version != STUDENT_SCHEMA_VERSION:
         raise UserError(f"{path} has schema_version {version}, but this version reads {STUDENT_SCHEMA_VERSION}")
-    missing = [k for k in ("shape", "experts_by_stage", "tasks", "model_sha256", "metadata") if k not in description]
+    missing = [
+        k
+        for k in ("shape", "experts_by_stage", "tasks", "task_steps", "model_sha256", "metadata")
+        if k not in description
+    ]
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; run the stage that makes it again")
     tensors = read_tensors(Path(folder) / MODEL_FILE, description["model_sha256"])
-    vectors = {}
+    vectors, facts = {}, {}
     for task in description["tasks"]:
-        if f"task_vector/{task}" not in tensors:
+        if f"task_vector/{task}" not in tensors or f"task_start/{task}" not in tensors:
             raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
         vectors[task] = tensors[f"task_vector/{task}"].numpy()
+        facts[task] = EpisodeFacts(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
     return StudentParts(
         state=_with_prefix(tensors, "student/"),
         shape=shape_from_json(description["shape"], path),
@@ -101,6 +111,7 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         task_vectors=vectors,
         task_encoder_state=_with_prefix(tensors, "task_encoder/") or None,
         metadata=description["metadata"],
+        episode_facts=facts,
     )
 
 
@@ -125,9 +136,11 @@ class StudentPolicy:
         self.student.load_canonical(parts.state)
         self.student.eval().requires_grad_(False)
         self.actor = Actor(self.student)
-        self.encoder: TaskEncoder | None = None
+        self.inference: TaskInference | None = None
         if parts.task_encoder_state is not None:
-            self.encoder = TaskEncoder.from_state(parts.task_encoder_state, parts.shape.observation_size)
+            encoder = TaskEncoder.from_state(parts.task_encoder_state, parts.shape.observation_size)
+            mean, deviation = self.student.observation_mean, self.student.observation_std
+            self.inference = TaskInference(encoder, parts.task_vectors, parts.episode_facts, mean, deviation)
         self._rows = 0
 
     @property
@@ -147,7 +160,7 @@ class StudentPolicy:
         if num_envs < 1:
             raise UserError(f"num_envs is {num_envs}, but a policy acts in at least 1 environment")
         if task_id is None:
-            if self.encoder is None:
+            if self.inference is None:
                 raise UserError("this student has no task encoder to infer the task with; name a task instead of None")
             vectors = torch.zeros(num_envs, self.shape.task_vector_size)
         elif task_id in self.task_vectors:
@@ -161,19 +174,15 @@ class StudentPolicy:
         self._vectors = vectors
         self.actor.begin(num_envs)
         if self._infer:
-            assert self.encoder is not None
-            self._window = torch.zeros(num_envs, self.encoder.window, self.shape.observation_size)
-            self._encoding_sum = torch.zeros(num_envs, self.shape.task_vector_size)
+            assert self.inference is not None
+            self.inference.begin(num_envs)
             self._past = torch.zeros(num_envs, self.shape.history, self.shape.observation_size)
         self._gate_sum = torch.zeros(self.num_experts, dtype=torch.float64)
         self._gate_rows = 0
 
     def reset_rows(self, mask: np.ndarray) -> None:
         """Forget the history of the environments flagged by `mask` bool [num_envs]: they begin a new episode."""
-        rows = torch.tensor(np.asarray(mask, dtype=bool))
-        self.actor.ages[rows] = 0
-        if self._infer:
-            self._encoding_sum[rows] = 0.0
+        self.actor.ages[torch.tensor(np.asarray(mask, dtype=bool))] = 0
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Observations float32 [num_envs, obs] -> actions float32 [num_envs, act], clipped to [-1, 1].
@@ -202,17 +211,13 @@ class StudentPolicy:
         return usage
 
     def _infer_tasks(self, seen: Tensor) -> None:
-        """Each environment's nearest known task vector to the mean encoding of its episode so far."""
-        assert self.encoder is not None
-        self._remember(self._window, seen)
-        normalised = (self._window - self.student.observation_mean) / self.student.observation_std
-        self._encoding_sum += self.encoder(normalised.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP))
-        known = torch.tensor(np.stack(list(self.task_vectors.values())))
-        vectors = known[(self._encoding_sum @ known.T).argmax(dim=1)]
+        """Take each environment's likeliest task for its task."""
+        assert self.inference is not None
+        vectors = self.inference.vectors(seen, self.actor.ages)
         changed, self._vectors = not torch.equal(vectors, self._vectors), vectors
         if changed:
             self._see_the_past_anew()
-        self._remember(self._past, seen)
+        remember(self._past, seen, self.actor.ages)
 
     def _see_the_past_anew(self) -> None:
         """What the student keeps of past observations was computed for another task: look at them again."""
@@ -225,14 +230,6 @@ class StudentPolicy:
             place = (first + step).clamp(max=self.shape.history - 1)
             self.actor.act(self._past.take_along_dim(place[:, :, None], dim=1)[:, 0], self._vectors)
         self.actor.ages = now
-
-    def _remember(self, buffer: Tensor, seen: Tensor) -> None:
-        """Put `seen` behind what each row of `buffer` holds, oldest first out; the rest repeats it, as in training."""
-        length = buffer.shape[1]
-        full = self.actor.ages >= length
-        buffer[full, :-1] = buffer[full, 1:].clone()
-        behind = torch.arange(length) >= self.actor.ages.clamp(max=length - 1)[:, None]
-        buffer.copy_(torch.where(behind[:, :, None], seen[:, None], buffer))
 
 
 class Untold:

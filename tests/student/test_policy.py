@@ -14,6 +14,7 @@ import torch
 from hpc_cpd.config import TaskEncoderSettings
 from hpc_cpd.errors import UserError
 from hpc_cpd.student.acting import FEW_ROWS
+from hpc_cpd.student.inference import EpisodeFacts
 from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.transformer import Student
@@ -26,14 +27,22 @@ ENVS, STEPS = 5, 16
 DEEP = {"layers": 3, "mixtures": 2, "history": 6, "shared_expert_hidden": 8}
 
 
-def publish(folder: Path, top_k: int = 0, encoder: TaskEncoder | None = None, **changes: int) -> Student:
+def publish(
+    folder: Path,
+    top_k: int = 0,
+    encoder: TaskEncoder | None = None,
+    steps: dict[str, int] | None = None,
+    **changes: int,
+) -> Student:
     shape = small_shape(top_k, **changes)
     student = make_student(shape, EXPERTS, inference=True)
     student.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
     vectors = np.eye(5, dtype=np.float32)
     tasks = {"metaworld/reach-v3": vectors[0], "metaworld/push-v3": vectors[1]}
     state = encoder.state_dict() if encoder is not None else None
-    save_student(folder, student.state_dict(), shape, EXPERTS, tasks, state, {"stage": 2})
+    start = np.stack([np.zeros(6), np.full(6, 5.0)]).astype(np.float32)  # of every task: it tells nothing
+    facts = {task: EpisodeFacts((steps or {}).get(task, 1000), start) for task in tasks}
+    save_student(folder, student.state_dict(), shape, EXPERTS, tasks, state, {"stage": 2}, facts)
     return student
 
 
@@ -116,6 +125,23 @@ def test_the_task_is_inferred_from_the_history(changes: dict[str, int], tmp_path
         actions = untold.act(seen[step])
         np.testing.assert_array_equal(actions[:3], known["metaworld/reach-v3"][step][:3])
         np.testing.assert_array_equal(actions[3:], known["metaworld/push-v3"][step][3:])
+
+
+def test_an_episode_that_outlasts_its_inferred_task_is_taken_for_the_next_likeliest(tmp_path: Path) -> None:
+    steps = {"metaworld/reach-v3": 3, "metaworld/push-v3": 2}
+    publish(tmp_path / "student", encoder=sign_encoder(), steps=steps)
+    policy = load_student(tmp_path / "student")
+    policy.reset(None, ENVS)
+    told = []
+    for step in np.abs(observations()) + 1.0:  # everything speaks for the first task
+        policy.act(step)
+        told.append(policy._vectors.argmax(dim=1).tolist())
+        if len(told) == 9:
+            policy.reset_rows(np.arange(ENVS) < 2)
+    everyone = [0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0, 0, 0, 1, 1, 0]
+    begun_anew = [*everyone[:9], *everyone[:7]]
+    assert [row[-1] for row in told] == everyone
+    assert [row[0] for row in told] == begun_anew
 
 
 def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path) -> None:
