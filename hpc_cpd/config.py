@@ -205,7 +205,7 @@ class DistillSettings(Settings):
         45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE
     )
     freeze_shared: bool = Field(True, description="false: shared layers go on learning after stage 1 (ablation)")
-    penalty: Literal["none", "l2", "ewc", "online_ewc"] = Field("none", description="baseline: weight regulariser")
+    penalty: Literal["none", "l2", "ewc", "online_ewc", "mas"] = Field("none", description="baseline: regulariser")
     penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
     online_ewc_decay: float = Field(0.95, ge=0, le=1, description="gamma of Online EWC (arXiv 1805.06370)")
 

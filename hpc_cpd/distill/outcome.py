@@ -12,15 +12,17 @@ from torch import Tensor
 
 from hpc_cpd.config import Config
 from hpc_cpd.distill.batches import StageBatches
+from hpc_cpd.distill.engine import device_of_rank
+from hpc_cpd.distill.importance import Samples
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.distill.losses import action_mean_error
-from hpc_cpd.distill.penalties import Penalty, fisher_diagonal, next_penalty
+from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
 from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.student.transformer import Student
 from hpc_cpd.trajectories.memory import select_memory, write_memory
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-FISHER_BATCHES = 32
+IMPORTANCE_SAMPLES = 256  # of the default student with 25 experts, about 20 seconds on one core
 ROUTING_STEPS = 512
 STEPS_AT_ONCE = 512
 
@@ -96,17 +98,24 @@ def update_penalty(
     previous: Penalty | None,
 ) -> None:
     """Write ``penalty.safetensors``: what the next stage must not move, and how firmly. For one rank alone."""
-    student = Student(beginning.shape, beginning.experts_by_stage, 1, config.seed)
+    device = device_of_rank()
+    student = Student(beginning.shape, beginning.experts_by_stage, inference=True).to(device)
     student.load_canonical(state)
+    found = importance_of(config.distill, student, _samples(batches))
+    importance = {name: value.cpu() for name, value in found.items()}
+    next_penalty(config.distill, previous, dict(state), importance).save(folder / "penalty.safetensors")
 
-    def draws() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for number in range(FISHER_BATCHES):
-            batch = batches.batch(0, number, 0, 1)  # phase 0: batches that no phase trains on
-            yield batch.observations, batch.task_vectors, batch.valid
 
-    generator = torch.Generator().manual_seed(config.seed)
-    fisher = fisher_diagonal(student, draws(), generator)
-    next_penalty(config.distill, previous, dict(state), fisher).save(folder / "penalty.safetensors")
+def _samples(batches: StageBatches) -> Samples:
+    """IMPORTANCE_SAMPLES histories of batches that no phase trains on, and the step of each that a batch asks for."""
+    parts: list[Samples] = []
+    while sum(len(steps) for _, _, steps in parts) < IMPORTANCE_SAMPLES:
+        batch = batches.batch(0, len(parts), 0, 1)
+        parts.append((batch.observations, batch.task_vectors, batch.valid.int().argmax(dim=1)))
+    observations, task_vectors, steps = (torch.cat(column) for column in zip(*parts, strict=True))
+    # of a larger batch, rows from all over it: new ones come first
+    chosen = torch.arange(IMPORTANCE_SAMPLES, device=steps.device) * len(steps) // IMPORTANCE_SAMPLES
+    return observations[chosen], task_vectors[chosen], steps[chosen]
 
 
 def _predictions(

@@ -1,12 +1,11 @@
-"""Weight regularisers of the baselines: L2, EWC (arXiv 1612.00796), Online EWC (arXiv 1805.06370).
+"""Weight regularisers of the baselines: L2, EWC (arXiv 1612.00796), Online EWC (arXiv 1805.06370), MAS (1711.09601).
 
-All three are one quadratic, sum of importance * (parameter - anchor)^2, and differ in how importance and
+All of them are one quadratic, sum of importance * (parameter - anchor)^2, and differ in how importance and
 anchor are carried from stage to stage. Sums of such quadratics are again one, so memory does not grow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hpc_cpd.config import DistillSettings
+from hpc_cpd.distill.importance import Samples, fisher_diagonal, output_sensitivity
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import write_bytes
 from hpc_cpd.student.transformer import Student
@@ -57,43 +57,26 @@ class Penalty:
         return Penalty(importance, anchor)
 
 
-def next_penalty(
-    settings: DistillSettings, previous: Penalty | None, state: dict[str, Tensor], fisher: dict[str, Tensor]
-) -> Penalty:
-    """The penalty the next stage works under, from the parameters `state` reached and their Fisher diagonal."""
+def importance_of(settings: DistillSettings, student: Student, samples: Samples) -> dict[str, Tensor]:
+    """What `settings.penalty` calls the importance of every parameter of `student`, which holds all its experts."""
     if settings.penalty == "l2":
-        return Penalty({name: torch.ones_like(state[name]) for name in fisher}, {name: state[name] for name in fisher})
-    if previous is None:
-        return Penalty(fisher, {name: state[name] for name in fisher})
-    importance, anchor = dict(fisher), {name: state[name] for name in fisher}
+        return {name: torch.ones_like(parameter) for name, parameter in student.named_parameters()}
+    return (output_sensitivity if settings.penalty == "mas" else fisher_diagonal)(student, samples)
+
+
+def next_penalty(
+    settings: DistillSettings, previous: Penalty | None, state: dict[str, Tensor], importance: dict[str, Tensor]
+) -> Penalty:
+    """The penalty the next stage works under, from the parameters `state` reached and their importance there."""
+    total, anchor = dict(importance), {name: state[name] for name in importance}
+    if previous is None or settings.penalty == "l2":
+        return Penalty(total, anchor)
     for name, old in previous.importance.items():
-        if settings.penalty == "online_ewc":
-            importance[name] = settings.online_ewc_decay * old + fisher[name]
-        else:  # EWC keeps one quadratic per stage: their sum has the summed weights and the weighted mean anchor
-            importance[name] = old + fisher[name]
-            weighted = old * previous.anchor[name] + fisher[name] * state[name]
-            anchor[name] = torch.where(importance[name] > 0, weighted / importance[name].clamp_min(1e-30), state[name])
-    return Penalty(importance, anchor)
-
-
-def fisher_diagonal(
-    student: Student, batches: Iterable[tuple[Tensor, Tensor, Tensor]], generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Diagonal of the Fisher information of a unit-variance Gaussian policy, per sample.
-
-    Each batch is (observations [B, L, obs], task vectors [B, D], valid [B, L]). With actions drawn from the policy
-    itself the samples' gradients are independent with mean zero, so the square of their sum has the sum of their
-    squares as its mean: one backward pass gives an unbiased estimate for the whole batch.
-    """
-    parameters = dict(student.named_parameters())
-    total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    samples = 0
-    for observations, task_vectors, valid in batches:
-        means, _, _ = student(observations, task_vectors, valid, None)
-        noise = torch.randn(means.shape, generator=generator).to(means.device) * valid[..., None]
-        gradients = torch.autograd.grad((means * noise).sum(), list(parameters.values()), allow_unused=True)
-        for name, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                total[name] += gradient.square()
-        samples += int(valid.sum())
-    return {name: value / max(1, samples) for name, value in total.items()}
+        if settings.penalty == "ewc":  # one quadratic per stage: their sum has the summed weights and the mean anchor
+            total[name] = old + importance[name]
+            weighted = old * previous.anchor[name] + importance[name] * state[name]
+            anchor[name] = torch.where(total[name] > 0, weighted / total[name].clamp_min(1e-30), state[name])
+        else:  # around the parameters reached last
+            decay = settings.online_ewc_decay if settings.penalty == "online_ewc" else 1.0
+            total[name] = decay * old + importance[name]
+    return Penalty(total, anchor)

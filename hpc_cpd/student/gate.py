@@ -86,7 +86,8 @@ class Gate(nn.Module):
     def _logits(self, tokens: Tensor) -> Tensor:
         # stage by stage: one product over all rows would round the old logits otherwise once there are more rows
         parts = [
-            F.linear(tokens, self.get_parameter(f"weight_{stage}"), self.get_parameter(f"bias_{stage}"))
+            # not get_parameter, which takes no plain tensor in a parameter's place (torch.func.functional_call)
+            F.linear(tokens, getattr(self, f"weight_{stage}"), getattr(self, f"bias_{stage}"))
             for stage in self.stages
         ]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -111,6 +112,21 @@ class Gate(nn.Module):
         else:
             weights = F.softmax(logits.gather(1, selected), dim=-1)
         return Routing(probabilities, selected, weights, load)
+
+    def weights_of_all(self, logits: Tensor) -> Tensor:
+        """Logits [n, E] -> the weights of `route` and their gradients [n, E], zero for experts that are not chosen.
+
+        Made of differentiable operations whose shapes do not depend on the data, as `torch.func` demands.
+        """
+        if not 0 < self.top_k < self.num_experts:
+            return F.softmax(logits, dim=-1)
+        selected = self._highest(logits.detach())
+        if self.top_k == 1:
+            logarithms = F.log_softmax(logits, dim=-1).gather(1, selected)
+            weights = 1.0 + logarithms - logarithms.detach()
+        else:
+            weights = F.softmax(logits.gather(1, selected), dim=-1)
+        return torch.zeros_like(logits).scatter(1, selected, weights)
 
     def _highest(self, logits: Tensor) -> Tensor:
         if self.top_k == 1:

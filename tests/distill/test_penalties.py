@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hpc_cpd.config import DistillSettings
-from hpc_cpd.distill.penalties import Penalty, fisher_diagonal, next_penalty
+from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
 from hpc_cpd.errors import UserError
 from hpc_cpd.student.policy import load_student_parts
 from hpc_cpd.student.transformer import Student, StudentShape
@@ -61,31 +61,23 @@ def test_online_ewc_decays_old_importance_and_anchors_at_the_latest_optimum() ->
     assert second.anchor["w"].item() == 1.0
 
 
-def test_l2_weighs_every_parameter_alike() -> None:
-    penalty = next_penalty(settings("l2"), None, {"w": torch.randn(3)}, {"w": torch.rand(3)})
-    assert penalty.importance["w"].tolist() == [1.0, 1.0, 1.0]
+def test_l2_weighs_every_parameter_alike_and_needs_no_samples() -> None:
+    student = Student(SHAPE, [[0]], inference=True)
+    nothing = (torch.zeros(0, 2, 3), torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
+    importance = importance_of(settings("l2"), student, nothing)
+    assert importance.keys() == dict(student.named_parameters()).keys()
+    state = student.state_dict()
+    first = next_penalty(settings("l2"), None, state, importance)
+    second = next_penalty(settings("l2"), first, {name: value + 1 for name, value in state.items()}, importance)
+    assert all((value == 1).all() for value in second.importance.values())
+    assert torch.equal(second.anchor["head.bias"], state["head.bias"] + 1)
 
 
-class Linear(torch.nn.Module):
-    """A policy whose Fisher diagonal is known: the sum of squares of its inputs, per output."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(1, 3))
-
-    def forward(self, observations: torch.Tensor, *_: object) -> tuple[torch.Tensor, None, None]:
-        return observations @ self.w.T, None, None
-
-
-def test_fisher_diagonal_of_a_linear_policy_is_the_mean_squared_input() -> None:
-    generator = torch.Generator().manual_seed(0)
-    observations = torch.randn(64, 4, 3, generator=generator) * torch.tensor([1.0, 2.0, 3.0])
-    valid = torch.ones(64, 4, dtype=torch.bool)
-    valid[:, 3] = False
-    batches = [(observations, torch.zeros(64, 1), valid)] * 400
-    fisher = fisher_diagonal(Linear(), batches, generator)["w"][0]  # type: ignore[arg-type]
-    expected = observations[:, :3].square().mean(dim=(0, 1))
-    torch.testing.assert_close(fisher, expected, rtol=0.2, atol=0.0)
+def test_mas_sums_importance_over_stages_and_anchors_at_the_parameters_reached_last() -> None:
+    first = next_penalty(settings("mas"), None, {"w": torch.zeros(1)}, {"w": torch.tensor([2.0])})
+    second = next_penalty(settings("mas"), first, {"w": torch.ones(1)}, {"w": torch.tensor([3.0])})
+    assert second.importance["w"].item() == 2.0 + 3.0
+    assert second.anchor["w"].item() == 1.0
 
 
 def test_a_missing_penalty_file_is_named(tmp_path: Path) -> None:
@@ -106,14 +98,21 @@ def test_the_penalty_pulls_a_parameter_back_with_the_gradient_of_its_quadratic()
 
 
 def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: Path) -> None:
-    states = {}
-    for penalty in ("none", "ewc"):
+    states, importances = {}, []
+    for penalty, stages in (("none", 2), ("ewc", 2), ("mas", 1)):  # MAS differs from EWC in what stage 1 leaves alone
         overrides = (f"distill.penalty={penalty}", "distill.penalty_coefficient=10", "distill.freeze_shared=false")
         run = make_run(tmp_path / penalty, *overrides)
-        for stage in (1, 2):
+        for stage in range(1, stages + 1):
             finish(start_ranks(2, run.folder, stage))
-        states[penalty] = [load_student_parts(run.stage(stage) / "student").state for stage in (1, 2)]
-        assert (run.stage(2) / "penalty.safetensors").is_file() == (penalty == "ewc")
-    (free_1, free_2), (held_1, held_2) = states["none"], states["ewc"]
-    assert all(torch.equal(free_1[name], held_1[name]) for name in free_1)
-    assert any(not torch.equal(free_2[name], held_2[name]) for name in free_2)
+            states[penalty, stage] = load_student_parts(run.stage(stage) / "student").state
+            assert (run.stage(stage) / "penalty.safetensors").is_file() == (penalty != "none")
+        if penalty != "none":
+            importances.append(Penalty.load(run.stage(1) / "penalty.safetensors").importance)
+    for penalty in ("ewc", "mas"):
+        assert all(torch.equal(states["none", 1][name], value) for name, value in states[penalty, 1].items())
+    assert any(not torch.equal(states["none", 2][name], value) for name, value in states["ewc", 2].items())
+    for importance in importances:
+        assert importance.keys() == dict(Student(SHAPE, [[0, 1]], inference=True).named_parameters()).keys()
+        assert all(value.isfinite().all() and (value >= 0).all() for value in importance.values())
+        assert all(importance[f"mixtures.0.experts.{expert}.last.weight"].any() for expert in (0, 1))
+    assert not torch.equal(*(importance["head.weight"] for importance in importances))
