@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from hpc_cpd.errors import UserError
 
@@ -192,6 +192,8 @@ class DistillSettings(Settings):
         description="share of the replayed rows that ask for what the student before this stage did: new "
         "observations, the vector of an old task",
     )
+    replay_targets: Literal["teacher", "past_student"] = Field("teacher", description="whose actions memory asks for")
+    gradient_projection: bool = Field(False, description="A-GEM (arXiv 1812.00420): replay corrects gradients")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the student's products while it learns; weights, gate and optimiser stay float32"
     )
@@ -208,6 +210,22 @@ class DistillSettings(Settings):
     penalty: Literal["none", "l2", "ewc", "online_ewc", "mas"] = Field("none", description="baseline: regulariser")
     penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
     online_ewc_decay: float = Field(0.95, ge=0, le=1, description="gamma of Online EWC (arXiv 1805.06370)")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.gradient_projection and self.zero_stage:
+            raise UserError(
+                f"distill.gradient_projection needs whole gradients on every rank, but distill.zero_stage is "
+                f"{self.zero_stage}, which shares them out; set distill.zero_stage=0"
+            )
+        asking = "gradient_projection" if self.gradient_projection else "replay_targets"
+        asked = self.gradient_projection or self.replay_targets == "past_student"
+        if asked and (not self.replay_fraction or self.anchor_fraction == 1):
+            raise UserError(
+                f"distill.{asking} is {getattr(self, asking)}, but no row comes from the replay memory; choose "
+                "distill.replay_fraction above 0 and distill.anchor_fraction below 1"
+            )
+        return self
 
 
 class EvaluationSettings(Settings):

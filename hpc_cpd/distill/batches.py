@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_cpd.config import DistillSettings
+from hpc_cpd.errors import UserError
 from hpc_cpd.student.policy import StudentPolicy
 from hpc_cpd.trajectories.store import TrajectoryStore
 
@@ -38,6 +41,25 @@ class Batch:
         """The same rows, routed by the gate alone."""
         return replace(self, lift=None)
 
+    def split(self, global_new: int) -> tuple[Batch, Batch]:
+        """(rows of this stage's tasks, replayed rows); `global_new`: how many of the former all ranks have."""
+        here = int(self.is_new_task.sum())  # they come first
+        return (
+            self._rows(slice(None, here), global_new),
+            self._rows(slice(here, None), self.global_valid - global_new),
+        )
+
+    def _rows(self, rows: slice, global_valid: int) -> Batch:
+        return Batch(
+            self.observations[rows],
+            self.teacher_mean[rows],
+            self.valid[rows],
+            self.task_vectors[rows],
+            self.is_new_task[rows],
+            None if self.lift is None else self.lift[rows],
+            global_valid,
+        )
+
 
 class StageBatches:
     """Draws the batches of one stage."""
@@ -54,16 +76,20 @@ class StageBatches:
         device: torch.device,
         past: StudentPolicy | None = None,
         anchor_fraction: float = 0.0,
+        replay_targets: Literal["teacher", "past_student"] = "teacher",
     ) -> None:
         """`seed` names the stage; `length` is the student's history in steps; without `memory` nothing is replayed.
 
-        `past`: the student before this stage; `anchor_fraction` of the replayed rows ask for what it did.
+        `past`: the student before this stage; `anchor_fraction` of the replayed rows ask for what it did at new
+        observations. `replay_targets` past_student: the others ask for what it did too, in place of the teacher
+        (behavioural cloning of ClonEx-SAC, arXiv 2209.13900, with the student as each stage finds it).
         """
         self.sources = [new] if memory is None else [new, memory]
-        replayed = round(batch_size * replay_fraction) if memory is not None else 0
-        self.anchored = round(replayed * anchor_fraction) if past is not None else 0
-        self.rows = [batch_size - replayed, replayed - self.anchored][: len(self.sources)]
+        self.replayed = round(batch_size * replay_fraction) if memory is not None else 0
+        self.anchored = round(self.replayed * anchor_fraction) if past is not None else 0
+        self.rows = [batch_size - self.replayed, self.replayed - self.anchored][: len(self.sources)]
         self.past = past
+        self.past_answers_memory = past is not None and replay_targets == "past_student"
         self.old_vectors = np.stack(list(past.task_vectors.values())) if past is not None else None
         self.vectors = [np.stack([task_vectors[task] for task in store.task_ids]) for store in self.sources]
         self.length = length
@@ -107,12 +133,16 @@ class StageBatches:
             if rows:
                 drawn = store.draw_windows(rows, rng, balance_tasks=True)[rank::world_size]
                 parts.append(self._columns(store, drawn, vectors, new == 0))
-        if self.old_vectors is None or not self.anchored:
-            return parts, None
+        asked = [parts.pop()] if self.past_answers_memory and self.replayed > self.anchored else []
+        if self.old_vectors is not None and self.anchored:
+            asked.append(self._anchors(rng, rank, world_size, self.old_vectors))
+        return parts, tuple(np.concatenate(column) for column in zip(*asked, strict=True)) if asked else None
+
+    def _anchors(self, rng: np.random.Generator, rank: int, world_size: int, old_vectors: np.ndarray) -> Columns:
         drawn = self.sources[0].draw_windows(self.anchored, rng, balance_tasks=True)[rank::world_size]
-        told = rng.integers(len(self.old_vectors), size=self.anchored)[rank::world_size]
+        told = rng.integers(len(old_vectors), size=self.anchored)[rank::world_size]
         observations, means, valid, _, newness = self._columns(self.sources[0], drawn, self.vectors[0], False)
-        return parts, (observations, means, valid, self.old_vectors[told], newness)
+        return observations, means, valid, old_vectors[told], newness
 
     def _columns(self, store: TrajectoryStore, drawn: np.ndarray, vectors: np.ndarray, new: bool) -> Columns:
         # the very windows the student acts on: the loss is on their newest step, and only it takes experts' time
@@ -122,7 +152,7 @@ class StageBatches:
         return windows["observations"], windows["teacher_mean"], windows["valid"], told, newness
 
     def _answered(self, asked: Columns) -> Columns:
-        """Rows that pin the student's function on old tasks between the few states that the memory keeps.
+        """Rows that pin the student's function on old tasks, also between the few states that the memory keeps.
 
         What the past student would do there is known without a teacher, at any observation (arXiv 1606.09282).
         """
@@ -141,3 +171,19 @@ class StageBatches:
             if rows
         ]
         return [store.describe_step(first) for store, windows in drawn for first in windows[rank::world_size]]
+
+
+def require_replay(settings: DistillSettings, stage: int, batches: StageBatches) -> None:
+    """Raise UserError when `settings` are about rows that the batches of a stage after the first do not have."""
+    from_memory = batches.replayed - batches.anchored
+    for name, lacks in (
+        ("gradient_projection", settings.gradient_projection and not (batches.rows[0] and from_memory)),
+        ("replay_targets", batches.past_answers_memory and not from_memory),
+    ):
+        if lacks and stage > 1:
+            raise UserError(
+                f"stage {stage}: distill.{name} needs new rows and rows of the replay memory in every batch, but of "
+                f"{sum(batches.rows) + batches.anchored} rows {batches.rows[0]} are new and {from_memory} of the "
+                "memory; begin another run with a larger memory.budget_fraction, or another distill.replay_fraction, "
+                "distill.anchor_fraction or distill.batch_size"
+            )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.moments import read_moments, write_moments
+from hpc_cpd.distill.projection import project_gradients, take_gradients
 from hpc_cpd.errors import StopRequested
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import Moments
@@ -118,13 +119,24 @@ class PhaseEngine:
         result: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs)
         return result
 
-    def step(self, loss: Tensor, step: int) -> float:
-        """One update from this rank's share of the loss; returns the global gradient norm before clipping.
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """Global gradients of `loss`, scaled as for `step`, in the order of the parameters that learn. Not under ZeRO.
 
-        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients. Raises
-        FloatingPointError on every rank, before the update, when the gradient is not finite.
+        A collective that changes nothing.
         """
         self.engine.backward(loss)
+        return take_gradients(self.student)
+
+    def step(self, loss: Tensor, step: int, reference: list[Tensor] | None = None) -> float:
+        """One update from this rank's share of the loss; returns the global gradient norm before clipping.
+
+        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients. With
+        `reference`, gradients of another loss, the update does not go against it. Raises FloatingPointError on every
+        rank, before the update, when a gradient is not finite.
+        """
+        self.engine.backward(loss)
+        if reference is not None:
+            project_gradients(self.student, reference)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, self.total_steps)
         norm = self._clip() if self._zero is None else math.nan

@@ -181,11 +181,18 @@ def _step(
     batch = batches.batch(phase.number, step, rank, engine.world_size)
     if not phase.gate_learns:  # new experts must be given tokens only while the gate still learns to choose them
         batch = batch.without_lift()
-    loss, errors, balance = batch_loss(engine, batch, settings.load_balancing_coefficient)
+    trained, reference = batch, None
+    if settings.gradient_projection and batches.replayed:
+        trained, replayed = batch.split(batches.rows[0])
+        reference_loss, replay_errors, _ = batch_loss(engine, replayed, 0.0)
+        reference = engine.gradients(reference_loss)
+    loss, errors, balance = batch_loss(engine, trained, settings.load_balancing_coefficient)
+    if reference is not None:
+        errors = torch.cat([errors, replay_errors])
     if penalty is not None:
         loss = loss + settings.penalty_coefficient * penalty.loss(engine.student)
     try:
-        norm = engine.step(loss, step)
+        norm = engine.step(loss, step, reference)
     except FloatingPointError as error:
         rows = (~errors.isfinite().all(dim=1)).nonzero().flatten().tolist()
         wrong = gather([batches.origins(phase.number, step, rank, engine.world_size)[row] for row in rows])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hpc_cpd.config import Config
-from hpc_cpd.distill.batches import StageBatches
+from hpc_cpd.distill.batches import StageBatches, require_replay
 from hpc_cpd.distill.beginning import begin_stage, load_beginning
 from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
 from hpc_cpd.distill.learn import learn_stage
@@ -117,7 +117,9 @@ def _learn(
         device=device_of_rank(),
         past=load_student(run.stage(stage - 1) / "student") if stage > 1 else None,
         anchor_fraction=config.distill.anchor_fraction,
+        replay_targets=config.distill.replay_targets,
     )
+    require_replay(config.distill, stage, batches)
     penalty = None
     if config.distill.penalty != "none" and stage > 1:
         penalty = Penalty.load(run.stage(stage - 1) / "penalty.safetensors")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from hpc_cpd.distill.batches import StageBatches
+from hpc_cpd.config import DistillSettings
+from hpc_cpd.distill.batches import StageBatches, require_replay
+from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 from hpc_cpd.student.transformer import Student, StudentShape
@@ -45,10 +48,12 @@ def past() -> StudentPolicy:
     return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}))
 
 
-def batches(run: Run, past: StudentPolicy | None) -> StageBatches:
+def batches(
+    run: Run, past: StudentPolicy | None, targets: Literal["teacher", "past_student"] = "teacher"
+) -> StageBatches:
     new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
     device = torch.device("cpu")
-    return StageBatches(new, memory, VECTORS, 4, 32, 0.5, [0, 2], device, past=past, anchor_fraction=0.5)
+    return StageBatches(new, memory, VECTORS, 4, 32, 0.5, [0, 2], device, past, 0.5, targets)
 
 
 def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, past: StudentPolicy) -> None:
@@ -102,3 +107,49 @@ def test_batches_are_a_pure_function_of_the_step(run: Run, past: StudentPolicy, 
     for name in ("observations", "teacher_mean", "task_vectors"):
         assert torch.equal(getattr(first.batch(1, 5, 0, 1), name), getattr(second.batch(1, 5, 0, 1), name))
     assert not torch.equal(first.batch(1, 5, 0, 1).observations, first.batch(1, 6, 0, 1).observations)
+
+
+def test_replayed_rows_ask_for_what_the_past_student_did_when_told_so(run: Run, past: StudentPolicy) -> None:
+    told = batches(run, past).batch(1, 0, 0, 1)
+    cloned = batches(run, past, "past_student").batch(1, 0, 0, 1)
+    for name in ("observations", "valid", "task_vectors", "is_new_task"):
+        assert torch.equal(getattr(told, name), getattr(cloned, name))
+    for rows in (slice(0, 16), slice(24, 32)):  # new rows have a teacher, anchors are the past student's anyway
+        torch.testing.assert_close(
+            told.teacher_mean[rows][told.valid[rows]], cloned.teacher_mean[rows][told.valid[rows]]
+        )
+    for row in range(16, 24):
+        steps = int(cloned.valid[row].nonzero()) + 1
+        past.reset(TASKS[int(cloned.task_vectors[row].argmax())], 1)
+        for step in range(steps):
+            action = past.act(cloned.observations[row, step : step + 1].numpy())
+        asked = cloned.teacher_mean[row, steps - 1].clamp(-1, 1).numpy()
+        np.testing.assert_allclose(asked, action[0], atol=1e-5)
+        assert np.abs(asked - told.teacher_mean[row, steps - 1].numpy()).max() > 1e-3
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_rows_of_all_ranks_are_the_same_whoever_answers_them(run: Run, past: StudentPolicy, ranks: int) -> None:
+    drawn = batches(run, past, "past_student")
+    whole = drawn.batch(1, 0, 0, 1)
+    for rank in range(ranks):
+        new, replayed = drawn.batch(1, 0, rank, ranks).split(16)
+        assert (new.global_valid, replayed.global_valid) == (16, 16)
+        assert new.is_new_task.all()
+        assert not replayed.is_new_task.any()
+        for part, places in ((new, [range(16)]), (replayed, [range(16, 24), range(24, 32)])):
+            rows = [row for of in places for row in of[rank::ranks]]
+            assert torch.equal(part.observations, whole.observations[rows])
+            torch.testing.assert_close(part.teacher_mean[part.valid], whole.teacher_mean[rows][part.valid])
+
+
+def test_without_a_memory_what_is_about_it_is_refused(run: Run, past: StudentPolicy) -> None:
+    new = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
+    for key, value in (("gradient_projection", True), ("replay_targets", "past_student")):
+        settings = DistillSettings.model_validate({key: value})
+        drawn = StageBatches(
+            new, None, VECTORS, 4, 32, 0.5, [0, 2], torch.device("cpu"), past, 0.5, settings.replay_targets
+        )
+        require_replay(settings, 1, drawn)
+        with pytest.raises(UserError, match=rf"stage 2: distill\.{key} needs .* 0 of the memory"):
+            require_replay(settings, 2, drawn)

@@ -1,0 +1,142 @@
+"""One rank of steps whose gradient a replay memory corrects: ``rank_projection.py ARGUMENTS ANSWER``.
+
+ARGUMENTS: JSON object with "expert_parallel_size", "top_k" and "cases": names of `TARGETS`. ANSWER: safetensors with,
+for each case, the gradient before clipping and the update of every parameter, and the gradients that went into it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpc_cpd.config import Config, DistillSettings
+from hpc_cpd.distill import engine as engines
+from hpc_cpd.distill.batches import Batch
+from hpc_cpd.distill.engine import PhaseEngine, finish_distributed, start_distributed
+from hpc_cpd.distill.learn import _step
+from hpc_cpd.distill.phases import Phase
+from hpc_cpd.errors import run_command
+from hpc_cpd.student.checkpoint import gather, gather_state
+from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.worker import leave
+
+NEW, REPLAYED = 9, 1  # the second rank has no replayed row
+TARGETS = {"against": -1.0, "along": 1.0}
+"""What replayed rows ask for, relative to what new rows ask for at the same observations."""
+
+
+def shape_of(top_k: int) -> StudentShape:
+    return StudentShape(
+        observation_size=5,
+        action_size=2,
+        task_vector_size=3,
+        width=8,
+        layers=1,
+        mixtures=1,
+        heads=2,
+        history=2,
+        expert_hidden=8,
+        shared_expert_hidden=0,
+        experts_see_observation=True,
+        top_k=top_k,
+        gate_bias_at_birth=-5.0,
+    )
+
+
+def whole_batch(case: str) -> Batch:
+    """New rows, then replayed ones, which see what the first new rows see."""
+    generator = torch.Generator().manual_seed(0)
+    observations = torch.randn(NEW, 2, 5, generator=generator)
+    vectors = torch.randn(NEW, 3, generator=generator)
+    targets = torch.full((NEW, 2, 2), 0.8)
+    valid = torch.tensor([[False, True]]).expand(NEW + REPLAYED, -1)
+    same = torch.arange(REPLAYED)
+    return Batch(
+        torch.cat([observations, observations[same]]),
+        torch.cat([targets, TARGETS[case] * targets[same]]),
+        valid,
+        torch.cat([vectors, vectors[same]]),
+        torch.arange(NEW + REPLAYED) < NEW,
+        None,
+        NEW + REPLAYED,
+    )
+
+
+def with_small_actions(student: Student) -> Student:
+    """So small that what a row asks for decides which way its gradient goes."""
+    with torch.no_grad():
+        for parameter in student.head.parameters():
+            parameter.mul_(0.1)
+    return student
+
+
+class WholeBatches:
+    """As much of `StageBatches` as a step asks for."""
+
+    def __init__(self, case: str) -> None:
+        self.case, self.rows, self.replayed = case, [NEW, REPLAYED], REPLAYED
+
+    def batch(self, phase: int, step: int, rank: int, world_size: int) -> Batch:
+        whole = whole_batch(self.case)
+        rows = torch.cat([torch.arange(NEW)[rank::world_size], NEW + torch.arange(REPLAYED)[rank::world_size]])
+        tensors = (whole.observations, whole.teacher_mean, whole.valid, whole.task_vectors, whole.is_new_task)
+        return Batch(*(part[rows] for part in tensors), None, NEW + REPLAYED)  # type: ignore[call-arg, arg-type]
+
+
+def everywhere(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What all ranks hold, by name; replicas hold the same."""
+    found: dict[str, Tensor] = {}
+    for part in gather(tensors):
+        for name, tensor in part.items():
+            assert name not in found or torch.equal(found[name], tensor), f"{name} differs between ranks"
+            found[name] = tensor
+    return found
+
+
+def main() -> int:
+    arguments, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
+    rank, _ = start_distributed()
+    seen: dict[str, dict[str, Tensor]] = {}
+
+    class Watched(PhaseEngine):
+        def _clip(self) -> float:
+            named = self.student.named_parameters()
+            seen["projected"] = {name: value.grad.clone() for name, value in named if value.grad is not None}
+            return super()._clip()
+
+    def watched_projection(student: Student, reference: list[Tensor]) -> None:
+        named = dict(student.named_parameters())
+        seen["gradient"] = {name: value.grad.clone() for name, value in named.items() if value.grad is not None}
+        seen["reference"] = dict(zip(named, reference, strict=True))
+        projection(student, reference)
+
+    projection, engines.project_gradients = engines.project_gradients, watched_projection  # type: ignore[assignment]
+    result: dict[str, Tensor] = {}
+    for case in arguments["cases"]:
+        student = Student(shape_of(arguments["top_k"]), [[0, 1, 2]], arguments["expert_parallel_size"], 0)
+        with_small_actions(student)
+        before = gather_state(student)
+        words: dict[str, Any] = {"gradient_projection": True, "load_balancing_coefficient": 0.0, "warmup_steps": 0}
+        config = Config(distill=DistillSettings(**words))
+        engine = Watched(student, config.distill, 1)
+        phase = Phase(1, 1, shared_learns=True, gate_learns=True, old_experts_learn=True)
+        _step(engine, phase, 0, config, WholeBatches(case), None, "test")  # type: ignore[arg-type]
+        after = gather_state(student)
+        parts = {name: everywhere(tensors) for name, tensors in seen.items()}
+        parts["update"] = {name: after[name] - before[name] for name in after}
+        result |= {f"{case}/{part}/{name}": t.clone() for part, of in parts.items() for name, t in of.items()}
+        engine.close()
+    if rank == 0:
+        save_file(result, answer)
+    finish_distributed()
+    return 0
+
+
+if __name__ == "__main__":
+    leave(run_command(main))
