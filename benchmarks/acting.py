@@ -55,7 +55,7 @@ def make_policy(settings: StudentSettings) -> StudentPolicy:
     experts = [list(range(EXPERTS))]
     state = Student(shape, experts, inference=True).state_dict()
     vector = np.ones(shape.task_vector_size, np.float32) / shape.task_vector_size**0.5
-    return StudentPolicy(StudentParts(state, shape, experts, {TASK: vector}, None, {}))
+    return StudentPolicy(StudentParts(state, shape, experts, {TASK: vector}, None, {}, {}))
 
 
 class Window:

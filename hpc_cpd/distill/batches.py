@@ -76,17 +76,20 @@ class StageBatches:
         device: torch.device,
         past: StudentPolicy | None = None,
         anchor_fraction: float = 0.0,
+        between_fraction: float = 0.0,
         replay_targets: Literal["teacher", "past_student"] = "teacher",
     ) -> None:
         """`seed` names the stage; `length` is the student's history in steps; without `memory` nothing is replayed.
 
-        `past`: the student before this stage; `anchor_fraction` of the replayed rows ask for what it did at new
-        observations. `replay_targets` past_student: the others ask for what it did too, in place of the teacher
-        (behavioural cloning of ClonEx-SAC, arXiv 2209.13900, with the student as each stage finds it).
+        `past`: the student before this stage; `anchor_fraction` of the replayed rows ask for what it did, at new
+        observations or, `between_fraction` of them, between two that the memory keeps. `replay_targets` past_student:
+        the others ask for what it did too, in place of the teacher (behavioural cloning of ClonEx-SAC, arXiv
+        2209.13900, with the student as each stage finds it).
         """
         self.sources = [new] if memory is None else [new, memory]
         self.replayed = round(batch_size * replay_fraction) if memory is not None else 0
         self.anchored = round(self.replayed * anchor_fraction) if past is not None else 0
+        self.between = round(self.anchored * between_fraction)
         self.rows = [batch_size - self.replayed, self.replayed - self.anchored][: len(self.sources)]
         self.past = past
         self.past_answers_memory = past is not None and replay_targets == "past_student"
@@ -134,15 +137,31 @@ class StageBatches:
                 drawn = store.draw_windows(rows, rng, balance_tasks=True)[rank::world_size]
                 parts.append(self._columns(store, drawn, vectors, new == 0))
         asked = [parts.pop()] if self.past_answers_memory and self.replayed > self.anchored else []
-        if self.old_vectors is not None and self.anchored:
-            asked.append(self._anchors(rng, rank, world_size, self.old_vectors))
+        if self.old_vectors is not None and self.anchored > self.between:
+            asked.append(self._new_anchors(rng, rank, world_size, self.old_vectors))
+        if self.between:
+            asked.append(self._anchors_between(rng, rank, world_size))
         return parts, tuple(np.concatenate(column) for column in zip(*asked, strict=True)) if asked else None
 
-    def _anchors(self, rng: np.random.Generator, rank: int, world_size: int, old_vectors: np.ndarray) -> Columns:
-        drawn = self.sources[0].draw_windows(self.anchored, rng, balance_tasks=True)[rank::world_size]
-        told = rng.integers(len(old_vectors), size=self.anchored)[rank::world_size]
+    def _new_anchors(self, rng: np.random.Generator, rank: int, world_size: int, old_vectors: np.ndarray) -> Columns:
+        count = self.anchored - self.between
+        drawn = self.sources[0].draw_windows(count, rng, balance_tasks=True)[rank::world_size]
+        told = rng.integers(len(old_vectors), size=count)[rank::world_size]
         observations, means, valid, _, newness = self._columns(self.sources[0], drawn, self.vectors[0], False)
         return observations, means, valid, old_vectors[told], newness
+
+    def _anchors_between(self, rng: np.random.Generator, rank: int, world_size: int) -> Columns:
+        """Mixtures of two remembered histories of one task, as far on in their episodes: there the goals lie between.
+
+        A memory of ten episodes knows ten goals of a task, but the past student knows what to do at those in between.
+        """
+        memory, vectors = self.sources[1], self.vectors[1]
+        one = memory.draw_windows(self.between, rng, balance_tasks=True)
+        other = memory.matching_steps(one, rng)
+        share = rng.random(self.between, dtype=np.float32)[rank::world_size, None, None]
+        observations, means, valid, told, newness = self._columns(memory, one[rank::world_size], vectors, False)
+        others = memory.gather_histories(other[rank::world_size], self.length)["observations"]
+        return share * observations + (1.0 - share) * others, means, valid, told, newness
 
     def _columns(self, store: TrajectoryStore, drawn: np.ndarray, vectors: np.ndarray, new: bool) -> Columns:
         # the very windows the student acts on: the loss is on their newest step, and only it takes experts' time
@@ -167,9 +186,14 @@ class StageBatches:
         rng = np.random.default_rng([*self.seed, phase, step])
         drawn = [
             (store, store.draw_windows(rows, rng, balance_tasks=True))
-            for store, rows in zip([*self.sources, self.sources[0]], [*self.rows, self.anchored], strict=True)
+            for store, rows in zip(self.sources, self.rows, strict=True)
             if rows
         ]
+        if self.old_vectors is not None and self.anchored > self.between:
+            drawn.append((self.sources[0], self.sources[0].draw_windows(self.anchored - self.between, rng, True)))
+            rng.integers(len(self.old_vectors), size=len(drawn[-1][1]))  # as `batch` draws
+        if self.between:
+            drawn.append((self.sources[1], self.sources[1].draw_windows(self.between, rng, True)))
         return [store.describe_step(first) for store, windows in drawn for first in windows[rank::world_size]]
 
 

@@ -117,6 +117,7 @@ def _learn(
         device=device_of_rank(),
         past=load_student(run.stage(stage - 1) / "student") if stage > 1 else None,
         anchor_fraction=config.distill.anchor_fraction,
+        between_fraction=config.distill.between_fraction,
         replay_targets=config.distill.replay_targets,
     )
     require_replay(config.distill, stage, batches)

@@ -143,6 +143,17 @@ class TrajectoryStore:
         task = rng.integers(len(self.task_ids), size=batch)
         return self._task_starts[task] + rng.integers(np.diff(self._task_starts)[task])
 
+    def matching_steps(self, indices: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+        """For each step (int64 [B]) one as far on in an episode of the same task, drawn evenly among its episodes."""
+        lengths = self._last_step - self._first_step + 1
+        starts = self._first_step[indices]
+        progress = (indices - starts) / lengths[indices]
+        first = np.searchsorted(self._episode_starts, self._task_starts)
+        task = self._task_of_step[indices]
+        others = self._episode_starts[rng.integers(first[task], first[task + 1])]
+        steps: NDArray[np.int64] = others + (progress * lengths[others]).astype(np.int64)
+        return steps
+
     def gather(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
         """Windows of `length` steps that begin at the steps `indices` (int64 [B]), copied.
 

@@ -45,15 +45,15 @@ def past() -> StudentPolicy:
         gate_bias_at_birth=-5.0,
     )
     state = Student(shape, [[0, 1]], inference=True).state_dict()
-    return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}))
+    return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}, {}))
 
 
 def batches(
-    run: Run, past: StudentPolicy | None, targets: Literal["teacher", "past_student"] = "teacher"
+    run: Run, past: StudentPolicy | None, targets: Literal["teacher", "past_student"] = "teacher", between: float = 0.0
 ) -> StageBatches:
     new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
     device = torch.device("cpu")
-    return StageBatches(new, memory, VECTORS, 4, 32, 0.5, [0, 2], device, past, 0.5, targets)
+    return StageBatches(new, memory, VECTORS, 4, 32, 0.5, [0, 2], device, past, 0.5, between, targets)
 
 
 def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, past: StudentPolicy) -> None:
@@ -80,9 +80,36 @@ def test_anchors_ask_at_new_observations_for_what_the_past_student_did(run: Run,
         np.testing.assert_allclose(asked, action[0], atol=1e-5)
 
 
+def test_anchors_between_remembered_states_ask_the_past_student_there(run: Run, past: StudentPolicy) -> None:
+    batch = batches(run, past, between=0.5).batch(1, 0, 0, 1)
+    memory = open_trajectories([run.trajectories(task) for task in TASKS[:2]])
+    for row in range(28, 32):
+        now = int(batch.valid[row].nonzero())
+        task = TASKS[int(batch.task_vectors[row].argmax())]
+        steps = memory.observations[memory.steps(task)]
+        seen = batch.observations[row, now].numpy()
+        # the nearest mixture of two remembered steps of its task is the row itself
+        apart = min(distance_to_line(seen, one, steps) for one in steps)
+        assert apart < 1e-4 < np.abs(steps - seen).max(axis=1).min()
+        with torch.no_grad():
+            window = batch.observations[row, : now + 1][None]
+            actions, _, _ = past.student(window, batch.task_vectors[row][None])
+        torch.testing.assert_close(batch.teacher_mean[row, now], actions[0, -1], rtol=0, atol=1e-5)
+
+
+def distance_to_line(point: np.ndarray, one: np.ndarray, others: np.ndarray) -> float:
+    """Largest deviation of `point` from the nearest mixture of `one` [obs] and one of `others` [n, obs]."""
+    along = others - one
+    share = ((point - one) * along).sum(axis=1) / np.maximum((along * along).sum(axis=1), 1e-12)
+    return float(np.abs(one + np.clip(share, 0, 1)[:, None] * along - point).max(axis=1).min())
+
+
+@pytest.mark.parametrize("between", [0.0, 0.5])
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_the_rows_of_all_ranks_are_the_rows_of_one(run: Run, past: StudentPolicy, world_size: int) -> None:
-    source = batches(run, past)
+def test_the_rows_of_all_ranks_are_the_rows_of_one(
+    run: Run, past: StudentPolicy, world_size: int, between: float
+) -> None:
+    source = batches(run, past, between=between)
     whole = source.batch(2, 7, 0, 1)
     parts = [source.batch(2, 7, rank, world_size) for rank in range(world_size)]
     for name in ("observations", "task_vectors", "valid", "is_new_task"):
@@ -148,7 +175,7 @@ def test_without_a_memory_what_is_about_it_is_refused(run: Run, past: StudentPol
     for key, value in (("gradient_projection", True), ("replay_targets", "past_student")):
         settings = DistillSettings.model_validate({key: value})
         drawn = StageBatches(
-            new, None, VECTORS, 4, 32, 0.5, [0, 2], torch.device("cpu"), past, 0.5, settings.replay_targets
+            new, None, VECTORS, 4, 32, 0.5, [0, 2], torch.device("cpu"), past, 0.5, 0.5, settings.replay_targets
         )
         require_replay(settings, 1, drawn)
         with pytest.raises(UserError, match=rf"stage 2: distill\.{key} needs .* 0 of the memory"):
