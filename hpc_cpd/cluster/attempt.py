@@ -25,6 +25,7 @@ class Attempt:
 
     `who`: the same for all ranks of this start and for no other start.
     `code`: None while it runs, or when it was killed without a word; else an exit code of the public interface.
+    `seconds_before`: what the starts before this one took; None: not known, for an earlier version did not count.
     """
 
     number: int
@@ -37,6 +38,7 @@ class Attempt:
     ended: float | None = None
     code: int | None = None
     sentence: str = ""
+    seconds_before: float | None = None
 
 
 def begin_attempt(folder: Path, log: Path) -> None:
@@ -52,6 +54,7 @@ def begin_attempt(folder: Path, log: Path) -> None:
         host=socket.gethostname(),
         log=str(log),
         started=time.time(),
+        seconds_before=0.0 if before is None else _seconds(folder, before),
     )
     write_json(folder / FILE, asdict(attempt))
 
@@ -65,6 +68,22 @@ def end_attempt(folder: Path, log: Path, code: int, sentence: str) -> None:
     if attempt is not None and attempt.code is None and attempt.who == _who():
         ended = replace(attempt, ended=time.time(), code=code, sentence=sentence[:SENTENCE_LENGTH], log=str(log))
         write_json(folder / FILE, asdict(ended))
+
+
+def _seconds(folder: Path, attempt: Attempt) -> float | None:
+    """Wall-clock of `attempt` and of those before it; one that was killed counts up to what it last saved."""
+    earlier = 0.0 if attempt.number == 1 else attempt.seconds_before
+    if earlier is None:
+        return None
+    ended = _last_saved(folder) if attempt.ended is None else attempt.ended
+    return earlier + max(0.0, ended - attempt.started)
+
+
+def _last_saved(folder: Path) -> float:
+    """When a checkpoint or a result of a unit was last written, in seconds since the epoch; 0: never."""
+    results = ("start", "student", "memory", "routing.json", "policy.safetensors", "evaluation*.json")
+    paths = [path for pattern in ("checkpoints/*", *results) for path in folder.glob(pattern)]
+    return max((path.stat().st_mtime for path in paths), default=0.0)
 
 
 def _who() -> str:

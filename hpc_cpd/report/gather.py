@@ -24,7 +24,8 @@ class Facts:
     """A run as far as it has come.
 
     `stages` is the plan (task ids per stage); `evaluations` has one entry per finished stage; `rows` one
-    per task of the plan, in the order of learning, as `continual_metrics` gives them, plus ``task``.
+    per task of the plan, in the order of learning, as `continual_metrics` gives them, plus ``task``. `counted` is the
+    stage that taught each task, or one past the last where an evaluation of the task is missing.
     """
 
     run: Run
@@ -37,6 +38,7 @@ class Facts:
     untrained: dict[str, Record] = field(default_factory=dict)
     metrics: dict[str, Any] | None = None
     rows: list[Row] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -46,6 +48,28 @@ class Facts:
     def matrix(self) -> np.ndarray:
         """Success rates [finished stages, tasks], NaN where not evaluated."""
         return np.array([[_rate(stage.get(task)) for task in self.tasks] for stage in self.evaluations])
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is published and evaluated."""
+        return len(self.evaluations) == len(self.stages)
+
+    def rates(self) -> dict[str, np.ndarray]:
+        """The arguments of `continual_metrics` that come from the files: rates and their episodes."""
+        teacher = [self.teachers.get(task) for task in self.tasks]
+        grid = [[stage.get(task) for task in self.tasks] for stage in self.evaluations]
+        return {
+            "success": self.matrix(),
+            "teacher": np.array([_rate(r) for r in teacher]),
+            "before": np.array([_rate(self.before.get(task)) for task in self.tasks]),
+            "untrained": np.array([_rate(self.untrained.get(task)) for task in self.tasks]),
+            "episodes": np.array([[_episodes(r) for r in row] for row in grid]),
+            "teacher_episodes": np.array([_episodes(r) for r in teacher]),
+        }
+
+    def wall_clock(self) -> dict[int, float | None]:
+        """Seconds that each finished stage took, all its attempts together; None: not known."""
+        return {k: _wall_clock(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}
 
     def teacher_curves(self) -> dict[str, list[Record]]:
         """The metrics of the published teachers that have any."""
@@ -83,6 +107,14 @@ def gather(run: Run) -> Facts:
     _stages(facts)
     _numbers(facts)
     return facts
+
+
+def name_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> None:
+    """Put task ids in the place of the indices that `continual_metrics` gives."""
+    for name in ("not_learnt", "recovery_excluded", "teacher_unknown"):
+        metrics[name] = [tasks[index] for index in metrics[name]]
+    for name in ("forgetting_worst_task", "forgetting_from_best_worst_task"):
+        metrics[name] = None if metrics[name] is None else tasks[metrics[name]]
 
 
 def short_names(tasks: Sequence[str]) -> list[str]:
@@ -147,28 +179,18 @@ def _stages(facts: Facts) -> None:
 def _numbers(facts: Facts) -> None:
     tasks, finished = facts.tasks, len(facts.evaluations)
     taught = {task: k for k, stage in enumerate(facts.stages, 1) for task in stage}
-    counted = []
     for task in tasks:
         needed = {taught[task] - 1, finished - 1} if taught[task] <= finished else set()
         complete = all(task in facts.evaluations[i] for i in needed)
         if not complete:
             facts.notes.append(f"{task} lacks an evaluation after its own or the last stage and is left out.")
-        counted.append(taught[task] if complete else len(facts.stages) + 1)
-    teacher = [facts.teachers.get(task) for task in tasks]
+        facts.counted.append(taught[task] if complete else len(facts.stages) + 1)
     if finished:
-        grid = [[stage.get(task) for task in tasks] for stage in facts.evaluations]
-        facts.metrics = continual_metrics(
-            facts.matrix(),
-            counted,
-            [_rate(r) for r in teacher],
-            before=[_rate(facts.before.get(task)) for task in tasks],
-            untrained=[_rate(facts.untrained.get(task)) for task in tasks],
-            episodes=[[_episodes(r) for r in row] for row in grid],
-            teacher_episodes=[_episodes(r) for r in teacher],
-        )
+        facts.metrics = continual_metrics(stages=facts.counted, **facts.rates())
         facts.rows = facts.metrics.pop("per_task")
     else:
         unknown = dict.fromkeys(STUDENT_FIELDS)
+        teacher = [facts.teachers.get(task) for task in tasks]
         facts.rows = [{"teacher": r and _rate(r), "teacher_interval": r and _interval(r), **unknown} for r in teacher]
     facts.rows = [
         {"task": task, "episodes": facts.config.evaluation.episodes, **row, "stage": taught[task]}
@@ -177,11 +199,7 @@ def _numbers(facts: Facts) -> None:
     for row in facts.rows:
         row.pop("index", None)
     if facts.metrics:
-        for name in ("not_learnt", "recovery_excluded", "teacher_unknown"):
-            facts.metrics[name] = [tasks[index] for index in facts.metrics[name]]
-        for name in ("forgetting_worst_task", "forgetting_from_best_worst_task"):
-            index = facts.metrics[name]
-            facts.metrics[name] = None if index is None else tasks[index]
+        name_tasks(facts.metrics, tasks)
         if facts.metrics["recovery_excluded"]:
             facts.notes.append(
                 f"The teachers of {_names(facts.metrics['recovery_excluded'])} never succeed, "
@@ -221,6 +239,19 @@ def _interval(record: Record) -> list[float]:
 
 def _published_metrics(folder: Path) -> list[Record]:
     return read_metrics(folder / "metrics.jsonl") if is_done(folder) else []
+
+
+def _wall_clock(folder: Path) -> float | None:
+    """From ``attempt.json``; DONE is the end of a job that was killed between its last two words."""
+    path = folder / "attempt.json"
+    if not path.is_file():
+        return None
+    attempt = _object(path)
+    before = 0.0 if attempt.get("number") == 1 else attempt.get("seconds_before")
+    started, ended = attempt.get("started"), attempt.get("ended")
+    ended = (folder / DONE).stat().st_mtime if ended is None else ended
+    known = all(isinstance(value, int | float) for value in (before, started, ended))
+    return before + max(0.0, ended - started) if known else None
 
 
 def _names(tasks: list[str]) -> str:

@@ -60,7 +60,7 @@ def build_report(run: Run) -> Path:
     """
     facts = gather(run)
     drawn = _pictures(facts, run.report)
-    write_json(run.report / "metrics.json", _numbers(facts))
+    write_json(run.report / "metrics.json", report_numbers(facts))
     page = PAGE.format(title=_text(f"{facts.config.name}: report"), style=STYLE, body=_body(facts, drawn))
     write_bytes(run.report / "index.html", page.encode())
     return run.report / "index.html"
@@ -80,7 +80,8 @@ def _pictures(facts: Facts, folder: Path) -> list[str]:
     return list(dict.fromkeys(drawn))
 
 
-def _numbers(facts: Facts) -> dict[str, Any]:
+def report_numbers(facts: Facts) -> dict[str, Any]:
+    """What ``report/metrics.json`` holds (docs/metrics.md)."""
     return {
         "schema_version": SCHEMA_VERSION,
         "name": facts.config.name,
@@ -90,6 +91,7 @@ def _numbers(facts: Facts) -> dict[str, Any]:
         "stages_planned": len(facts.stages),
         "metrics": facts.metrics,
         "rows": facts.rows,
+        "wall_clock_seconds": {str(stage): seconds for stage, seconds in facts.wall_clock().items()},
         "memory": {str(stage): _memory(record) for stage, record in facts.memories().items()},
         "notes": facts.notes,
     }

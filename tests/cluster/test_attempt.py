@@ -1,5 +1,7 @@
 """The last words of a job: whose they are, and that nobody else's replace them."""
 
+import json
+import os
 from pathlib import Path
 
 from hpc_cpd.cluster.attempt import begin_attempt, end_attempt, read_attempt
@@ -48,3 +50,30 @@ def test_a_launch_that_is_refused_leaves_the_word_to_the_one_at_work(tmp_path, m
 def test_a_damaged_file_is_no_attempt(tmp_path):
     (tmp_path / "attempt.json").write_text('{"number": 1}')
     assert read_attempt(tmp_path) is None
+
+
+def test_the_seconds_of_earlier_starts_are_carried_over(tmp_path, monkeypatch):
+    clock = iter([1000.0, 1100.0, 2000.0, 3000.0, 3005.0])
+    monkeypatch.setattr("hpc_cpd.cluster.attempt.time.time", lambda: next(clock))
+    become(monkeypatch, "7", 0)
+    begin_attempt(tmp_path, LOG)
+    end_attempt(tmp_path, LOG, 3, "stopped")  # after 100 s
+    become(monkeypatch, "7", 1)
+    begin_attempt(tmp_path, LOG)  # saves after 40 s, is killed later
+    (tmp_path / "checkpoints" / "20").mkdir(parents=True)
+    os.utime(tmp_path / "checkpoints" / "20", (2040, 2040))
+    become(monkeypatch, "8", 0)
+    begin_attempt(tmp_path, LOG)
+    end_attempt(tmp_path, LOG, 0, "")
+    last = read_attempt(tmp_path)
+    assert (last.seconds_before, last.ended - last.started) == (140.0, 5.0)
+
+
+def test_a_file_of_an_earlier_version_is_read_and_its_unknown_seconds_stay_unknown(tmp_path, monkeypatch):
+    old = {"who": "job 5 restart 0", "job": "5", "restart": 0, "host": "a", "log": "l", "started": 10.0, "ended": 30.0}
+    for number, known in ((1, 20.0), (2, None)):
+        (tmp_path / "attempt.json").write_text(json.dumps({"number": number, "code": 3, **old}))
+        assert read_attempt(tmp_path).number == number
+        become(monkeypatch, "9", 0)
+        begin_attempt(tmp_path, LOG)
+        assert read_attempt(tmp_path).seconds_before == known
