@@ -1,4 +1,4 @@
-"""The other doors: ``hpc-cpd status | evaluate | report | export | verify | tasks``, one screen each."""
+"""The other doors: ``hpc-cpd status | sweep | evaluate | report | results | export | verify | tasks``."""
 
 from __future__ import annotations
 
@@ -97,16 +97,73 @@ def evaluate(
 
 
 @app.command()
-def report(run: RunFolder) -> None:
-    """Build the report of a run again and print its table."""
-    Run(run).config()
+def sweep(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="for example configs/sweeps/ablations.yaml")],
+    run: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of its runs; default: runs/NAME")] = None,
+    cluster: Annotated[str, typer.Option(metavar="[auto|local|slurm]", help="where")] = "auto",
+    at_once: Annotated[int, typer.Option("--at-once", min=1, help="runs side by side, on this machine")] = 1,
+    only: Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="this row; may be repeated")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print rows, seeds and commands; run nothing")] = False,
+    publish: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="copy what is finished there, run nothing")
+    ] = None,
+) -> None:
+    """Run every row of a sweep with every seed, then compare them. Run it again at any time: it goes on."""
+    from hpc_cpd.sweep.door import note_rows, run_sweep, show_plan
+    from hpc_cpd.sweep.plan import choose, read_sweep
+    from hpc_cpd.sweep.publish import publish_sweep
+
+    plan = read_sweep(file, run)
+    rows = choose(plan, only or [])
+    if dry_run:
+        show_plan(plan, rows)
+        return
+    if publish is not None:
+        from hpc_cpd.report.results import write_results
+
+        note_rows(plan)
+        copied = publish_sweep(plan, publish)
+        Console().print(f"Runs copied: {len(copied)}. Page: {write_results(publish)}", soft_wrap=True)
+        return
+    code = run_sweep(plan, rows, cluster, at_once)
+    note_rows(plan)
+    _compare([plan.folder], plan.folder / "report")
+    if code:
+        raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="a run; or several, or a sweep: a comparison")],
+    out: Annotated[
+        Path | None, typer.Option(help="folder of the comparison; default: SWEEP/report or comparison")
+    ] = None,
+) -> None:
+    """Build the report of a run again and print its table; or compare several runs, or those of a sweep."""
+    from hpc_cpd.report.comparison import is_sweep
+
+    if len(runs) > 1 or out is not None or is_sweep(runs[0]):
+        _compare(runs, out or (runs[0] / "report" if len(runs) == 1 else Path("comparison")))
+        return
+    run = Run(runs[0])
+    run.config()
 
     from hpc_cpd.report.page import build_report
     from hpc_cpd.report.table import print_table
 
-    page = build_report(Run(run))
-    print_table(Run(run))
+    page = build_report(run)
+    print_table(run)
     Console().print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def results(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="published sweeps")] = Path("docs/results"),
+) -> None:
+    """Write the page of published results, FOLDER.md, from the files under FOLDER."""
+    from hpc_cpd.report.results import write_results
+
+    Console().print(f"Page: {write_results(folder)}", soft_wrap=True)
 
 
 @app.command()
@@ -190,6 +247,19 @@ def tasks(
         spec = describe(task)
         table.add_row(task, str(spec.observation_size), str(spec.action_size), str(spec.horizon))
     console.print(table)
+
+
+def _compare(folders: list[Path], out: Path) -> None:
+    from hpc_cpd.report.comparison import compare
+    from hpc_cpd.report.comparison_page import build_comparison
+    from hpc_cpd.report.comparison_table import print_comparison
+
+    comparison = compare(folders)
+    page = build_comparison(comparison, out)
+    print_comparison(comparison)
+    for note in comparison.notes:
+        Console().print(f"- {note}", soft_wrap=True, markup=False)
+    Console().print(f"Comparison: {page}", soft_wrap=True)
 
 
 def _problem(load: Callable[[Path], object], folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "hpc_cpd"
 ORDER = [
     {"launch", "worker"},
     {"cli"},
+    {"sweep"},
     {"cluster"},
     {"report"},
     {"evaluate"},

@@ -45,7 +45,7 @@ def test_doors():
     from hpc_cpd.cli import app
 
     names = {command.callback.__name__ for command in app.registered_commands}
-    assert names == {"status", "evaluate", "report", "export", "verify", "tasks"}
+    assert names == {"status", "sweep", "evaluate", "report", "results", "export", "verify", "tasks"}
 
 
 def test_python_names():

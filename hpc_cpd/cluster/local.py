@@ -31,11 +31,16 @@ LAST_LINES = 15
 PORTS = (20000, 32000)  # where the ranks of a stage meet
 _FOREIGN = ("SLURM_", "SRUN_", "SBATCH_", "PMI_", "PMIX_", "OMPI_", "HYDRA_", "HPC_CPD_")
 
-# The kernel's promise to kill mpiexec with its parent must be asked for before mpiexec replaces this process.
+# The kernel's promise to kill a command with its parent must be asked for before the command replaces this process.
 _TETHER = (
     "import os, sys; from hpc_cpd.cluster.preemption import die_with_parent; "
     "die_with_parent(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])"
 )
+
+
+def tethered(command: Sequence[str]) -> list[str]:
+    """`command` such that the kernel kills it when this process ends."""
+    return [sys.executable, "-c", _TETHER, str(os.getpid()), *command]
 
 
 def usable_cores() -> int:
@@ -110,8 +115,7 @@ class RunningJob:
         worker = [sys.executable, "-m", job.module, *job.arguments]
         if job.srun or (job.mpi and job.ranks > 1):
             starter = job.srun or (find_mpiexec(), "-n", str(job.ranks))
-            tether = [sys.executable, "-c", _TETHER, str(os.getpid())]
-            self._spawn([*tether, *starter, *worker], environment, None)
+            self._spawn(tethered([*starter, *worker]), environment, None)
             return
         port = str(free_port())
         for rank in range(job.ranks):

@@ -54,8 +54,8 @@ class Facts:
         """Whether every stage is published and evaluated."""
         return len(self.evaluations) == len(self.stages)
 
-    def rates(self) -> dict[str, np.ndarray]:
-        """The arguments of `continual_metrics` that come from the files: rates and their episodes."""
+    def rates(self) -> dict[str, Any]:
+        """The arguments of `continual_metrics` that come from the files, as arrays: rates and their episodes."""
         teacher = [self.teachers.get(task) for task in self.tasks]
         grid = [[stage.get(task) for task in self.tasks] for stage in self.evaluations]
         return {
@@ -250,8 +250,9 @@ def _wall_clock(folder: Path) -> float | None:
     before = 0.0 if attempt.get("number") == 1 else attempt.get("seconds_before")
     started, ended = attempt.get("started"), attempt.get("ended")
     ended = (folder / DONE).stat().st_mtime if ended is None else ended
-    known = all(isinstance(value, int | float) for value in (before, started, ended))
-    return before + max(0.0, ended - started) if known else None
+    if before is None or started is None or ended is None:
+        return None
+    return float(before + max(0.0, ended - started))
 
 
 def _names(tasks: list[str]) -> str:

@@ -1,0 +1,212 @@
+"""The file of a sweep, checked as a whole before anything is written, and the runs it asks for.
+
+name: ablations
+config: ../mt25.yaml                  # relative to the file
+settings: {evaluation.episodes: 50}   # of every row
+seeds: [0]
+rows:
+  ours: {seeds: [0, 1, 2], teaches: "one sentence, written when the numbers are known"}
+  no-shared-freeze: {settings: {distill.freeze_shared: false}, title: "nothing frozen"}
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpc_cpd.config import Config, Settings, load_config
+from hpc_cpd.errors import UserError
+from hpc_cpd.run import Run
+
+ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
+FILE_KEYS = ("name", "config", "settings", "seeds", "rows")
+RESERVED = ("shared", "report", "logs")
+LAUNCHER = ("python", "-m", "hpc_cpd.launch")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One run of a sweep. `command`: what makes and resumes it, as one would type it."""
+
+    row: str
+    seed: int
+    run: Run
+    config: Config
+    command: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `teaches`: what its numbers say, written by a person."""
+
+    name: str
+    title: str
+    teaches: str
+    entries: tuple[Entry, ...]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep. `data_seed`: the seed of the teachers and trajectories that its rows share."""
+
+    name: str
+    file: Path
+    folder: Path
+    data_seed: int
+    rows: tuple[Row, ...]
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for row in self.rows for entry in row.entries]
+
+    def command(self, row: str) -> str:
+        """What makes one row again, its teachers and trajectories included."""
+        return shlex.join(["hpc-cpd", "sweep", shown(self.file), "--only", row])
+
+
+def read_sweep(file: Path, folder: Path | None = None) -> Sweep:
+    """Read and check `file`. `folder`: where its runs are (None: runs/NAME).
+
+    Raises UserError, one sentence with file and key: no such file, an unknown key, a wrong type, a config or setting
+    that does not exist.
+    """
+    values = _read(file)
+    _check_keys(file, "", values, FILE_KEYS)
+    name = _name(file, "name", values.get("name", file.stem))
+    folder = Path("runs") / name if folder is None else folder
+    shared_words = _words(file, "settings", values.get("settings"))
+    seeds = _seeds(file, "seeds", values.get("seeds", [0]))
+    rows = _mapping(file, "rows", values.get("rows"))
+    if not rows:
+        raise UserError(f"{file}: 'rows' is missing or empty; name at least one row, for example rows: {{ours: {{}}}}")
+    made = []
+    for key, value in rows.items():
+        where = f"rows.{key}"
+        row = {} if value is None else _mapping(file, where, value)
+        _check_keys(file, where, row, ROW_KEYS)
+        _name(file, where, key)
+        if key in RESERVED:
+            raise UserError(f"{file}: a row cannot be called '{key}', for that folder has another use; choose another")
+        config = _text(file, f"{where}.config", row.get("config", values.get("config")))
+        if config is None:
+            raise UserError(f"{file}: '{where}' has no config; write 'config: ../mt25.yaml' above the rows")
+        words = shared_words | _words(file, f"{where}.settings", row.get("settings"))
+        entries = tuple(
+            _entry(file, key, seed, file.parent / config, words, folder)
+            for seed in _seeds(file, f"{where}.seeds", row.get("seeds", seeds))
+        )
+        title, teaches = (_text(file, f"{where}.{part}", row.get(part)) or "" for part in ("title", "teaches"))
+        made.append(Row(key, title, teaches, entries))
+    return Sweep(name, file, folder, seeds[0], tuple(made))
+
+
+def choose(sweep: Sweep, only: Sequence[str]) -> list[Row]:
+    """The rows called `only` (none: all). Raises UserError with the nearest name."""
+    known = [row.name for row in sweep.rows]
+    for name in only:
+        if name not in known:
+            raise UserError(f"{sweep.file} has no row '{name}'; {_near(name, known)}its rows: {', '.join(known)}")
+    return [row for row in sweep.rows if not only or row.name in only]
+
+
+def shown(path: Path) -> str:
+    """The path as one would type it in the working directory."""
+    absolute = Path(os.path.abspath(path))
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, str], folder: Path) -> Entry:
+    settings = [f"seed={seed}", *(f"{key}={value}" for key, value in words.items())]
+    try:
+        checked = load_config(config, settings)
+    except UserError as error:
+        raise UserError(f"{file}: rows.{row}: {error}") from None
+    run = Run(folder / row / f"seed-{seed}")
+    where = ["--stage", "all", "--config", shown(config), "--run", shown(run.folder)]
+    return Entry(row, seed, run, checked, (*LAUNCHER, *where, *settings))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"there is no sweep file {file}; give one of configs/sweeps/*.yaml")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{file} must hold a sweep: 'name:', 'config:' and 'rows:'")
+    return values
+
+
+def _check_keys(file: Path, where: str, values: Mapping[Any, Any], known: Sequence[str]) -> None:
+    for key in values:
+        if key not in known:
+            full = f"{where}.{key}" if where else str(key)
+            raise UserError(f"{file}: unknown key '{full}'; {_near(str(key), known)}known here: {', '.join(known)}")
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'? " if near else ""
+
+
+def _name(file: Path, key: str, value: Any) -> str:
+    name = key.removeprefix("rows.") if key.startswith("rows.") else value
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise UserError(f"{file}: '{key}' names a folder: letters, digits, '.', '_' and '-' only, but it is {name!r}")
+    return name
+
+
+def _mapping(file: Path, key: str, value: Any) -> dict[Any, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: '{key}' must hold 'key: value' pairs, but it is {value!r}")
+    return value
+
+
+def _text(file: Path, key: str, value: Any) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"{file}: '{key}' must be text, but it is {value!r}")
+    return value
+
+
+def _seeds(file: Path, key: str, value: Any) -> list[int]:
+    whole = isinstance(value, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value)
+    if not whole or not value or min(value) < 0 or len(set(value)) < len(value):
+        raise UserError(f"{file}: '{key}' must list different whole numbers from 0, such as [0, 1, 2]; it is {value!r}")
+    return list(value)
+
+
+def _words(file: Path, key: str, value: Any) -> dict[str, str]:
+    """Dotted settings as the launcher's words. The settings themselves are checked with the config they belong to."""
+    words = {}
+    for name, setting in _mapping(file, key, value).items():
+        if name == "seed":
+            raise UserError(f"{file}: '{key}.seed' is no setting of a row; write 'seeds: [{setting}]'")
+        if _is_group(str(name)):
+            raise UserError(f"{file}: '{key}.{name}' is a group of settings; write '{name}.KEY: value', one by one")
+        text = yaml.safe_dump(setting, default_flow_style=True, width=float("inf"), sort_keys=False)
+        words[str(name)] = text.removesuffix("...\n").strip()
+    return words
+
+
+def _is_group(key: str) -> bool:
+    kind: Any = Config
+    for part in key.split("."):
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Settings) else {}
+        kind = fields[part].annotation if part in fields else None
+    return isinstance(kind, type) and issubclass(kind, Settings)

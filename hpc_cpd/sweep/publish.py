@@ -1,0 +1,70 @@
+"""The small files of a sweep's finished runs, copied to where they can be committed.
+
+The copy has the layout of the sweep itself, so that whatever reads runs reads it too: ``hpc-cpd report`` compares it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.report.comparison import SWEEP_FILE
+from hpc_cpd.report.gather import gather
+from hpc_cpd.report.page import report_numbers
+from hpc_cpd.run import DONE, Run, atomic_folder, is_done, read_json, write_json
+from hpc_cpd.sweep.plan import Entry, Sweep
+from hpc_cpd.sweep.sharing import SHARED
+
+_TEACHERS = "teachers"
+_OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_untold.json", DONE)
+
+
+def publish_sweep(sweep: Sweep, folder: Path) -> list[Entry]:
+    """Copy what is finished of `sweep` into FOLDER/NAME, replacing earlier copies; returns the runs copied.
+
+    Raises UserError when nothing is finished.
+    """
+    done = [entry for entry in sweep.entries if entry.run.config_file.is_file() and gather(entry.run).finished]
+    if not done:
+        raise UserError(f"no run of {sweep.file} is finished, so there is nothing to publish; run the sweep first")
+    target = folder / sweep.name
+    # the runs' links to their teachers must have something to point at
+    for shared in sorted({(entry.run.folder / _TEACHERS).resolve().parent for entry in done}):
+        with atomic_folder(target / SHARED / shared.name) as copy:
+            _copy_teachers(Run(shared), copy)
+    for entry in done:
+        with atomic_folder(target / entry.row / entry.run.folder.name) as copy:
+            _copy_run(entry.run, copy)
+    shutil.copyfile(sweep.folder / SWEEP_FILE, target / SWEEP_FILE)
+    return done
+
+
+def _copy_teachers(shared: Run, copy: Path) -> None:
+    for file in sorted((shared.folder / _TEACHERS).rglob(DONE)):
+        to = copy / _TEACHERS / file.parent.relative_to(shared.folder / _TEACHERS)
+        to.mkdir(parents=True)
+        shutil.copyfile(file, to / DONE)
+        evaluation = read_json(file.parent / "evaluation.json")
+        evaluation.pop("while_training", None)  # the story of the training is long
+        write_json(to / "evaluation.json", evaluation)
+    shutil.copyfile(shared.config_file, copy / "config.yaml")
+    shutil.copyfile(shared.provenance_file, copy / "provenance.json")
+
+
+def _copy_run(run: Run, copy: Path) -> None:
+    facts = gather(run)
+    os.symlink(os.readlink(run.folder / _TEACHERS), copy / _TEACHERS)
+    for path in (run.config_file, run.provenance_file):
+        shutil.copyfile(path, copy / path.name)
+    for stage, seconds in facts.wall_clock().items():
+        from_, to = run.stage(stage), copy / "stages" / str(stage)
+        to.mkdir(parents=True)
+        for name in _OF_STAGE:
+            if (from_ / name).is_file():
+                shutil.copyfile(from_ / name, to / name)
+        if seconds is not None:  # of the attempts the time alone: whose machine it was is nobody's business
+            write_json(to / "attempt.json", {"number": 1, "started": 0.0, "ended": seconds})
+    write_json(copy / "report" / "metrics.json", report_numbers(facts))
+    assert is_done(copy / "stages" / str(len(facts.stages)))
