@@ -71,7 +71,7 @@ def forgetting(comparison: Comparison, theme: Theme) -> Figure | None:
             ax.plot(bounds, [y, y], color=theme.text, linewidth=1.3, zorder=3)
         ax.plot([m["forgetting_worst"]], [y], "D", color=theme.muted, markersize=4, zorder=4)
     ax.axvline(0, color=theme.text, linewidth=1.0, zorder=3)
-    ax.bar([0], [0], color=theme.loss, label="mean forgetting")
+    ax.barh([0], [0], color=theme.loss, label="mean forgetting")
     ax.plot([], [], color=theme.text, linewidth=1.3, label="95% interval")
     ax.plot([], [], "D", color=theme.muted, markersize=4, label="worst task")
     ax.xaxis.set_major_formatter(POINTS)

@@ -1,0 +1,171 @@
+"""A comparison says of each row what the reports of its runs say, for any runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.report.comparison import compare
+from hpc_cpd.report.comparison_page import build_comparison
+from hpc_cpd.report.comparison_table import print_comparison
+from hpc_cpd.report.gather import gather
+from hpc_cpd.report.results import results_page, write_results
+from hpc_cpd.report.table import percent
+from hpc_cpd.run import DONE, Run, read_json
+from tests.report.synthetic import EPISODES, synthetic_run
+from tests.report.synthetic_sweep import SECONDS, synthetic_sweep
+from tests.report.test_report import Links
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished sweep; tests only read it."""
+    return synthetic_sweep(tmp_path_factory.mktemp("sweep") / "made-up")
+
+
+@pytest.fixture
+def own(sweep: Path, tmp_path: Path) -> Path:
+    """The same, to break."""
+    return Path(shutil.copytree(sweep, tmp_path / "made-up", symlinks=True))
+
+
+def test_a_row_of_one_run_has_the_numbers_of_its_report(sweep):
+    folder = sweep / "other" / "seed-0"
+    (group,) = compare([folder]).groups
+    alone = gather(Run(folder)).metrics
+    assert {key: value for key, value in group.metrics.items() if key != "per_task"} == alone
+
+
+def test_a_row_of_two_seeds_has_their_mean_and_an_interval_over_both(sweep):
+    ours, other = compare([sweep]).groups
+    means = [gather(Run(sweep / "ours" / f"seed-{seed}")).metrics["average_success"] for seed in (0, 1)]
+    assert ours.metrics["average_success"] == pytest.approx(sum(means) / 2) and means[0] > means[1]
+    low, high = ours.metrics["intervals"]["average_success"]
+    assert low <= min(means) + 0.02 and high >= max(means) - 0.02  # the seeds are drawn again too
+    assert other.metrics["seeds"] == 1 and ours.metrics["seeds"] == 2
+    assert ours.seconds == other.seconds == 2 * SECONDS
+
+
+def test_the_seconds_of_a_run_are_unknown_when_those_of_a_stage_are(own):
+    (own / "ours" / "seed-1" / "stages" / "2" / "attempt.json").unlink()
+    ours, other = compare([own]).groups
+    assert ours.seconds is None and other.seconds == 2 * SECONDS
+
+
+def test_shared_teachers_count_their_episodes_once(own):
+    def width() -> float:
+        low, high = compare([own]).groups[0].metrics["intervals"]["teacher_success"]
+        return high - low
+
+    together = width()
+    for seed in (0, 1):  # the same rates, each with teachers of its own: twice the episodes
+        link = own / "ours" / f"seed-{seed}" / "teachers"
+        link.unlink()
+        shutil.copytree(own / "shared" / "abc" / "teachers", link)
+    assert width() < 0.85 * together
+
+
+def test_only_finished_runs_count_and_the_others_are_named(own):
+    (own / "ours" / "seed-1" / "stages" / "2" / DONE).unlink()
+    comparison = compare([own])
+    alone = gather(Run(own / "ours" / "seed-0")).metrics
+    assert comparison.groups[0].metrics["average_success"] == alone["average_success"]
+    assert comparison.notes[0] == "ours: 1 of 2 runs are finished (seed 1: 1 of 2 stages)."
+    shutil.rmtree(own / "other")
+    assert compare([own]).groups[1].metrics is None
+
+
+def test_the_page_shows_every_row_setting_and_command_and_opens_without_a_network(own, tmp_path):
+    page = build_comparison(compare([own]), tmp_path / "page")
+    text = page.read_text()
+    links = Links()
+    links.feed(text)
+    assert links.open == [] and not re.search(r"https?:|//cdn|<script|@import|url\(", text)
+    for address in links.addresses:
+        if not address.startswith(("#", "data:")):
+            assert (page.parent / address).exists(), address
+    for name in ("success_by_stage", "forgetting", "final_success"):
+        assert f"{name}.png" in text and f"{name}-dark.png" in text
+    assert "<td>distill.freeze_shared</td><td>true</td><td>false</td>" in text
+    assert "hpc-cpd sweep x.yaml --only other" in text and "ours | teaches" in text
+    numbers = read_json(page.parent / "metrics.json")
+    assert numbers["settings"] == {"distill.freeze_shared": {"ours": True, "other": False}}
+    assert [row["seeds_finished"] for row in numbers["rows"]] == [[0, 1], [0]]
+
+
+def test_runs_of_different_tasks_stand_on_one_page_and_it_says_so(sweep, tmp_path):
+    few = synthetic_run(tmp_path / "few", ["metaworld/reach-v3", "gymnasium/Pendulum-v1"], 1)
+    comparison = compare([sweep, few.folder])
+    assert "The rows have different tasks, so their means are over different tasks." in comparison.notes
+    assert len(comparison.tasks) == 11
+    text = build_comparison(comparison, tmp_path / "page").read_text()
+    assert "few" in text
+    screen = StringIO()
+    print_comparison(comparison, Console(file=screen, width=160))
+    assert re.search(r"ours +2 +\d", screen.getvalue()) and re.search(r"few +1 +\d", screen.getvalue())
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders_and_none_may_be_named_twice(sweep):
+    comparison = compare([sweep / "ours" / "seed-0", sweep / "other" / "seed-0"])
+    assert [group.name for group in comparison.groups] == ["ours/seed-0", "other/seed-0"]
+    with pytest.raises(UserError, match="named twice"):
+        compare([sweep / "ours" / "seed-0", sweep / "ours" / "seed-0"])
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path} is not a run folder"):
+        compare([tmp_path])
+
+
+def test_the_page_of_results_has_the_same_bytes_for_the_same_files(own):
+    results = own.parent
+    first = write_results(results).read_bytes()
+    pictures = {path: path.read_bytes() for path in own.glob("*.png")}
+    assert write_results(results).read_bytes() == first and len(pictures) == 2
+    assert all(path.read_bytes() == data for path, data in pictures.items())
+    text = first.decode()
+    success = compare([own]).groups[0].metrics["average_success"]
+    assert f"| ours | 2 | {percent(success)} (" in text and f"{EPISODES} episodes per task" in text
+    assert "- **ours**: ours | teaches" in text and "x86-64, 2 cores. Commit: `0123abc`" in text
+    assert "hpc-cpd evaluate runs/made-up/ours/seed-0 --stage 2 --episodes 50 --seed 123" in text
+    for picture in re.findall(r"\]\(([^)]+\.png)\)", text):
+        assert (results.parent / picture).is_file()
+
+
+def test_a_changed_number_changes_the_page(own):
+    before = results_page(own.parent)
+    path = own / "other" / "seed-0" / "stages" / "2" / "evaluation.json"
+    evaluation = read_json(path)
+    next(iter(evaluation["tasks"].values()))["successes"] = 3
+    path.write_text(json.dumps(evaluation))
+    assert results_page(own.parent) != before
+
+
+def test_the_committed_page_of_results_is_what_the_command_makes():
+    folder = ROOT / "docs" / "results"
+    if not folder.is_dir():
+        pytest.skip("no results are committed yet")
+    assert folder.with_name("results.md").read_text() == results_page(folder), "run: hpc-cpd results"
+
+
+def test_a_comparison_does_not_import_torch(sweep, tmp_path):
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from hpc_cpd.report.comparison import compare; from hpc_cpd.report.comparison_page import build_comparison\n"
+        "import hpc_cpd.report.results\n"
+        f"build_comparison(compare([Path({str(sweep)!r})]), Path({str(tmp_path)!r}))\n"
+        "assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
