@@ -138,7 +138,7 @@ def test_what_is_published_is_small_compares_the_same_and_makes_the_page(home):
 
 
 def wait_for(home: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
-    end = time.monotonic() + 200
+    end = time.monotonic() + 400
     while not (found := sorted(home.glob(pattern))):
         if process.poll() is not None or time.monotonic() > end:
             process.kill()
