@@ -18,7 +18,7 @@ from hpc_cpd.sweep.plan import Entry, Sweep
 from hpc_cpd.sweep.sharing import SHARED
 
 _TEACHERS = "teachers"
-_OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_untold.json", DONE)
+_OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_inferred.json", DONE)
 
 
 def publish_sweep(sweep: Sweep, folder: Path) -> list[Entry]:
