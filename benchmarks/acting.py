@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.config import StudentSettings
 from hpc_cpd.errors import run_command
+from hpc_cpd.settings import StudentSettings
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 from hpc_cpd.student.transformer import Student, StudentShape
 

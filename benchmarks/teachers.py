@@ -42,10 +42,10 @@ from torch import nn
 
 from hpc_cpd.cluster.local import find_mpiexec
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.config import PPOSettings
 from hpc_cpd.errors import UserError, run_command
 from hpc_cpd.evaluate.rollouts import Policy, evaluate_policy
 from hpc_cpd.run import sha256
+from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.metaworld import NAMES
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.actors import open_communicator

@@ -17,8 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.config import Config, changed_keys, config_as_yaml, load_config
+from hpc_cpd.config import changed_keys, config_as_yaml, load_config
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import Config
 
 DONE = "DONE"
 

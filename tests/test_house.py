@@ -24,6 +24,7 @@ ORDER = [
     {"lock"},
     {"run"},
     {"config"},
+    {"settings"},
     {"progress", "errors", "optimizers"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.config import METHODS, Config, config_as_yaml, load_config
+from hpc_cpd.config import config_as_yaml, load_config
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import METHODS, Config
 
 
 def test_our_method_is_the_default() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 import hpc_cpd
 from hpc_cpd import errors
-from hpc_cpd.config import Config, Settings, load_config
+from hpc_cpd.config import load_config
+from hpc_cpd.settings import Config, Settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_name("golden_settings.txt")

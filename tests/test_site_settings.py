@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.config import ClusterSettings, load_config
+from hpc_cpd.config import load_config
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import ClusterSettings
 
 
 def site_file(folder: Path, text: str = "partition: gpu\ncpus_per_rank: 4\n") -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from hpc_cpd.config import Config
+from hpc_cpd.settings import Config
 
 
 def teacher_words(config: Config) -> tuple[str, ...]:

@@ -18,10 +18,10 @@ from typing import Any
 from hpc_cpd.cluster.attempt import FILE as ATTEMPT
 from hpc_cpd.cluster.attempt import Attempt, read_attempt
 from hpc_cpd.cluster.work import stage_unit, teacher_unit
-from hpc_cpd.config import Config
 from hpc_cpd.lock import STALE_SECONDS
 from hpc_cpd.report.status_table import Progress
 from hpc_cpd.run import DONE, Run
+from hpc_cpd.settings import Config
 
 _TAIL_BYTES = 8192
 _RATE = re.compile(r"([\d.]+) steps/s")

@@ -18,9 +18,9 @@ from hpc_cpd.cluster import scripts, slurm
 from hpc_cpd.cluster.attempt import Attempt, read_attempt
 from hpc_cpd.cluster.ledger import Ledger, Submission
 from hpc_cpd.cluster.work import Work, last_trace, stage_unit, teacher_unit, unit_folder
-from hpc_cpd.config import ClusterSettings
 from hpc_cpd.errors import EXIT_STOPPED, StopRequested, UserError
 from hpc_cpd.run import Run, write_json
+from hpc_cpd.settings import ClusterSettings
 
 Say = Callable[[str], None]
 # Ways of ending that are nobody's fault: they are not counted against max_retries.

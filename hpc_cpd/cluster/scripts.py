@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.config import ClusterSettings, Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run
+from hpc_cpd.settings import ClusterSettings, Config
 
 CARETAKER_MINUTES = 15
 HAND_OVERS = 3

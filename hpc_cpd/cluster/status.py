@@ -18,10 +18,10 @@ from hpc_cpd.cluster.places import Place, Rates, foreign, live_owner, place_of, 
 from hpc_cpd.cluster.schedule import judge, slurm_logs
 from hpc_cpd.cluster.slurm import JobState, job_states
 from hpc_cpd.cluster.work import stage_unit, teacher_unit
-from hpc_cpd.config import Config
 from hpc_cpd.errors import EXIT_FAULT, EXIT_USER_ERROR, UserError
 from hpc_cpd.report.status_table import Progress, RunStatus, Unit
 from hpc_cpd.run import Run
+from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan
 
 _AT_WORK = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}

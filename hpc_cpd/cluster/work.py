@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_cpd.config import Config
 from hpc_cpd.run import Run, is_done
+from hpc_cpd.settings import Config
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_cpd.config import DistillSettings
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.policy import StudentPolicy
 from hpc_cpd.trajectories.store import TrajectoryStore
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from hpc_cpd.config import Config
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.run import Run
+from hpc_cpd.settings import Config
 from hpc_cpd.student.inference import EpisodeFacts
 from hpc_cpd.student.policy import StudentParts, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import learn_task_vectors

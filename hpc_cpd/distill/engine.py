@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.distill.projection import project_gradients, take_gradients
 from hpc_cpd.errors import StopRequested
 from hpc_cpd.optimizers import AdamW
+from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.checkpoint import Moments
 from hpc_cpd.student.transformer import Student
 

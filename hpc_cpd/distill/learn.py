@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hpc_cpd.config import Config
 from hpc_cpd.distill.batches import Batch, StageBatches
 from hpc_cpd.distill.engine import COLLECTIVE_TIMEOUT_SECONDS, PhaseEngine, all_ranks_max, device_of_rank
 from hpc_cpd.distill.losses import action_mean_error
@@ -20,6 +19,7 @@ from hpc_cpd.distill.rollcall import naming_lost_ranks, patience
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue
+from hpc_cpd.settings import Config
 from hpc_cpd.student.checkpoint import PendingCheckpoint, gather, gather_state, load_checkpoint, together
 from hpc_cpd.student.transformer import Student, StudentShape
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_cpd.config import Config
 from hpc_cpd.distill.batches import StageBatches
 from hpc_cpd.distill.engine import device_of_rank
 from hpc_cpd.distill.importance import Samples
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
+from hpc_cpd.settings import Config
 from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.student.transformer import Student
 from hpc_cpd.trajectories.memory import select_memory, write_memory

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.importance import Samples, fisher_diagonal, output_sensitivity
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import write_bytes
+from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.transformer import Student
 
 

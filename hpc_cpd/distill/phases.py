@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_cpd.config import DistillSettings
+from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.transformer import Student
 
 

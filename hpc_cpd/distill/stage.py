@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from hpc_cpd.config import Config
 from hpc_cpd.distill.batches import StageBatches, require_replay
 from hpc_cpd.distill.beginning import begin_stage, load_beginning
 from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
@@ -23,6 +22,7 @@ from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import Run, is_done, mark_done, write_json
+from hpc_cpd.settings import Config
 from hpc_cpd.student.checkpoint import together
 from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record

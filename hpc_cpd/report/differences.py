@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpc_cpd.config import Config, Settings
+from hpc_cpd.settings import Config, Settings
 
 
 def flat_settings(settings: Settings, prefix: str = "") -> dict[str, Any]:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.evaluate.metrics import STUDENT_FIELDS, continual_metrics, wilson
 from hpc_cpd.run import DONE, Run, is_done, read_json, read_metrics
+from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan
 
 Record = dict[str, Any]

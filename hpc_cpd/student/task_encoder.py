@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_cpd.config import TaskEncoderSettings
 from hpc_cpd.optimizers import Adam
+from hpc_cpd.settings import TaskEncoderSettings
 from hpc_cpd.student.gate import seeded_generator, seeded_linear
 from hpc_cpd.student.transformer import OBSERVATION_CLIP
 

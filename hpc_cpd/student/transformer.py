@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpc_cpd.config import StudentSettings
+from hpc_cpd.settings import StudentSettings
 from hpc_cpd.student.attention import Block, reaches, rotation
 from hpc_cpd.student.gate import seeded_generator, seeded_linear
 from hpc_cpd.student.mixture import Mixture

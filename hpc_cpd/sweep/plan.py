@@ -22,9 +22,10 @@ from typing import Any
 
 import yaml
 
-from hpc_cpd.config import Config, Settings, load_config
+from hpc_cpd.config import load_config
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run
+from hpc_cpd.settings import Config, Settings
 
 ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
 FILE_KEYS = ("name", "config", "settings", "seeds", "rows")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_cpd.config import EvaluationSettings
+from hpc_cpd.settings import EvaluationSettings
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.config import DemonstrationSettings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import is_done
+from hpc_cpd.settings import DemonstrationSettings
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import TaskSpec, make_batch
 from hpc_cpd.teachers.actors import Communicator

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_cpd.config import PPOSettings
+from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.teachers.actors import Communicator, share
 from hpc_cpd.teachers.attempts import UNBOUNDED_GOALS

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done
+from hpc_cpd.settings import Config
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.episodes import task_record
 from hpc_cpd.tasks.registry import TaskSpec, describe, make_batch

@@ -15,13 +15,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpc_cpd.config import Config, DistillSettings
 from hpc_cpd.distill import engine as engines
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine, finish_distributed, start_distributed
 from hpc_cpd.distill.learn import _step
 from hpc_cpd.distill.phases import Phase
 from hpc_cpd.errors import run_command
+from hpc_cpd.settings import Config, DistillSettings
 from hpc_cpd.student.checkpoint import gather, gather_state
 from hpc_cpd.student.transformer import Student, StudentShape
 from hpc_cpd.worker import leave

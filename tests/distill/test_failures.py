@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from hpc_cpd.cluster.local import GRACE_SECONDS
-from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.learn import newest_checkpoint
 from hpc_cpd.distill.rollcall import ROLL_CALL_SECONDS
 from hpc_cpd.run import Run, is_done
+from hpc_cpd.settings import DistillSettings
 from tests.distill.ranks import finish, start_ranks
 from tests.distill.synthetic import make_run
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.policy import load_student_parts
 from hpc_cpd.student.transformer import Student, StudentShape
 from tests.distill.ranks import finish, start_ranks

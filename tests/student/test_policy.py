@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_cpd.config import TaskEncoderSettings
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import TaskEncoderSettings
 from hpc_cpd.student.acting import FEW_ROWS
 from hpc_cpd.student.inference import EpisodeFacts
 from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpc_cpd.config import TaskEncoderSettings
+from hpc_cpd.settings import TaskEncoderSettings
 from hpc_cpd.student.task_encoder import TaskEncoder, info_nce, learn_task_vectors
 
 SETTINGS = TaskEncoderSettings(size=16, window=6, width=64, gradient_steps=150)

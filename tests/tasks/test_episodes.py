@@ -1,6 +1,6 @@
 """The form of an evaluation on disk."""
 
-from hpc_cpd.config import EvaluationSettings
+from hpc_cpd.settings import EvaluationSettings
 from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
 
 

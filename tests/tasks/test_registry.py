@@ -7,8 +7,8 @@ from itertools import chain
 
 import pytest
 
-from hpc_cpd.config import StreamSettings
 from hpc_cpd.errors import UserError
+from hpc_cpd.settings import StreamSettings
 from hpc_cpd.tasks import registry
 from hpc_cpd.tasks.registry import describe, make_batch, resolve_tasks, stage_plan, task_set
 
@@ -116,7 +116,7 @@ def test_naming_tasks_imports_no_simulator():
     code = """
     import sys
     import hpc_cpd
-    from hpc_cpd.config import StreamSettings
+    from hpc_cpd.settings import StreamSettings
     from hpc_cpd.tasks.registry import describe, resolve_tasks, stage_plan
     resolve_tasks("MT50")
     stage_plan(StreamSettings(tasks="MT25"))

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import torch
 
-from hpc_cpd.config import PPOSettings
+from hpc_cpd.settings import PPOSettings
 from hpc_cpd.teachers.actors import open_communicator, share
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.ppo import Rollout, update, update_normaliser

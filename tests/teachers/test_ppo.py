@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_cpd.config import PPOSettings
+from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.actors import Communicator
 from hpc_cpd.teachers.policy import TeacherPolicy

@@ -1,0 +1,313 @@
+"""Every setting of a run: typed, documented, validated.
+
+Units stand in the names. A field marked :data:`RESUMABLE` says only *how* the work is done, never what comes out, so it
+may differ when a run is resumed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from hpc_cpd.errors import UserError
+
+RESUMABLE: dict[str, Any] = {"resumable": True}
+
+
+class Settings(BaseModel):
+    """Base of every group of settings: unknown keys are errors, values are immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StreamSettings(Settings):
+    """Which tasks arrive, and in which stages."""
+
+    tasks: str | list[str] = Field("MT10", description="a task set (MT10, MT25, MT50) or a list of task ids")
+    tasks_per_stage: int = Field(5, ge=1, description="tasks that arrive together")
+    order_seed: int | None = Field(None, description="shuffle the tasks with this seed; null keeps the list order")
+
+
+class DemonstrationSettings(Settings):
+    """Warm start of a teacher by behavioural cloning."""
+
+    folder: str | None = Field(
+        None, description="trajectory folder holding TASK/ folders to clone; null records the scripted policy"
+    )
+    episodes: int = Field(100, ge=1, description="successful demonstrations recorded per task")
+    action_noise: list[float] = Field(
+        [0.0, 0.1, 0.3, 0.5], min_length=1, description="standard deviations of the noise, one drawn per episode"
+    )
+    gradient_steps: int = Field(3000, ge=1, description="Adam steps of cloning (facts: 3,000 reach 98% on MT25)")
+    batch_size: int = Field(512, ge=1, description="samples per step, over all ranks")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam step size of cloning")
+
+
+class PPOSettings(Settings):
+    """Proximal policy optimisation (arXiv 1707.06347) with generalised advantages (arXiv 1506.02438)."""
+
+    iterations: int = Field(40, ge=0, description="rollout and update rounds; 0 publishes the warm start")
+    num_envs: int = Field(32, ge=1, description="environments over all ranks")
+    rollout_steps: int = Field(
+        250,
+        ge=1,
+        description="steps per environment and iteration, from fresh episodes (half an episode learns faster)",
+    )
+    epochs: int = Field(10, ge=1, description="passes over a rollout")
+    minibatches: int = Field(8, ge=1, description="gradient steps per pass")
+    learning_rate: float = Field(3e-4, gt=0, description="Adam step size")
+    desired_kl: float | None = Field(
+        0.01, gt=0, description="from scratch, the step size follows this divergence per round; null keeps it fixed"
+    )
+    discount: float = Field(0.99, gt=0, le=1, description="gamma")
+    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the advantage estimate")
+    clip_range: float = Field(0.2, gt=0, description="clip of the probability ratio")
+    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
+    entropy_coefficient: float = Field(0.0, ge=0, description="entropy bonus (Metaworld#115: none works best)")
+    max_gradient_norm: float = Field(0.5, gt=0, description="global gradient norm clip")
+    initial_log_std: float = Field(0.0, description="start of the state-independent log standard deviation")
+    warm_log_std: float = Field(-1.0, description="the same after a warm start: explore close to the demonstrations")
+    warm_learning_rate: float = Field(3e-5, gt=0, description="Adam step size of the policy after a warm start")
+    warm_value_iterations: int = Field(1, ge=0, description="after a warm start, rounds that fit the critic alone")
+    target_kl: float = Field(0.03, gt=0, description="a round ends early past this divergence from the rollout policy")
+    reward_scale: float = Field(0.1, gt=0, description="rewards are multiplied by this before learning")
+
+
+class TeacherSettings(Settings):
+    """Single-task experts."""
+
+    source: Literal["train", "zoo", "student"] = Field(
+        "train", description="train them, take the trained ones that come with the package, or one student for all"
+    )
+    student: str | None = Field(None, description="source student: its folder, RUN/stages/K/student")
+    start: Literal["demonstrations", "scratch"] = Field("demonstrations", description="how a teacher begins")
+    ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
+    hidden: list[int] = Field([256, 256], min_length=1, description="widths of the hidden layers")
+    demonstrations: DemonstrationSettings = DemonstrationSettings()
+    ppo: PPOSettings = PPOSettings()
+    evaluation_episodes: int = Field(20, ge=1, description="episodes per evaluation while training")
+    evaluate_every_iterations: int = Field(5, ge=1, description="PPO rounds between two evaluations")
+    target_success: float = Field(
+        0.95, gt=0, le=1, description="stop once evaluated at this twice in a row; a clone is evaluated twice at once"
+    )
+
+
+class TrajectorySettings(Settings):
+    """What a teacher leaves behind."""
+
+    episodes: int = Field(100, ge=1, description="episodes kept per task")
+    action_noise: list[float] = Field(
+        [0.0, 0.1, 0.3, 0.5], min_length=1, description="standard deviations of the noise, one drawn per episode"
+    )
+    success_only: bool = Field(True, description="drop episodes that never succeed")
+    max_attempts_factor: int = Field(4, ge=1, description="give up after episodes x factor attempts")
+    steps_after_success: int = Field(15, ge=0, description="an episode ends this many steps after its first success")
+    episodes_per_shard: int = Field(25, ge=1, description="a shard is closed and renamed after this many episodes")
+
+
+class TaskEncoderSettings(Settings):
+    """Contrastive task embedding (InfoNCE, arXiv 1807.03748)."""
+
+    size: int = Field(32, ge=1, description="length of a task vector")
+    window: int = Field(8, ge=1, description="observations per encoded window")
+    width: int = Field(128, ge=1, description="hidden width")
+    gradient_steps: int = Field(400, ge=1, description="Adam steps per stage")
+    windows_per_task: int = Field(16, ge=2, description="windows per task and step")
+    learning_rate: float = Field(1e-3, gt=0, description="Adam step size")
+    temperature: float = Field(0.1, gt=0, description="softmax temperature of the similarities")
+
+
+class StudentSettings(Settings):
+    """The generalist: a causal Transformer, then a mixture of experts that grows."""
+
+    width: int = Field(128, ge=8, description="token width")
+    layers: int = Field(1, ge=1, description="Transformer blocks")
+    mixtures: int = Field(1, ge=1, description="mixtures of experts, one behind each of the last so many blocks")
+    heads: int = Field(4, ge=1, description="attention heads; twice this must divide width")
+    history: int = Field(4, ge=1, description="observations the student sees, through all its blocks together")
+    expert_hidden: int = Field(256, ge=1, description="hidden width of an expert")
+    shared_expert_hidden: int = Field(
+        0,
+        ge=0,
+        description="hidden width of an expert per mixture that serves every task and is frozen with the "
+        "backbone; 0: none",
+    )
+    experts_see_observation: bool = Field(
+        True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
+    )
+    experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
+    grow: bool = Field(True, description="false: the experts of stage 1 serve every later stage (ablation)")
+    top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
+    gate_bias_at_birth: float = Field(
+        -5.0, description="gate bias of a new expert (arXiv 2601.22475); of more than five, log(number / 5) lower"
+    )
+    task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
+    task_encoder: TaskEncoderSettings = TaskEncoderSettings()
+
+
+class MemorySettings(Settings):
+    """The replay memory."""
+
+    budget_fraction: float = Field(0.095, gt=0, le=1, description="share of each task's steps that is kept")
+    selection: Literal["dpp", "uniform"] = Field("dpp", description="determinantal point process, or at random")
+
+
+class DistillSettings(Settings):
+    """Learning a stage."""
+
+    ranks: int = Field(2, ge=1, description="DeepSpeed ranks", json_schema_extra=RESUMABLE)
+    expert_parallel_size: int = Field(
+        0, ge=0, description="ranks that share one set of experts; 0: all of them", json_schema_extra=RESUMABLE
+    )
+    zero_stage: int = Field(
+        0,
+        ge=0,
+        le=2,
+        description="ZeRO: 1 shares the optimiser's state over the ranks, 2 the gradients too (memory, not speed)",
+        json_schema_extra=RESUMABLE,
+    )
+    batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
+    phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
+    phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and all experts learning")
+    learning_rate: float = Field(1e-3, gt=0, description="peak AdamW step size of each phase, cosine to 10%")
+    warmup_steps: int = Field(100, ge=0, description="linear warm-up of each phase")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
+    max_gradient_norm: float = Field(1.0, gt=0, description="global gradient norm clip")
+    load_balancing_coefficient: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
+    newborn_coefficient: float = Field(
+        0.1, ge=0, description="top-k gate, phase 1: weight of sending new tasks to new experts and old ones to old"
+    )
+    replay_fraction: float = Field(0.5, ge=0, lt=1, description="share of a batch drawn from the replay memory")
+    anchor_fraction: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of the replayed rows that ask for what the student before this stage did: new "
+        "observations, the vector of an old task",
+    )
+    replay_targets: Literal["teacher", "past_student"] = Field("teacher", description="whose actions memory asks for")
+    gradient_projection: bool = Field(False, description="A-GEM (arXiv 1812.00420): replay corrects gradients")
+    between_fraction: float = Field(
+        0.5, ge=0, le=1, description="share of those rows that lie between two remembered states of the old task"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the student's products while it learns; weights, gate and optimiser stay float32"
+    )
+    in_memory_gigabytes: float = Field(
+        8.0,
+        ge=0,
+        description="trajectories of a stage beyond this are mapped from their files instead of held by every rank",
+        json_schema_extra=RESUMABLE,
+    )
+    patience_seconds: float = Field(
+        45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE
+    )
+    freeze_shared: bool = Field(True, description="false: shared layers go on learning after stage 1 (ablation)")
+    penalty: Literal["none", "l2", "ewc", "online_ewc", "mas"] = Field("none", description="baseline: regulariser")
+    penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
+    online_ewc_decay: float = Field(0.95, ge=0, le=1, description="gamma of Online EWC (arXiv 1805.06370)")
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.gradient_projection and self.zero_stage:
+            raise UserError(
+                f"distill.gradient_projection needs whole gradients on every rank, but distill.zero_stage is "
+                f"{self.zero_stage}, which shares them out; set distill.zero_stage=0"
+            )
+        asking = "gradient_projection" if self.gradient_projection else "replay_targets"
+        asked = self.gradient_projection or self.replay_targets == "past_student"
+        if asked and (not self.replay_fraction or self.anchor_fraction == 1):
+            raise UserError(
+                f"distill.{asking} is {getattr(self, asking)}, but no row comes from the replay memory; choose "
+                "distill.replay_fraction above 0 and distill.anchor_fraction below 1"
+            )
+        return self
+
+
+class EvaluationSettings(Settings):
+    """How success is measured."""
+
+    episodes: int = Field(20, ge=1, description="episodes per task, each on a goal of its own while they last")
+    seed: int = Field(10_000, ge=0, description="seed of the evaluation goals; never the training seed")
+    forward_transfer: bool = Field(True, description="also evaluate new tasks before they are learnt")
+    infer_task: bool = Field(False, description="also evaluate a student that is not told its task")
+
+
+class ClusterSettings(Settings):
+    """Where jobs run, and what a site wants to be told. Site names belong in configs/cluster/*.yaml, never in code."""
+
+    partition: str | None = Field(None, description="Slurm partition", json_schema_extra=RESUMABLE)
+    stage_partition: str | None = Field(
+        None, description="partition of the stages, where it is another (GPUs)", json_schema_extra=RESUMABLE
+    )
+    account: str | None = Field(None, description="Slurm account", json_schema_extra=RESUMABLE)
+    qos: str | None = Field(None, description="Slurm quality of service", json_schema_extra=RESUMABLE)
+    constraint: str | None = Field(None, description="node feature of the stages", json_schema_extra=RESUMABLE)
+    gres: str | None = Field(
+        None, description="generic resource of the stages, where GPUs are asked for so", json_schema_extra=RESUMABLE
+    )
+    nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job", json_schema_extra=RESUMABLE)
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each", json_schema_extra=RESUMABLE)
+    cpus_per_rank: int = Field(1, ge=1, description="cores per rank", json_schema_extra=RESUMABLE)
+    memory_per_cpu: str | None = Field(None, description="for example 4G", json_schema_extra=RESUMABLE)
+    time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job", json_schema_extra=RESUMABLE)
+    signal_seconds_before_end: int = Field(
+        120, ge=1, description="a job saves and leaves this long before its time limit", json_schema_extra=RESUMABLE
+    )
+    array_parallelism: int = Field(64, ge=1, description="teachers at once", json_schema_extra=RESUMABLE)
+    mpi_plugin: str = Field("pmi2", description="srun --mpi plugin of the teachers", json_schema_extra=RESUMABLE)
+    network_interface: str | None = Field(
+        None, description="network that ranks of several nodes talk over, for example ib0", json_schema_extra=RESUMABLE
+    )
+    setup: list[str] = Field(
+        [], description="shell lines before each job: module load, conda activate", json_schema_extra=RESUMABLE
+    )
+    options: dict[str, bool | int | str] = Field(
+        {}, description="further sbatch options of its jobs, by their long names", json_schema_extra=RESUMABLE
+    )
+    continuation: Literal["requeue", "resubmit", "chain"] = Field(
+        "requeue",
+        description="how stopped work goes on: Slurm requeues its job; a new job is submitted for it; or, where jobs "
+        "may do neither, each job is submitted chain_length times, one after the other",
+        json_schema_extra=RESUMABLE,
+    )
+    chain_length: int = Field(4, ge=1, description="links of a chain", json_schema_extra=RESUMABLE)
+    max_retries: int = Field(
+        2,
+        ge=0,
+        description="times a failed teacher or stage is tried again without a human",
+        json_schema_extra=RESUMABLE,
+    )
+
+
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "ours": {},
+    # what is known of arXiv 2601.22475; where it says nothing, the defaults above stand in both methods
+    "paper": {
+        "student": {"experts_see_observation": False},
+        "memory": {"budget_fraction": 0.095},
+        "distill": {"anchor_fraction": 0.0},
+    },
+}
+"""What each method sets where neither file nor words say otherwise."""
+
+
+class Config(Settings):
+    """One experiment."""
+
+    method: Literal["ours", "paper"] = Field("ours", description="the defaults, or the method of arXiv 2601.22475")
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
+    seed: int = Field(0, ge=0, description="seed of everything but the evaluation goals")
+    checkpoint_every_seconds: float = Field(
+        20.0, gt=0, description="most work lost to a kill", json_schema_extra=RESUMABLE
+    )
+    stream: StreamSettings = StreamSettings()
+    teachers: TeacherSettings = TeacherSettings()
+    trajectories: TrajectorySettings = TrajectorySettings()
+    student: StudentSettings = StudentSettings()
+    memory: MemorySettings = MemorySettings()
+    distill: DistillSettings = DistillSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    cluster: ClusterSettings = ClusterSettings()
