@@ -149,7 +149,7 @@ class StudentSettings(Settings):
 class MemorySettings(Settings):
     """The replay memory."""
 
-    budget_fraction: float = Field(0.095, gt=0, le=1, description="share of each task's steps that is kept")
+    budget_fraction: float = Field(0.05, gt=0, le=1, description="share of each task's steps that is kept")
     selection: Literal["dpp", "uniform"] = Field("dpp", description="determinantal point process, or at random")
 
 

@@ -16,8 +16,8 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.episodes import EpisodeResult
 from hpc_cpd.tasks.registry import make_batch
 
-ROWS = 20
-"""Default rows of a policy call: the default number of evaluation episodes, so that one wave plays them all."""
+MOST_ROWS = 50
+"""A policy call has at most so many rows, so that one wave plays the usual evaluations whole."""
 
 
 class Policy(Protocol):
@@ -36,7 +36,7 @@ def evaluate_policy(
     episodes: int,
     seed: int,
     indices: Iterable[int] | None = None,
-    num_envs: int = ROWS,
+    num_envs: int | None = None,
 ) -> list[EpisodeResult]:
     """Play the episodes `indices` of the `episodes` that belong to (task_id, seed), in increasing order.
 
@@ -45,10 +45,14 @@ def evaluate_policy(
     of all ranks, joined and sorted by ``episode``, are what one rank alone would return. Rows without a
     running episode are padding: they cost no physics and their actions go nowhere.
 
+    `num_envs`: None: `episodes`, but no more than MOST_ROWS.
+
     Raises ValueError for an index outside ``range(episodes)`` or actions of the wrong shape, UserError
     for an unknown task.
     """
     chosen = sorted(set(range(episodes) if indices is None else (int(index) for index in indices)))
+    if num_envs is None:
+        num_envs = min(max(1, episodes), MOST_ROWS)
     if num_envs < 1 or episodes < 0:
         raise ValueError(f"num_envs must be at least 1 and episodes at least 0, got {num_envs} and {episodes}")
     if chosen and not 0 <= chosen[0] <= chosen[-1] < episodes:
