@@ -203,6 +203,10 @@ class DistillSettings(Settings):
     patience_seconds: float = Field(
         45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE
     )
+    freeze_old: bool = Field(
+        True,
+        description="old experts and their gate rows never move again; false: phase 2 trains them too, as the paper",
+    )
     freeze_shared: bool = Field(True, description="false: shared layers go on learning after stage 1 (ablation)")
     penalty: Literal["none", "l2", "ewc", "online_ewc", "mas"] = Field("none", description="baseline: regulariser")
     penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
@@ -287,7 +291,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         "student": {"experts_see_observation": False},
         "memory": {"budget_fraction": 0.095},
-        "distill": {"anchor_fraction": 0.0},
+        "distill": {"anchor_fraction": 0.0, "freeze_old": False},
     },
 }
 """What each method sets where neither file nor words say otherwise."""

@@ -17,6 +17,7 @@ class Phase:
     shared_learns: bool
     gate_learns: bool
     old_experts_learn: bool
+    old_gate_learns: bool = True  # if the gate learns at all: the rows of experts of earlier stages too
 
 
 def phases_of(stage: int, settings: DistillSettings, grows: bool) -> list[Phase]:
@@ -24,12 +25,17 @@ def phases_of(stage: int, settings: DistillSettings, grows: bool) -> list[Phase]
 
     Stage 1 has nothing to protect: shared layers learn in both phases. Later, phase 1 trains new experts and
     the gate against everything old frozen; without growth there are no new experts, so all of them learn.
+
+    With `freeze_old` neither old experts nor their rows of the gate ever move again: what a token of an old task meets
+    is the same to the last bit as long as the gate does not send it to a newer expert.
     """
     first = stage == 1
     shared = first or not settings.freeze_shared
+    free = first or not grows
+    old = free or not settings.freeze_old
     phases = [
-        Phase(1, settings.phase1_steps, shared, gate_learns=True, old_experts_learn=first or not grows),
-        Phase(2, settings.phase2_steps, shared, gate_learns=False, old_experts_learn=True),
+        Phase(1, settings.phase1_steps, shared, gate_learns=True, old_experts_learn=free, old_gate_learns=old),
+        Phase(2, settings.phase2_steps, shared, gate_learns=False, old_experts_learn=old),
     ]
     return [phase for phase in phases if phase.steps > 0]
 
@@ -38,8 +44,9 @@ def freeze(student: Student, phase: Phase, new_experts: list[int]) -> None:
     """Set ``requires_grad`` for `phase`. Call before the engine is built; it does not look again."""
     for _, parameter in student.shared_parameters():
         parameter.requires_grad_(phase.shared_learns)
-    for _, parameter in student.gate_parameters():
-        parameter.requires_grad_(phase.gate_learns)
+    newest = f"_{len(student.experts_by_stage)}"
+    for name, parameter in student.gate_parameters():
+        parameter.requires_grad_(phase.gate_learns and (phase.old_gate_learns or name.endswith(newest)))
     for _, parameter in student.expert_parameters():
         parameter.requires_grad_(phase.old_experts_learn)
     for _, parameter in student.expert_parameters(new_experts):

@@ -27,6 +27,7 @@ SETTINGS = [
     "distill.phase1_steps=30",
     "distill.phase2_steps=20",
     "distill.warmup_steps=5",
+    "distill.freeze_old=false",
     "memory.budget_fraction=0.2",
     "evaluation.episodes=2",
     "evaluation.forward_transfer=false",
