@@ -106,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settle(arguments: argparse.Namespace) -> Work:
     """Settings, run folder and tasks, all checked before anything is written."""
+    from hpc_cpd.distill.needs import require_isolation
     from hpc_cpd.tasks.registry import run_plan
 
     overrides = list(arguments.settings)
@@ -122,6 +123,7 @@ def _settle(arguments: argparse.Namespace) -> Work:
     plan = run_plan(run, config)
     tasks = [task for tasks in plan for task in tasks]
     _require_same_sizes(tasks)
+    require_isolation(config, len(plan))
     asked: str = arguments.stage
     if asked == "teachers":
         return Work(run, config, plan, asked, tasks, [], arguments.allow_missing)

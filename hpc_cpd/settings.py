@@ -211,6 +211,8 @@ class DistillSettings(Settings):
     penalty: Literal["none", "l2", "ewc", "online_ewc", "mas"] = Field("none", description="baseline: regulariser")
     penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
     online_ewc_decay: float = Field(0.95, ge=0, le=1, description="gamma of Online EWC (arXiv 1805.06370)")
+    isolation: Literal["none", "packnet", "lora"] = Field("none", description="baseline: weights of a stage's own")
+    lora_rank: int = Field(8, ge=1, description="rank of a stage's adapters (distill.isolation=lora)")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

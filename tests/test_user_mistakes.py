@@ -34,6 +34,7 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--stage", "all", "--config", "configs/mt11.yaml"], ["configs/mt11.yaml", "--config"]),
         (["--stage", "all", *MT10, "stream.tasks=[metaworld/raech-v3]"], ["did you mean 'metaworld/reach-v3'"]),
         (["--stage", "all", *MT10, "stream.tasks=MT11"], ["MT11", "MT10, MT25, MT50"]),
+        (["--stage", "all", *MT10, "distill.isolation=lora"], ["distill.isolation is 'lora'", "student.grow=false"]),
         (["--stage", "3", *MT10], ["--stage is '3'", "1 to 2"]),
         (["--stage", "first", *MT10], ["'first'", "teachers, or all"]),
         (

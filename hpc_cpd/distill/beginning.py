@@ -63,7 +63,8 @@ def begin_stage(
     metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed, "trained": False}
     facts = dict(previous.episode_facts) if previous is not None else {}
     facts |= {task: EpisodeFacts.of(*new.episode_beginnings(task)) for task in tasks}
-    save_student(run.stage(stage) / "start", state, shape, experts, vectors, encoder, metadata, facts)
+    isolation = previous.isolation if previous is not None else None
+    save_student(run.stage(stage) / "start", state, shape, experts, vectors, encoder, metadata, facts, isolation)
 
 
 def load_beginning(folder: Path, stage: int) -> tuple[Beginning, StudentParts]:

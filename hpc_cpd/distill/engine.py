@@ -10,7 +10,7 @@ import gc
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -111,6 +111,7 @@ class PhaseEngine:
         )[0]
         self.engine.allreduce_and_copy = self._average  # ZeRO 0 alone calls it
         self._flat: dict[int, Tensor] = {}
+        self._held: list[tuple[Tensor, Tensor, Tensor]] = []
         self._zero = self.engine.optimizer if settings.zero_stage else None
         self.world_size = torch.distributed.get_world_size()
 
@@ -142,11 +143,25 @@ class PhaseEngine:
         norm = self._clip() if self._zero is None else math.nan
         if self._zero is not None or math.isfinite(norm):
             self.engine.step()  # under ZeRO it clips, and leaves out a step that is not finite
+        with torch.no_grad():
+            for parameter, fixed, values in self._held:  # weight decay has no gradient
+                parameter.copy_(torch.where(fixed, values, parameter))
         if self._zero is not None:
             norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")
         return norm
+
+    def hold(self, fixed: Mapping[str, Tensor]) -> None:
+        """From now on let the entries flagged in `fixed` (bool, by parameter name) keep every bit.
+
+        Their gradients are zero before anybody sees them: the norm, the clip, AdamW's moments.
+        """
+        for name, parameter in self.student.named_parameters():
+            if name in fixed and parameter.requires_grad:
+                flags = fixed[name].to(parameter.device)
+                parameter.register_hook((~flags).to(parameter).mul)  # not a number stays one, and is found
+                self._held.append((parameter, flags, parameter.detach().clone()))
 
     def moments(self) -> Moments:
         """What a checkpoint keeps of AdamW (a collective under ZeRO)."""
@@ -159,7 +174,7 @@ class PhaseEngine:
     def close(self) -> None:
         """Free the engine and its hooks before the next phase builds another."""
         self.engine.destroy()
-        del self.engine, self.optimizer, self._zero, self._flat
+        del self.engine, self.optimizer, self._zero, self._flat, self._held
         gc.collect()
 
     def _average(self, gradients: list[Tensor], group: Any, divisor: float | None = None) -> None:

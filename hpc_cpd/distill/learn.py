@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hpc_cpd.distill.batches import Batch, StageBatches
 from hpc_cpd.distill.engine import COLLECTIVE_TIMEOUT_SECONDS, PhaseEngine, all_ranks_max, device_of_rank
+from hpc_cpd.distill.isolation import SharedWeights
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty
-from hpc_cpd.distill.phases import Phase, freeze, phases_of
+from hpc_cpd.distill.phases import Phase, phases_of
 from hpc_cpd.distill.rollcall import naming_lost_ranks, patience
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.progress import Progress
@@ -43,6 +44,7 @@ def learn_stage(
     beginning: Beginning,
     batches: StageBatches,
     penalty: Penalty | None,
+    isolation: SharedWeights,
     stop: Callable[[], bool],
 ) -> dict[str, Tensor]:
     """Run the phases of `stage` and return the canonical state the student ends with, on every rank.
@@ -66,18 +68,20 @@ def learn_stage(
     for phase in phases:
         if phase.number >= reached[0]:
             student = build_student(beginning, config)
+            state = isolation.prepare(student, state)
             student.load_canonical(state)
             start, moments = 0, None
             if newest is not None and phase.number == reached[0]:
                 start, moments = reached[1], load_checkpoint(newest, student)[1]
-            freeze(student, phase, beginning.new_experts)
+            fixed = isolation.freeze(student, phase, beginning.new_experts)
             engine = PhaseEngine(student, config.distill, phase.steps)
             if moments is not None:
                 engine.restore(moments)
+            engine.hold(fixed)
             save = _Saver(checkpoints, engine, SaveDue(run, config.checkpoint_every_seconds), stop)
             _run_phase(engine, phase, start, done, config, batches, penalty, metrics, save, f"stage {stage}")
             save.finish()
-            state = gather_state(student)
+            state = isolation.after_phase(phase, student, gather_state(student))
             if phase is not phases[-1]:
                 save.begin(phase.number + 1, 0)
                 save.finish()

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
+from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, is_done, read_json, write_json
 from hpc_cpd.tasks.registry import run_plan
+
+MOST_PACKNET_STAGES = 255  # PackNet's owners are kept as uint8
+
+
+def require_isolation(config: Config, stages: int) -> None:
+    """Raise UserError when distill.isolation asks for what the other settings, or this many stages, contradict."""
+    settings = config.distill
+    method = f"distill.isolation is '{settings.isolation}'"
+    if settings.isolation == "none":
+        return
+    if config.student.grow:
+        raise UserError(f"{method}, which shares one student that does not grow out; set student.grow=false")
+    if settings.penalty != "none":
+        raise UserError(
+            f"{method}, which holds the weights of past stages entirely, but distill.penalty is '{settings.penalty}'; "
+            "set one of them to 'none'"
+        )
+    if settings.replay_fraction > 0 and settings.anchor_fraction > 0:
+        raise UserError(
+            f"{method}, so no stage can unlearn what the student before it did, and there is nothing to anchor; set "
+            "distill.anchor_fraction=0 (or distill.replay_fraction=0, to replay nothing at all)"
+        )
+    if settings.isolation == "packnet" and settings.phase1_steps == 0:
+        raise UserError(
+            f"{method}, which chooses a stage's weights by what phase 1 made of them, but distill.phase1_steps is 0; "
+            "give it steps"
+        )
+    if settings.isolation == "packnet" and stages > MOST_PACKNET_STAGES:
+        raise UserError(
+            f"{method}, which shares its weights out among {MOST_PACKNET_STAGES} stages at most, but the stream has "
+            f"{stages}; raise stream.tasks_per_stage"
+        )
 
 
 def missing_for_stage(run: Run, plan: list[list[str]], stage: int) -> list[str]:

@@ -124,7 +124,9 @@ def _predictions(
     """(histories, actions [B, L, act], gate probabilities [B, L, E] meant over the mixtures) at `steps`, in pieces."""
     for first in range(0, len(steps), STEPS_AT_ONCE):
         windows = store.gather_histories(steps[first : first + STEPS_AT_ONCE], policy.shape.history)
-        vectors = np.stack([policy.task_vectors[store.task_ids[i]] for i in windows["task_index"]])
+        tasks = [store.task_ids[i] for i in windows["task_index"]]
+        policy.act_as_learnt(tasks)
+        vectors = np.stack([policy.task_vectors[task] for task in tasks])
         actions, _, gate = policy.student(
             torch.tensor(windows["observations"]), torch.tensor(vectors), torch.tensor(windows["valid"]), None
         )

@@ -16,8 +16,9 @@ import torch
 from hpc_cpd.distill.batches import StageBatches, require_replay
 from hpc_cpd.distill.beginning import begin_stage, load_beginning
 from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
+from hpc_cpd.distill.isolation import isolation_of_stage
 from hpc_cpd.distill.learn import learn_stage
-from hpc_cpd.distill.needs import do_without_missing, require_stage
+from hpc_cpd.distill.needs import do_without_missing, require_isolation, require_stage
 from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task, update_penalty
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.progress import Progress
@@ -50,6 +51,7 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
         together(lambda: do_without_missing(run, stage), on=0)
     plan = run_plan(run, config)
     require_stage(run, plan, stage)
+    require_isolation(config, len(plan))
     folder = run.stage(stage)
     if is_done(folder):
         return
@@ -124,7 +126,9 @@ def _learn(
     penalty = None
     if config.distill.penalty != "none" and stage > 1:
         penalty = Penalty.load(run.stage(stage - 1) / "penalty.safetensors")
-    state = learn_stage(run, stage, config, beginning, batches, penalty, stop)
+    isolation = isolation_of_stage(run, config, stage, len(plan), parts.state, parts.isolation)
+    learnt = learn_stage(run, stage, config, beginning, batches, penalty, isolation, stop)
+    state, kept = isolation.published(learnt)
 
     def publish() -> None:
         if config.distill.penalty != "none":
@@ -139,6 +143,7 @@ def _learn(
             parts.task_encoder_state,
             metadata,
             parts.episode_facts,
+            kept,
         )
 
     together(publish, on=0)

@@ -1,13 +1,13 @@
 """A published student: how it is stored, and how it acts. No other process is needed, and no DeepSpeed.
 
-FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, and task encoder
+FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, task encoder, stages' own weights
 FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256, metadata
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from hpc_cpd.run import atomic_folder, read_json, sha256, write_bytes, write_jso
 from hpc_cpd.student.acting import Actor
 from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
 from hpc_cpd.student.inference import EpisodeFacts, TaskInference, remember
+from hpc_cpd.student.isolation import Isolation, isolation_from
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.transformer import Student, StudentShape
 
@@ -41,6 +42,7 @@ class StudentParts:
     task_encoder_state: dict[str, Tensor] | None
     metadata: dict[str, Any]
     episode_facts: dict[str, EpisodeFacts]  # of every task, for the student that is not told which it is
+    isolation: Isolation | None = None  # weights that stages have to themselves
 
     def normaliser(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) of observations, float32 [obs] each."""
@@ -56,12 +58,17 @@ def save_student(
     task_encoder_state: Mapping[str, Tensor] | None,
     metadata: Mapping[str, Any],
     episode_facts: Mapping[str, EpisodeFacts],
+    isolation: Isolation | None = None,
 ) -> None:
-    """Write a student folder atomically. `state` is canonical; `metadata` is plain JSON without NaN."""
+    """Write a student folder atomically. `state` is canonical; `metadata` is plain JSON without NaN.
+
+    With `isolation` it must hold ``tasks_by_stage``.
+    """
     tensors = {f"student/{name}": value for name, value in state.items()}
     tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(vector)) for task, vector in task_vectors.items()}
     tensors |= {f"task_encoder/{name}": value for name, value in (task_encoder_state or {}).items()}
     tensors |= {f"task_start/{task}": torch.tensor(facts.start) for task, facts in episode_facts.items()}
+    tensors |= isolation.tensors() if isolation is not None else {}
     encoder = None
     if task_encoder_state is not None:
         encoder = TaskEncoder.sizes_of(task_encoder_state, shape.observation_size)
@@ -78,6 +85,8 @@ def save_student(
             "model_sha256": sha256(model),
             "metadata": dict(metadata),
         }
+        if isolation is not None:
+            description["isolation"] = isolation.method
         write_json(temporary / JSON_FILE, description)
 
 
@@ -104,6 +113,11 @@ def load_student_parts(folder: str | Path) -> StudentParts:
             raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
         vectors[task] = tensors[f"task_vector/{task}"].numpy()
         facts[task] = EpisodeFacts(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
+    method = description.get("isolation")
+    try:
+        isolation = isolation_from(method, tensors) if method is not None else None
+    except ValueError as error:
+        raise UserError(f"{path} is of no kind this version knows: {error}") from None
     return StudentParts(
         state=_with_prefix(tensors, "student/"),
         shape=shape_from_json(description["shape"], path),
@@ -112,6 +126,7 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         task_encoder_state=_with_prefix(tensors, "task_encoder/") or None,
         metadata=description["metadata"],
         episode_facts=facts,
+        isolation=isolation,
     )
 
 
@@ -136,6 +151,12 @@ class StudentPolicy:
         self.student.load_canonical(parts.state)
         self.student.eval().requires_grad_(False)
         self.actor = Actor(self.student)
+        self.isolation = parts.isolation
+        if self.isolation is not None:
+            self._state = parts.state
+            stages = enumerate(parts.metadata["tasks_by_stage"], start=1)
+            self._stages = {task: stage for stage, tasks in stages for task in tasks}
+            self._stage = 0  # whose weights are in place: nobody's
         self.inference: TaskInference | None = None
         if parts.task_encoder_state is not None:
             encoder = TaskEncoder.from_state(parts.task_encoder_state, parts.shape.observation_size)
@@ -155,16 +176,22 @@ class StudentPolicy:
     def reset(self, task_id: str | None, num_envs: int) -> None:
         """Forget everything and act in `num_envs` environments of `task_id`; None: infer the task from what is seen.
 
-        Raises UserError for a task the student does not know.
+        Raises UserError for a task the student does not know, and for None where every stage has weights of its own.
         """
         if num_envs < 1:
             raise UserError(f"num_envs is {num_envs}, but a policy acts in at least 1 environment")
         if task_id is None:
+            if self.isolation is not None:
+                raise UserError(
+                    f"this student acts with weights that belong to a task's stage ({self.isolation.method}), so it "
+                    f"must be told the task; name one instead of None: {', '.join(self.task_ids)}"
+                )
             if self.inference is None:
                 raise UserError("this student has no task encoder to infer the task with; name a task instead of None")
             vectors = torch.zeros(num_envs, self.shape.task_vector_size)
         elif task_id in self.task_vectors:
             vectors = torch.tensor(self.task_vectors[task_id]).repeat(num_envs, 1)
+            self.act_as_learnt([task_id])
         else:
             near = difflib.get_close_matches(task_id, self.task_ids, n=1)
             hint = f"did you mean '{near[0]}'? " if near else ""
@@ -179,6 +206,22 @@ class StudentPolicy:
             self._past = torch.zeros(num_envs, self.shape.history, self.shape.observation_size)
         self._gate_sum = torch.zeros(self.num_experts, dtype=torch.float64)
         self._gate_rows = 0
+
+    def act_as_learnt(self, task_ids: Iterable[str]) -> None:
+        """Put the weights in place that these tasks act with; only weights that a stage has to itself ever change.
+
+        Raises ValueError when the tasks do not all act with the same.
+        """
+        if self.isolation is None:
+            return
+        stages = {self._stages[task] for task in task_ids}
+        if len(stages) != 1:
+            raise ValueError(f"tasks of the stages {sorted(stages)} do not act with the same weights")
+        (stage,) = stages
+        if stage != self._stage:
+            self.student.load_canonical(self.isolation.state_of_stage(self._state, stage))
+            self.actor = Actor(self.student)
+            self._stage = stage
 
     def reset_rows(self, mask: np.ndarray) -> None:
         """Forget the history of the environments flagged by `mask` bool [num_envs]: they begin a new episode."""
