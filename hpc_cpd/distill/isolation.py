@@ -11,10 +11,10 @@ from pathlib import Path
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hpc_cpd.config import Config
 from hpc_cpd.distill.phases import Phase, freeze
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, write_bytes
+from hpc_cpd.settings import Config
 from hpc_cpd.student.checkpoint import together
 from hpc_cpd.student.isolation import Adapters, Isolation, Owners, add_adapters, is_adapter
 from hpc_cpd.student.transformer import Student

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hpc_cpd.config import Config
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, is_done, read_json, write_json
+from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan
 
 MOST_PACKNET_STAGES = 255  # PackNet's owners are kept as uint8
@@ -22,6 +22,11 @@ def require_isolation(config: Config, stages: int) -> None:
         raise UserError(
             f"{method}, which holds the weights of past stages entirely, but distill.penalty is '{settings.penalty}'; "
             "set one of them to 'none'"
+        )
+    if settings.gradient_projection:
+        raise UserError(
+            f"{method}, which holds the weights of past stages entirely, so there is nothing to project a gradient "
+            "for; set distill.gradient_projection=false"
         )
     if settings.replay_fraction > 0 and settings.anchor_fraction > 0:
         raise UserError(

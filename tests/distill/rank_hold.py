@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_cpd.config import DistillSettings
 from hpc_cpd.distill.engine import PhaseEngine, finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
+from hpc_cpd.settings import DistillSettings
 from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 

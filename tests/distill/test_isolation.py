@@ -208,6 +208,7 @@ def good(method: str) -> list[str]:
     [
         ("student.grow=true", "set student.grow=false"),
         ("distill.penalty=ewc", "distill.penalty is 'ewc'"),
+        ("distill.gradient_projection=true", "nothing to project"),
         ("distill.anchor_fraction=0.5", "set distill.anchor_fraction=0"),
     ],
 )
