@@ -25,7 +25,7 @@ ORDER = [
     {"run"},
     {"config"},
     {"settings"},
-    {"progress", "errors", "optimizers"},
+    {"progress", "errors", "optimizers", "layers"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,4 +1,4 @@
-"""Our Adam and AdamW are torch's, to the last bit, and leave torch's compiler where it is."""
+"""Our optimizers are torch's to the last bit, our layers too; neither brings in torch's compiler or sympy."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hpc_cpd import optimizers
+from hpc_cpd.layers import empty_linear
 
 WORDS = {"Adam": {"eps": 1e-5, "fused": True}, "AdamW": {"weight_decay": 0.1, "foreach": True}}
 
@@ -28,13 +29,27 @@ def test_they_learn_the_same_bits_as_torchs(name: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_a_process_that_learns_does_not_import_torchs_compiler() -> None:
+def test_a_layer_is_born_as_torchs_and_moves_no_generator() -> None:
+    before = torch.get_rng_state()
+    layer, plain = empty_linear(3, 2), torch.nn.utils.skip_init(torch.nn.Linear, 3, 2)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert type(layer) is type(plain) and repr(layer) == repr(plain)
+    for (name, ours), (other, theirs) in zip(layer.named_parameters(), plain.named_parameters(), strict=True):
+        assert (name, type(ours), ours.shape, ours.dtype) == (other, type(theirs), theirs.shape, theirs.dtype)
+        assert (ours.device, ours.requires_grad) == (theirs.device, theirs.requires_grad)
+
+
+def test_a_process_that_learns_imports_neither_torchs_compiler_nor_sympy() -> None:
     script = f"""
-import sys
+import sys, torch
 from hpc_cpd import optimizers
+from hpc_cpd.student.gate import seeded_generator, seeded_linear
+from hpc_cpd.teachers.policy import TeacherPolicy
 from tests.test_optimizers import learnt
 for name, words in {WORDS}.items():
     learnt(getattr(optimizers, name), **words)
-sys.exit("torch._dynamo" in sys.modules)
+seeded_linear(3, 2, seeded_generator(0))
+TeacherPolicy("task", 3, 2, [4])
+sys.exit(bool({{"torch._dynamo", "sympy"}} & sys.modules.keys()))
 """
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0

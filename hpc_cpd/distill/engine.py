@@ -44,10 +44,12 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # This op is compiled at start-up, is used for inference alone, and would demand a compiler of every user.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its ops is used here. To ask which would work starts compilers, and one of them (shm_comm, for inference
+    # alone) would be compiled at start-up.
+    deepspeed.ops.__compatible_ops__ = {}
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        gc.freeze()  # what the imports made lives as long as the rank: collecting after every phase need not look at it
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 

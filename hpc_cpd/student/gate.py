@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_cpd.layers import empty_linear
+
 GATE_ROW_SCALE = 0.1
 """New gate rows are this much smaller than an ordinary layer's, so that a birth bias decides alone."""
 
@@ -23,7 +25,7 @@ def seeded_generator(seed: int, *purpose: int) -> torch.Generator:
 
 def seeded_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
     """A linear layer, weights and biases uniform in +-1/sqrt(inputs), drawn from `generator` alone."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = empty_linear(inputs, outputs)
     bound = inputs**-0.5
     with torch.no_grad():
         layer.weight.uniform_(-bound, bound, generator=generator)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hpc_cpd.errors import UserError
+from hpc_cpd.layers import empty_linear
 from hpc_cpd.run import is_done, read_json, sha256, write_bytes, write_json
 
 SCHEMA_VERSION = 1
@@ -229,7 +230,7 @@ def _network(
 
 
 def _linear(inputs: int, outputs: int, gain: float, drawn: torch.Generator) -> nn.Linear:
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = empty_linear(inputs, outputs)
     nn.init.orthogonal_(layer.weight, gain, generator=drawn)
     nn.init.zeros_(layer.bias)
     return layer

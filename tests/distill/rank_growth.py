@@ -54,7 +54,6 @@ def resident_megabytes() -> float:
 def main() -> int:
     arguments, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     rank, _ = start_distributed()
-    gc.freeze()  # the collector need not look at all that the imports made after every phase
     learn.PhaseEngine = WatchedEngine  # type: ignore[misc]
     # DeepSpeed keeps its groups for the life of the process, so the ranks must not part between two stages
     stage.finish_distributed = lambda: None
