@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("rank_stage.py")
 
 
 def start_ranks(world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
-    """Start `world_size` ranks of a stage on a free port of this machine."""
+    """Start `world_size` ranks of a stage on a free port of this machine; `arguments` are those of rank_stage.py."""
     ranks = []
     for environment in rank_environments(world_size):
         command = [sys.executable, str(SCRIPT), *map(str, arguments)]
@@ -20,6 +20,11 @@ def start_ranks(world_size: int, *arguments: object) -> list[subprocess.Popen[st
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
     return ranks
+
+
+def in_turn(*wishes: tuple[object, ...]) -> list[object]:
+    """The arguments of ranks that do `wishes` (RUN STAGE [STOP_AFTER_STEPS]) one after the other."""
+    return [word for wish in wishes for word in ("--", *wish)]
 
 
 def finish(ranks: list[subprocess.Popen[str]], expected: int = 0) -> str:

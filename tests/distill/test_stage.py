@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 from hpc_cpd.distill.learn import newest_checkpoint
+from hpc_cpd.distill.stage import run_stage
+from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, is_done, read_json, read_metrics
 from hpc_cpd.student.policy import load_student, load_student_parts
-from tests.distill.ranks import finish, start_ranks
+from tests.distill.rank_stage import evaluate
+from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import TASKS, make_run
 
 
@@ -27,17 +30,82 @@ def student_hash(run: Run, stage: int) -> str:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both stages on two ranks that share the experts."""
     run = make_run(tmp_path_factory.mktemp("undisturbed") / "run", "evaluation.infer_task=true")
-    finish(start_ranks(2, run.folder, 1))
-    finish(start_ranks(2, run.folder, 2))
+    finish(start_ranks(2, *in_turn((run.folder, 1), (run.folder, 2))))
     return run
 
 
+# What is changed in the settings of stage 2, and at which look at `stop` two ranks are asked to stop.
+VARIANTS: dict[str, tuple[dict[str, str], int | None]] = {
+    "phase 1 alone": ({"phase2_steps: 20": "phase2_steps: 0"}, None),
+    "phase 2 alone": ({"phase1_steps: 30": "phase1_steps: 0"}, None),
+    "nothing frozen": ({"freeze_shared: true": "freeze_shared: false"}, None),
+    "every expert on every rank": ({"expert_parallel_size: 0": "expert_parallel_size: 1"}, None),
+    "ZeRO 1": ({"zero_stage: 0": "zero_stage: 1", "expert_parallel_size: 0": "expert_parallel_size: 2"}, None),
+    "ZeRO 2": ({"zero_stage: 0": "zero_stage: 2", "expert_parallel_size: 0": "expert_parallel_size: 1"}, None),
+    "stopped in phase 1": ({}, 7),
+    "stopped in phase 2": ({"in_memory_gigabytes: 8.0": "in_memory_gigabytes: 0.0"}, 31),  # its data stay in files
+    "stopped in between": ({}, 20),
+    "stopped in bfloat16": ({"precision: float32": "precision: bfloat16"}, 35),
+}
+RESUMED = ("stopped in phase 1", "stopped in phase 2")
+
+
+@pytest.fixture(scope="module")
+def variants(undisturbed: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Stage 2 on two ranks in every variant. One start for all of them: starting takes longer than the work."""
+    folder = tmp_path_factory.mktemp("variants")
+    runs = {name: copy_of(undisturbed, folder / name, 2) for name in VARIANTS}
+    wishes: list[tuple[object, ...]] = []
+    for name, (changes, stop_after) in VARIANTS.items():
+        change_settings(runs[name], changes)
+        wishes.append((runs[name].folder, 2) if stop_after is None else (runs[name].folder, 2, stop_after))
+    output = finish(start_ranks(2, *in_turn(*wishes)), expected=3)
+    stopped = {name for name in VARIANTS if not is_done(runs[name].stage(2))}
+    assert stopped == {name for name, (_, stop_after) in VARIANTS.items() if stop_after is not None}
+    assert output.count("all ranks saved") == 2 * len(stopped)
+    assert all(newest_checkpoint(runs[name].stage(2) / "checkpoints") for name in stopped)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def resumed(variants: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Those of RESUMED, finished by two new processes."""
+    folder = tmp_path_factory.mktemp("resumed")
+    runs = {name: copy_of(variants[name], folder / name) for name in RESUMED}
+    finish(start_ranks(2, *in_turn(*((run.folder, 2) for run in runs.values()))))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(undisturbed: Run, variants: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """Stage 2 on a single rank: begun there; gone on with after a stop of two; and one that two ranks have finished."""
+    folder = tmp_path_factory.mktemp("one_rank")
+    runs = {
+        "begun": copy_of(undisturbed, folder / "begun", 2),
+        "finished": copy_of(undisturbed, folder / "finished"),
+        "stopped in between": copy_of(variants["stopped in between"], folder / "stopped"),
+        "stopped in bfloat16": copy_of(variants["stopped in bfloat16"], folder / "bfloat16"),
+    }
+    change_settings(runs["begun"], {"expert_parallel_size: 0": "expert_parallel_size: 1"})
+    change_settings(runs["stopped in bfloat16"], {"precision: bfloat16": "precision: float32"})
+    finish(start_ranks(1, *in_turn(*((run.folder, 2) for run in runs.values()))))
+    return runs
+
+
 def copy_of(run: Run, folder: Path, stage: int | None = None) -> Run:
-    """A copy of `run`, without what `stage` and later ones made."""
+    """A copy of `run` with its times, without what `stage` and later ones made."""
     copy = Run(shutil.copytree(run.folder, folder / "run"))
     for later in range(stage or 3, 3):
         shutil.rmtree(copy.stage(later), ignore_errors=True)
     return copy
+
+
+def change_settings(run: Run, changes: dict[str, str]) -> None:
+    text = run.config_file.read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    run.config_file.write_text(text)
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -67,14 +135,9 @@ def test_the_student_learns_and_publishes_every_file_of_the_run_layout(undisturb
     assert all(0 < task["kept_steps"] <= task["budget_steps"] <= 0.2 * task["total_steps"] for task in memory)
 
 
-def test_frozen_parameters_do_not_move_by_a_bit_in_their_phase(undisturbed: Run, tmp_path: Path) -> None:
-    for phase, other in ((1, 2), (2, 1)):
-        run = copy_of(undisturbed, tmp_path / str(phase), 2)
-        text = run.config_file.read_text()
-        run.config_file.write_text(
-            text.replace(f"phase{other}_steps: {30 if other == 1 else 20}", f"phase{other}_steps: 0")
-        )
-        finish(start_ranks(2, run.folder, 2))
+def test_frozen_parameters_do_not_move_by_a_bit_in_their_phase(variants: dict[str, Run]) -> None:
+    for phase in (1, 2):
+        run = variants[f"phase {phase} alone"]
         start = run.stage(2) / "start"
         moved = changed(state_of(start), state_of(run.stage(2) / "student"))
         parts = load_student_parts(start)
@@ -92,10 +155,8 @@ def test_frozen_parameters_do_not_move_by_a_bit_in_their_phase(undisturbed: Run,
             assert not moved_gate
 
 
-def test_shared_layers_go_on_learning_when_the_freeze_is_switched_off(undisturbed: Run, tmp_path: Path) -> None:
-    run = copy_of(undisturbed, tmp_path, 2)
-    run.config_file.write_text(run.config_file.read_text().replace("freeze_shared: true", "freeze_shared: false"))
-    finish(start_ranks(2, run.folder, 2))
+def test_shared_layers_go_on_learning_when_the_freeze_is_switched_off(variants: dict[str, Run]) -> None:
+    run = variants["nothing frozen"]
     moved = changed(state_of(run.stage(2) / "start"), state_of(run.stage(2) / "student"))
     assert any(".experts." not in name and ".gate." not in name and "anchor" not in name for name in moved)
 
@@ -134,15 +195,7 @@ def test_growth_leaves_actions_on_old_tasks_as_they_were(undisturbed: Run) -> No
         assert abs(before - after).max() <= 1e-2 * abs(before).max()
 
 
-@pytest.mark.parametrize(("ranks", "parallel", "zero"), [(1, 1, 0), (2, 1, 0), (2, 2, 1), (2, 1, 2)])
-def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
-    undisturbed: Run, tmp_path: Path, ranks: int, parallel: int, zero: int
-) -> None:
-    """50 steps from the same start, equal up to float rounding."""
-    run = copy_of(undisturbed, tmp_path, 2)
-    text = run.config_file.read_text().replace("zero_stage: 0", f"zero_stage: {zero}")
-    run.config_file.write_text(text.replace("expert_parallel_size: 0", f"expert_parallel_size: {parallel}"))
-    finish(start_ranks(ranks, run.folder, 2))
+def assert_equal_up_to_rounding(run: Run, undisturbed: Run) -> None:
     ours, theirs = (state_of(r.stage(2) / "student") for r in (run, undisturbed))
     start = state_of(run.stage(2) / "start")
     for name in ours:
@@ -150,84 +203,97 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
         assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * moved + 1e-5, name
 
 
-@pytest.mark.parametrize(("steps", "in_memory"), [(7, "8.0"), (31, "0.0")])
+def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
+    undisturbed: Run, variants: dict[str, Run], on_one_rank: dict[str, Run]
+) -> None:
+    """50 steps from the same start, equal up to float rounding."""
+    for name in ("every expert on every rank", "ZeRO 1", "ZeRO 2"):
+        assert_equal_up_to_rounding(variants[name], undisturbed)
+    assert_equal_up_to_rounding(on_one_rank["begun"], undisturbed)
+
+
+@pytest.mark.parametrize("name", RESUMED)
 def test_stopped_ranks_save_together_and_the_resumed_student_has_the_same_bits(
-    undisturbed: Run, tmp_path: Path, steps: int, in_memory: str
+    undisturbed: Run, resumed: dict[str, Run], name: str
 ) -> None:
     """Also when the trajectories stay in their files."""
-    run = copy_of(undisturbed, tmp_path, 2)
-    text = run.config_file.read_text()
-    run.config_file.write_text(text.replace("in_memory_gigabytes: 8.0", f"in_memory_gigabytes: {in_memory}"))
-    output = finish(start_ranks(2, run.folder, 2, steps), expected=3)
-    assert "all ranks saved" in output
-    assert newest_checkpoint(run.stage(2) / "checkpoints") is not None
-    finish(start_ranks(2, run.folder, 2))
+    run = resumed[name]
     assert student_hash(run, 2) == student_hash(undisturbed, 2)
-    for name in ("metrics.jsonl", "evaluation.json", "memory/selection.json", "routing.json"):
-        assert (run.stage(2) / name).read_bytes() == (undisturbed.stage(2) / name).read_bytes()
+    for file in ("metrics.jsonl", "evaluation.json", "memory/selection.json", "routing.json"):
+        assert (run.stage(2) / file).read_bytes() == (undisturbed.stage(2) / file).read_bytes()
 
 
 def test_a_student_killed_at_any_moment_ends_with_the_same_bits(undisturbed: Run, tmp_path: Path) -> None:
+    """Twice in each stage, a moment after one of the five things that a stage says it does."""
     run = copy_of(undisturbed, tmp_path, 1)
-    run.config_file.write_text(
-        run.config_file.read_text().replace("checkpoint_every_seconds: 20.0", "checkpoint_every_seconds: 0.2")
-    )
+    change_settings(run, {"checkpoint_every_seconds: 20.0": "checkpoint_every_seconds: 0.2"})
+    both = in_turn((run.folder, 1), (run.folder, 2))
     moments = random.Random(0)
     for stage in (1, 2):
         for _ in range(2):
-            ranks = start_ranks(2, run.folder, stage)
-            time.sleep(moments.uniform(4.0, 9.0))
+            ranks = start_ranks(2, *both)
+            left = moments.randint(1, 4)
+            for line in ranks[0].stdout or ():
+                left -= line.startswith(f"stage {stage}: ")
+                if not left or line.startswith(f"stage {stage + 1}: "):
+                    break
+            time.sleep(moments.uniform(0.0, 0.6))
             for rank in ranks:
                 rank.kill()
             for rank in ranks:
                 rank.communicate()
-        finish(start_ranks(2, run.folder, stage))
+    finish(start_ranks(2, *both))
+    for stage in (1, 2):
         assert student_hash(run, stage) == student_hash(undisturbed, stage)
 
 
 @pytest.mark.parametrize("ranks", [1, 3, 4])
-def test_a_stage_stopped_on_two_ranks_goes_on_on_another_number(undisturbed: Run, tmp_path: Path, ranks: int) -> None:
-    run = copy_of(undisturbed, tmp_path, 2)
-    finish(start_ranks(2, run.folder, 2, 20), expected=3)
-    finish(start_ranks(ranks, run.folder, 2))
+def test_a_stage_stopped_on_two_ranks_goes_on_on_another_number(
+    undisturbed: Run, variants: dict[str, Run], on_one_rank: dict[str, Run], tmp_path: Path, ranks: int
+) -> None:
+    run = on_one_rank["stopped in between"]
+    if ranks > 1:
+        run = copy_of(variants["stopped in between"], tmp_path)
+        finish(start_ranks(ranks, run.folder, 2))
     losses, wanted = (read_metrics(r.stage(2) / "metrics.jsonl") for r in (run, undisturbed))
     assert len(losses) == len(wanted) == 2
     for key in ("loss", "new_loss", "replay_loss", "load_balancing_loss"):
         assert [line[key] for line in losses] == pytest.approx([line[key] for line in wanted], rel=0, abs=1e-5)
-    ours, theirs = (state_of(r.stage(2) / "student") for r in (run, undisturbed))
-    start = state_of(run.stage(2) / "start")
-    for name in ours:
-        moved = (theirs[name] - start[name]).abs().max()
-        assert (ours[name] - theirs[name]).abs().max() <= 1e-3 * moved + 1e-5, name
+    assert_equal_up_to_rounding(run, undisturbed)
 
 
-def test_bfloat16_learns_like_float32_and_its_checkpoint_serves_both(undisturbed: Run, tmp_path: Path) -> None:
-    run = copy_of(undisturbed, tmp_path, 2)
-    text = run.config_file.read_text()
-    run.config_file.write_text(text.replace("precision: float32", "precision: bfloat16"))
-    finish(start_ranks(2, run.folder, 2, 35), expected=3)
-    checkpoint = newest_checkpoint(run.stage(2) / "checkpoints")
+def test_bfloat16_learns_like_float32_and_its_checkpoint_serves_both(
+    undisturbed: Run, variants: dict[str, Run], on_one_rank: dict[str, Run]
+) -> None:
+    checkpoint = newest_checkpoint(variants["stopped in bfloat16"].stage(2) / "checkpoints")
     assert checkpoint is not None
     for file in checkpoint.glob("*.safetensors"):
         assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
-    run.config_file.write_text(text)
-    finish(start_ranks(1, run.folder, 2))
+    run = on_one_rank["stopped in bfloat16"]
     losses, wanted = ([line["loss"] for line in read_metrics(r.stage(2) / "metrics.jsonl")] for r in (run, undisturbed))
     assert losses == pytest.approx(wanted, rel=0.05)
     assert losses[0] != wanted[0]
 
 
-def test_a_finished_stage_is_not_done_again(undisturbed: Run) -> None:
-    before = student_hash(undisturbed, 2), (undisturbed.stage(2) / "DONE").stat().st_mtime_ns
-    finish(start_ranks(1, undisturbed.folder, 2))
-    assert before == (student_hash(undisturbed, 2), (undisturbed.stage(2) / "DONE").stat().st_mtime_ns)
+def test_a_finished_stage_is_not_done_again(undisturbed: Run, on_one_rank: dict[str, Run]) -> None:
+    before, after = (
+        {path.relative_to(run.folder): path.stat().st_mtime_ns for path in run.stage(2).rglob("*") if path.is_file()}
+        for run in (undisturbed, on_one_rank["finished"])
+    )
+    assert before == after
+    assert student_hash(undisturbed, 2) == student_hash(on_one_rank["finished"], 2)
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path) -> None:
+    """Before any rank waits for another; tests/journey sees what a launch makes of it."""
     run = make_run(tmp_path / "run")
     shutil.rmtree(run.trajectories(TASKS[3]))
-    output = finish(start_ranks(1, run.folder, 2), expected=2)
+    with pytest.raises(UserError) as refusal:
+        run_stage(run, 2, evaluate, lambda: False)
+    output = str(refusal.value)
     assert f"the trajectories of {TASKS[3]}" in output
     assert "--stage teachers" in output
     assert f"the student of stage 1 (make it with: python -m hpc_cpd.launch --run {run.folder} --stage 1)" in output
-    assert "there is no stage 3" in finish(start_ranks(1, run.folder, 3), expected=2)
+    with pytest.raises(UserError, match="there is no stage 3"):
+        run_stage(run, 3, evaluate, lambda: False)
+    assert not torch.distributed.is_initialized()
