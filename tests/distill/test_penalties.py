@@ -12,7 +12,7 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.policy import load_student_parts
 from hpc_cpd.student.transformer import Student, StudentShape
-from tests.distill.ranks import finish, start_ranks
+from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import make_run
 
 SHAPE = StudentShape(
@@ -98,19 +98,21 @@ def test_the_penalty_pulls_a_parameter_back_with_the_gradient_of_its_quadratic()
 
 
 def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: Path) -> None:
+    kinds = {"none": 2, "ewc": 2, "mas": 1}  # stages of each; MAS differs from EWC in what stage 1 leaves alone
+    words = ("distill.penalty_coefficient=10", "distill.freeze_shared=false")
+    runs = {name: make_run(tmp_path / name, f"distill.penalty={name}", *words) for name in kinds}
+    turns = [(runs[name].folder, stage) for name, stages in kinds.items() for stage in range(1, stages + 1)]
+    finish(start_ranks(2, *in_turn(*turns)))
     states, importances = {}, []
-    for penalty, stages in (("none", 2), ("ewc", 2), ("mas", 1)):  # MAS differs from EWC in what stage 1 leaves alone
-        overrides = (f"distill.penalty={penalty}", "distill.penalty_coefficient=10", "distill.freeze_shared=false")
-        run = make_run(tmp_path / penalty, *overrides)
-        for stage in range(1, stages + 1):
-            finish(start_ranks(2, run.folder, stage))
-            states[penalty, stage] = load_student_parts(run.stage(stage) / "student").state
-            assert (run.stage(stage) / "penalty.safetensors").is_file() == (penalty != "none")
-        if penalty != "none":
+    for name, run in runs.items():
+        for stage in range(1, kinds[name] + 1):
+            states[name, stage] = load_student_parts(run.stage(stage) / "student").state
+            assert (run.stage(stage) / "penalty.safetensors").is_file() == (name != "none")
+        if name != "none":
             importances.append(Penalty.load(run.stage(1) / "penalty.safetensors").importance)
-    for penalty in ("ewc", "mas"):
-        assert all(torch.equal(states["none", 1][name], value) for name, value in states[penalty, 1].items())
-    assert any(not torch.equal(states["none", 2][name], value) for name, value in states["ewc", 2].items())
+    for name in ("ewc", "mas"):
+        assert all(torch.equal(states["none", 1][key], value) for key, value in states[name, 1].items())
+    assert any(not torch.equal(states["none", 2][key], value) for key, value in states["ewc", 2].items())
     for importance in importances:
         assert importance.keys() == dict(Student(SHAPE, [[0, 1]], inference=True).named_parameters()).keys()
         assert all(value.isfinite().all() and (value >= 0).all() for value in importance.values())
