@@ -21,9 +21,9 @@ stream:
 teachers:
   ppo: {{iterations: 1, num_envs: 4, rollout_steps: 100}}
   evaluate_every_iterations: 1
-  demonstrations: {{episodes: 40, gradient_steps: 800}}
+  demonstrations: {{episodes: 20, gradient_steps: 500}}
   evaluation_episodes: 6
-trajectories: {{episodes: 40, episodes_per_shard: 10}}
+trajectories: {{episodes: 20, episodes_per_shard: 10}}
 student: {{width: 64, expert_hidden: 64}}
 distill: {{phase1_steps: 300, phase2_steps: 200}}
 evaluation: {{episodes: 6, forward_transfer: false}}

@@ -57,7 +57,7 @@ def test_killed_at_random_moments_the_run_ends_the_same(small_run: Run, config_f
         process = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        time.sleep(moments.uniform(6.0, 30.0))
+        time.sleep(moments.uniform(5.0, 22.0))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     output = run_command(command)
