@@ -7,6 +7,7 @@ the mixture layer, the averaging of gradients and the checkpoints are ours (here
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import math
 import os
@@ -42,15 +43,34 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # None of its ops is used here. To ask which would work starts compilers, and one of them (shm_comm, for inference
     # alone) would be compiled at start-up.
     deepspeed.ops.__compatible_ops__ = {}
+    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # ZeRO knows an optimizer by its very type
+        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
+    _import_muon_uncompiled()
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
         gc.freeze()  # what the imports made lives as long as the rank: collecting after every phase need not look at it
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _import_muon_uncompiled() -> None:
+    """ZeRO asks of every optimizer whether it is Muon, whose kernels are compiled when it is imported.
+
+    To import torch's compiler for them takes more than two seconds of every rank's start, and nothing here is Muon.
+    """
+    from deepspeed.runtime import compiler
+
+    compiling = compiler.compile
+    compiler.compile = lambda: lambda kernel: kernel
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiling
 
 
 def finish_distributed() -> None:
@@ -87,8 +107,7 @@ class PhaseEngine:
             {"params": trainable, "name": "dense", "lr": settings.learning_rate}, max_group_size=None
         )
         # Frozen parameters have no state and weight decay 0 is honoured exactly: nothing frozen can move.
-        kind = torch.optim.AdamW if settings.zero_stage else AdamW  # ZeRO knows torch's own by its very type
-        self.optimizer = kind(
+        self.optimizer = AdamW(
             [group for group in groups if group["params"]],
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,

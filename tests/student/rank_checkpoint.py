@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from hpc_cpd.distill.engine import finish_distributed, start_distributed
 from hpc_cpd.distill.moments import read_moments, write_moments
+from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint
 from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
@@ -37,7 +38,7 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     groups = split_params_into_different_moe_groups_for_optimizer(
         {"params": trainable, "name": "dense", "lr": 0.01}, max_group_size=None
     )
-    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], foreach=True)
+    optimizer = AdamW([group for group in groups if group["params"]], foreach=True)
     engine = deepspeed.initialize(
         model=student,
         optimizer=optimizer,
@@ -91,7 +92,7 @@ def fail_on_last_rank(wish: dict[str, Any]) -> list[Any]:
 
 
 def main() -> None:
-    torch.use_deterministic_algorithms(True)
+    torch.set_deterministic_debug_mode("error")  # the usual call imports torch's compiler as well
     rank, _ = start_distributed(60.0)
     answers = [
         train(wish) if wish["mode"] == "train" else fail_on_last_rank(wish)
