@@ -130,7 +130,8 @@ class TrajectoryStore:
     def episode_beginnings(self, task_id: str) -> tuple[list[int], NDArray[np.float32]]:
         """Steps of each of a task's episodes, and their first observations float32 [episodes, ...]."""
         spans = [self.episodes[number] for number in self.task_episodes(task_id)]
-        return [span.length for span in spans], self.observations.take(np.array([span.start for span in spans]), axis=0)
+        starts = np.array([[span.start] for span in spans])
+        return [span.length for span in spans], self.observations.take(starts, axis=0)[:, 0]
 
     def draw_windows(self, batch: int, rng: np.random.Generator, balance_tasks: bool = False) -> NDArray[np.int64]:
         """First steps of `batch` windows, int64 [batch]; a pure function of the state of `rng`.

@@ -38,6 +38,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 VARIANTS: dict[str, tuple[dict[str, str], int | None]] = {
     "phase 1 alone": ({"phase2_steps: 20": "phase2_steps: 0"}, None),
     "phase 2 alone": ({"phase1_steps: 30": "phase1_steps: 0"}, None),
+    "old ones frozen": ({"freeze_old: false": "freeze_old: true"}, None),
     "nothing frozen": ({"freeze_shared: true": "freeze_shared: false"}, None),
     "every expert on every rank": ({"expert_parallel_size: 0": "expert_parallel_size: 1"}, None),
     "ZeRO 1": ({"zero_stage: 0": "zero_stage: 1", "expert_parallel_size: 0": "expert_parallel_size: 2"}, None),
@@ -153,6 +154,19 @@ def test_frozen_parameters_do_not_move_by_a_bit_in_their_phase(variants: dict[st
         else:
             assert old_moved
             assert not moved_gate
+
+
+def test_what_is_old_never_moves_by_a_bit_where_it_is_frozen(variants: dict[str, Run]) -> None:
+    run = variants["old ones frozen"]
+    start = run.stage(2) / "start"
+    moved = changed(state_of(start), state_of(run.stage(2) / "student"))
+    new = {f".experts.{expert}." for expert in load_student_parts(start).experts_by_stage[1]}
+    born = {name for name in moved if any(part in name for part in new)}
+    assert {part for part in new if any(part in name for name in born)} == new, "every new expert must learn"
+    assert {name for name in moved - born if "anchor" not in name} == {
+        "mixtures.0.gate.weight_2",
+        "mixtures.0.gate.bias_2",
+    }
 
 
 def test_shared_layers_go_on_learning_when_the_freeze_is_switched_off(variants: dict[str, Run]) -> None:
