@@ -164,3 +164,14 @@ def test_an_unknown_row_is_named_with_the_nearest(write):
     assert [row.name for row in choose(sweep, ["hot"])] == ["hot"] and len(choose(sweep, [])) == 3
     with pytest.raises(UserError, match="no row 'our'; did you mean 'ours'"):
         choose(sweep, ["our"])
+
+
+SWEEPS = sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.stem)
+def test_every_sweep_of_the_repository_is_valid_says_what_it_is_and_repeats_no_row(file):
+    sweep = read_sweep(file)
+    assert sweep.name == file.stem and file.read_text().startswith("# ")
+    settings = [entry.config.model_dump_json() for entry in sweep.entries]
+    assert len(set(settings)) == len(settings) >= 4
