@@ -24,6 +24,7 @@ class Group:
     """One row of a comparison. `runs`: those that exist; `seeds`: those that were asked for.
 
     `metrics`: as `continual_metrics` gives them over the finished runs, with ``per_task``; None: none is finished.
+    `untold`: the same of the last students where they are not told their task; None: not all were evaluated so.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Group:
     teaches: str = ""
     command: str = ""
     metrics: dict[str, Any] | None = None
+    untold: dict[str, Any] | None = None
 
     @property
     def finished(self) -> list[Facts]:
@@ -53,6 +55,11 @@ class Comparison:
     name: str
     groups: list[Group]
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def begun(self) -> list[Group]:
+        """The rows that have a run."""
+        return [group for group in self.groups if group.runs]
 
     @property
     def runs(self) -> list[tuple[Group, Facts]]:
@@ -82,7 +89,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
         groups += _rows_of_sweep(folder) if is_sweep(folder) else [_row_of_run(folder)]
     _tell_apart(groups)
     for group in groups:
-        group.metrics = _numbers(group)
+        group.metrics, group.untold = _numbers(group), _untold(group)
     name = folders[0].resolve().name if len(folders) == 1 else "comparison"
     if len(folders) == 1 and is_sweep(folders[0]):
         name = read_sweep_file(folders[0])["name"]
@@ -161,13 +168,23 @@ def _numbers(group: Group) -> dict[str, Any] | None:
     return metrics
 
 
+def _untold(group: Group) -> dict[str, Any] | None:
+    rates = [facts.untold_rates() for facts in group.finished]
+    known = [one for one in rates if one is not None]
+    if not known or len(known) < len(rates):
+        return None
+    success, episodes = (np.stack([one[name] for one in known]) for name in ("success", "episodes"))
+    tasks = success.shape[2]
+    return continual_metrics(success, np.ones(tasks, np.int64), np.full(tasks, np.nan), episodes=episodes)
+
+
 def _teachers(runs: Sequence[Facts]) -> set[Path]:
     return {(facts.run.folder / "teachers").resolve() for facts in runs}
 
 
 def _notes(comparison: Comparison) -> list[str]:
     notes = []
-    for group in comparison.groups:
+    for group in comparison.begun:
         if len(group.finished) < len(group.seeds):
             stages = ", ".join(
                 f"seed {facts.config.seed}: {len(facts.evaluations)} of {len(facts.stages)} stages"
@@ -178,6 +195,9 @@ def _notes(comparison: Comparison) -> list[str]:
                 f"{group.name}: {len(group.finished)} of {len(group.seeds)} runs are finished"
                 + (f" ({stages})." if stages else ".")
             )
+    waiting = [group.name for group in comparison.groups if not group.runs]
+    if waiting:
+        notes.append(f"Not begun: {', '.join(waiting)}.")
     facts = [one for _, one in comparison.runs]
     if len({frozenset(one.tasks) for one in facts}) > 1:
         notes.append("The rows have different tasks, so their means are over different tasks.")

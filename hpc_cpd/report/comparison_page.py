@@ -65,6 +65,7 @@ def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
                 "seeds_finished": [facts.config.seed for facts in group.finished],
                 "wall_clock_seconds": group.seconds,
                 "metrics": group.metrics,
+                "untold": group.untold and {key: group.untold[key] for key in ("average_success", "intervals")},
             }
             for group in comparison.groups
         ],
@@ -94,10 +95,10 @@ def _body(comparison: Comparison, drawn: list[str], folder: Path) -> str:
 def _table(comparison: Comparison) -> str:
     head = "".join(f"<th>{_text(heading)}</th>" for heading in headings(comparison))
     rows = []
-    for group in comparison.groups:
+    for group in comparison.begun:
         row = (f"<td>{_text(v)}{f'<small>{_text(m)}</small>' if m else ''}</td>" for v, m in cells(comparison, group))
         rows.append(f"<tr>{''.join(row)}</tr>")
-    teaches = "".join(f"<li><b>{_text(g.name)}</b>: {_text(g.teaches)}</li>" for g in comparison.groups if g.teaches)
+    teaches = "".join(f"<li><b>{_text(g.name)}</b>: {_text(g.teaches)}</li>" for g in comparison.begun if g.teaches)
     return (
         f'<section id="numbers"><h2>Every row</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
@@ -122,7 +123,7 @@ def _picture(name: str) -> str:
 
 def _settings(comparison: Comparison) -> str:
     settings = comparison.settings()
-    groups = [group for group in comparison.groups if group.runs]
+    groups = comparison.begun
     if not settings:
         return '<section id="settings"><h2>Settings that differ</h2><p>None.</p></section>'
     head = "".join(f"<th>{_text(group.name)}</th>" for group in groups)

@@ -18,7 +18,9 @@ Cell = tuple[str, str]
 
 def headings(comparison: Comparison) -> list[str]:
     forward = ["Forward transfer"] if _forward(comparison) else []
-    return ["Row", "Seeds", "Success at the end", "Recovery", "Mean forgetting", "Worst forgetting", *forward, "Stages"]
+    untold = ["Task not told"] if _untold(comparison) else []
+    numbers = ["Success at the end", "Recovery", "Mean forgetting", "Worst forgetting"]
+    return ["Row", "Seeds", *numbers, *untold, *forward, "Stages"]
 
 
 def cells(comparison: Comparison, group: Group) -> list[Cell]:
@@ -35,6 +37,9 @@ def cells(comparison: Comparison, group: Group) -> list[Cell]:
         (points(m.get("forgetting_mean")), interval(sure.get("forgetting_mean"), " pp")),
         (points(m.get("forgetting_worst")), name),
     ]
+    if _untold(comparison):
+        found = group.untold or {"intervals": {}}
+        row.append((percent(found.get("average_success")), interval(found["intervals"].get("average_success"), "%")))
     if _forward(comparison):
         key = "forward_transfer"
         row.append((points(m.get(key), signed=True), interval(sure.get(key), " pp")))
@@ -46,7 +51,7 @@ def print_comparison(comparison: Comparison, console: Console | None = None) -> 
     table = Table(title=comparison.name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings(comparison):
         table.add_column(heading, justify="left" if heading == "Row" else "right", overflow="fold")
-    for group in comparison.groups:
+    for group in comparison.begun:
         row = cells(comparison, group)
         table.add_row(group.name, *(f"{value}\n[dim]{more}[/dim]" if more else value for value, more in row[1:]))
     (console or Console()).print(table)
@@ -64,6 +69,10 @@ def duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _untold(comparison: Comparison) -> bool:
+    return any(group.untold for group in comparison.groups)
 
 
 def _forward(comparison: Comparison) -> bool:

@@ -67,6 +67,18 @@ class Facts:
             "teacher_episodes": np.array([_episodes(r) for r in teacher]),
         }
 
+    def untold_rates(self) -> dict[str, np.ndarray] | None:
+        """`success` and `episodes` [1, tasks] of the last student when it is not told its task; None: unknown."""
+        path = self.run.stage(len(self.evaluations)) / "evaluation_inferred.json"
+        if not self.finished or not path.is_file():
+            return None
+        answer = _object(path).get("tasks", {})
+        records = [_record(answer.get(task), path) for task in self.tasks]
+        return {
+            "success": np.array([[_rate(record) for record in records]]),
+            "episodes": np.array([[_episodes(record) for record in records]]),
+        }
+
     def wall_clock(self) -> dict[int, float | None]:
         """Seconds that each finished stage took, all its attempts together; None: not known."""
         return {k: _wall_clock(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}

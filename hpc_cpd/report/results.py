@@ -58,18 +58,18 @@ def _section(comparison: Comparison, sweep: Path, folder: Path) -> str:
     lines += [f"> {note}\n" for note in comparison.notes]
     lines.append("| " + " | ".join(headings(comparison)) + " |")
     lines.append("|---|" + "---:|" * (len(headings(comparison)) - 1))
-    for group in comparison.groups:
+    for group in comparison.begun:
         row = [f"{value} ({more})" if more else value for value, more in cells(comparison, group)]
         lines.append("| " + " | ".join(map(_cell, row)) + " |")
     lines += ["", "Stages: wall-clock of all stages of one run, the mean over its seeds. " + _machines(comparison), ""]
-    for group in comparison.groups:
+    for group in comparison.begun:
         if group.teaches:
             lines.append(f"- **{group.name}**: {group.teaches}")
     at = os.path.relpath(sweep, folder.parent)
     for name in PICTURES:
         if any(facts.evaluations for _, facts in comparison.runs):
             lines += ["", f"![{CAPTIONS[name][0]}]({at}/{name}.png)"]
-    commands = [group.command for group in comparison.groups if group.command]
+    commands = [group.command for group in comparison.begun if group.command]
     lines += ["", "The same rows again:", "", "```", *commands, "```", "", "A number checked with other goals:", ""]
     return "\n".join([*lines, "```", _check(comparison), "```", ""])
 

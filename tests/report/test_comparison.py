@@ -16,11 +16,11 @@ from rich.console import Console
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import compare
 from hpc_cpd.report.comparison_page import build_comparison
-from hpc_cpd.report.comparison_table import print_comparison
+from hpc_cpd.report.comparison_table import cells, headings, print_comparison
 from hpc_cpd.report.gather import gather
 from hpc_cpd.report.results import results_page, write_results
 from hpc_cpd.report.table import percent
-from hpc_cpd.run import DONE, Run, read_json
+from hpc_cpd.run import DONE, Run, read_json, write_json
 from tests.report.synthetic import EPISODES, synthetic_run
 from tests.report.synthetic_sweep import SECONDS, synthetic_sweep
 from tests.report.test_report import Links
@@ -84,6 +84,31 @@ def test_only_finished_runs_count_and_the_others_are_named(own):
     assert comparison.notes[0] == "ours: 1 of 2 runs are finished (seed 1: 1 of 2 stages)."
     shutil.rmtree(own / "other")
     assert compare([own]).groups[1].metrics is None
+
+
+def test_success_of_a_student_that_is_not_told_its_task_is_a_column_of_its_own(own):
+    told = gather(Run(own / "other" / "seed-0"))
+    assert compare([own]).groups[1].untold is None
+    assert "Task not told" not in headings(compare([own]))
+    stage = told.run.stage(len(told.stages))
+    evaluation = read_json(stage / "evaluation.json")
+    for number, record in enumerate(evaluation["tasks"].values()):
+        record["successes"] = record["episodes"] if number else 0
+    write_json(stage / "evaluation_inferred.json", evaluation)
+    comparison = compare([own])
+    place = headings(comparison).index("Task not told")
+    rows = [cells(comparison, group)[place] for group in comparison.groups]
+    assert rows[0] == ("-", "")
+    assert rows[1] == ("90%", "90.0 to 90.0%")  # nine of ten tasks, each for sure
+
+
+def test_rows_that_are_not_begun_are_named_and_take_no_room(own):
+    shutil.rmtree(own / "other")
+    comparison = compare([own])
+    assert comparison.notes[-1] == "Not begun: other."
+    screen = StringIO()
+    print_comparison(comparison, Console(file=screen, width=160))
+    assert "ours" in screen.getvalue() and "other" not in screen.getvalue()
 
 
 def test_the_page_shows_every_row_setting_and_command_and_opens_without_a_network(own, tmp_path):
