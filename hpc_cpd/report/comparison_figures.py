@@ -41,8 +41,10 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
         x = next(iter(curves.values()))[0][:shortest]
         mean = np.mean([y[:shortest] for _, y in curves.values()], axis=0)
         ax.plot(x, mean, color=colour, linestyle=dash, marker=mark, markersize=4, linewidth=1.6, label=group.name)
-    ax.set_ylim(top=min(1.02, ax.get_ylim()[1] + 0.02))
+    # never less than ten points high: differences that are noise must not look like cliffs
+    ax.set_ylim(bottom=max(-0.01, min(ax.get_ylim()[0], 0.9)), top=1.01)
     ax.yaxis.set_major_formatter(PERCENT)
+    ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=3))
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
     ax.set_axisbelow(True)
