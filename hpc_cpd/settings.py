@@ -169,7 +169,7 @@ class DistillSettings(Settings):
     )
     batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
     phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
-    phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and all experts learning")
+    phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and the experts learning")
     learning_rate: float = Field(1e-3, gt=0, description="peak AdamW step size of each phase, cosine to 10%")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up of each phase")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
