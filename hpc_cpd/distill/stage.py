@@ -153,7 +153,8 @@ def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], eva
     """Zero-shot success of the student so far, and of one that never learnt: what forward transfer compares."""
     folder: Path = run.stage(stage)
     start = load_student_parts(folder / "start")
-    untrained = dataclasses.replace(load_student_parts(run.stage(1) / "start"), task_vectors=start.task_vectors)
+    first = load_student_parts(run.stage(1) / "start")
+    untrained = dataclasses.replace(first, task_vectors=start.task_vectors, episode_facts=start.episode_facts)
     records = {"untrained": _evaluate_all(StudentPolicy(untrained), tasks, config, evaluate, stop)}
     if stage == 1:
         records["before"] = records["untrained"]

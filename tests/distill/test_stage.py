@@ -29,7 +29,8 @@ def student_hash(run: Run, stage: int) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Both stages on two ranks that share the experts."""
-    run = make_run(tmp_path_factory.mktemp("undisturbed") / "run", "evaluation.infer_task=true")
+    words = ("evaluation.infer_task=true", "evaluation.forward_transfer=true")
+    run = make_run(tmp_path_factory.mktemp("undisturbed") / "run", *words)
     finish(start_ranks(2, *in_turn((run.folder, 1), (run.folder, 2))))
     return run
 
@@ -58,7 +59,7 @@ def variants(undisturbed: Run, tmp_path_factory: pytest.TempPathFactory) -> dict
     runs = {name: copy_of(undisturbed, folder / name, 2) for name in VARIANTS}
     wishes: list[tuple[object, ...]] = []
     for name, (changes, stop_after) in VARIANTS.items():
-        change_settings(runs[name], changes)
+        change_settings(runs[name], changes | {"forward_transfer: true": "forward_transfer: false"})  # it looks too
         wishes.append((runs[name].folder, 2) if stop_after is None else (runs[name].folder, 2, stop_after))
     output = finish(start_ranks(2, *in_turn(*wishes)), expected=3)
     stopped = {name for name in VARIANTS if not is_done(runs[name].stage(2))}
@@ -128,6 +129,8 @@ def test_the_student_learns_and_publishes_every_file_of_the_run_layout(undisturb
             assert (folder / name).is_file()
         losses = [line["loss"] for line in read_metrics(folder / "metrics.jsonl")]
         assert losses[-1] < losses[0]
+    before = read_json(undisturbed.stage(2) / "evaluation_before.json")
+    assert before["stage"] == 1 and list(before["untrained"]) == list(before["before"]) == TASKS[2:]
     told, untold = (read_json(undisturbed.stage(2) / f"evaluation{name}.json")["tasks"] for name in ("", "_inferred"))
     assert list(told) == list(untold) == TASKS
     assert [task["successes"] for task in told.values()] == [2] * 4
