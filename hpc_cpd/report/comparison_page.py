@@ -11,7 +11,7 @@ from hpc_cpd.report.comparison import Comparison, Group
 from hpc_cpd.report.comparison_figures import COMPARISON_FIGURES
 from hpc_cpd.report.comparison_table import cells, headings
 from hpc_cpd.report.style import THEMES, png
-from hpc_cpd.report.template import PAGE, STYLE
+from hpc_cpd.report.template import PAGE, STYLE, picture
 from hpc_cpd.run import write_bytes, write_json
 
 SCHEMA_VERSION = 1
@@ -87,7 +87,8 @@ def _body(comparison: Comparison, drawn: list[str], folder: Path) -> str:
     if comparison.notes:
         notes = "".join(f"<li>{_text(note)}</li>" for note in comparison.notes)
         parts.append(f'<div class="notes" role="note"><ul>{notes}</ul></div>')
-    parts += [_table(comparison), '<div id="pictures">', *map(_picture, drawn), "</div>"]
+    pictures = [picture(name, *CAPTIONS[name]) for name in drawn]
+    parts += [_table(comparison), '<div id="pictures">', *pictures, "</div>"]
     parts += [_settings(comparison), _again(comparison), _files(comparison, folder)]
     return "\n".join(part for part in parts if part)
 
@@ -107,17 +108,6 @@ def _table(comparison: Comparison) -> str:
         "mean over its seeds, on whatever machine and beside whatever else ran there.</p>"
         + (f"<ul>{teaches}</ul>" if teaches else "")
         + "</section>"
-    )
-
-
-def _picture(name: str) -> str:
-    title, caption = CAPTIONS[name]
-    dark = next(theme.suffix for theme in THEMES if theme.suffix)
-    return (
-        f'<section><h2>{_text(title)}</h2><figure><a href="{name}.png"><picture>'
-        f'<source srcset="{name}{dark}.png" media="screen and (prefers-color-scheme: dark)">'
-        f'<img src="{name}.png" alt="{_text(title)}" loading="lazy"></picture></a>'
-        f"<figcaption><p>{_text(caption)}</p></figcaption></figure></section>"
     )
 
 

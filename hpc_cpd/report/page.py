@@ -15,7 +15,7 @@ from hpc_cpd.report.figures import FIGURES
 from hpc_cpd.report.gather import Facts, Row, gather
 from hpc_cpd.report.style import THEMES, png
 from hpc_cpd.report.table import HEADINGS, percent, points, print_table
-from hpc_cpd.report.template import PAGE, STYLE
+from hpc_cpd.report.template import PAGE, STYLE, picture
 from hpc_cpd.run import Run, write_bytes, write_json
 
 __all__ = ["build_report", "print_table"]
@@ -115,10 +115,10 @@ def _body(facts: Facts, drawn: list[str]) -> str:
         parts.append('<div class="notes" role="note"><ul>' + _items(facts.notes) + "</ul></div>")
     parts.append(f'<div class="cards" id="numbers">{_cards(facts)}</div>' if facts.metrics else "")
     first = [name for name in drawn if name == "success_matrix"]
-    parts += [_picture(name) for name in first]
+    parts += [picture(name, *_CAPTIONS[name]) for name in first]
     parts.append(_table(facts))
     parts.append('<div id="pictures">')
-    parts += [_picture(name) for name in drawn if name not in first]
+    parts += [picture(name, *_CAPTIONS[name]) for name in drawn if name not in first]
     parts += ["</div>", _memories(facts), _settings(facts), _again(facts), _files(facts)]
     return "\n".join(part for part in parts if part)
 
@@ -178,17 +178,6 @@ def _table(facts: Facts) -> str:
         "percentage points), a stratified bootstrap over each task's episodes for means. They speak of the episodes "
         "drawn, not of training again with another seed, and a bootstrap has no width where every episode "
         "ended alike.</p></section>"
-    )
-
-
-def _picture(name: str) -> str:
-    title, caption = _CAPTIONS[name]
-    dark = next(theme.suffix for theme in THEMES if theme.suffix)
-    return (
-        f'<section><h2>{_text(title)}</h2><figure><a href="{name}.png"><picture>'
-        f'<source srcset="{name}{dark}.png" media="screen and (prefers-color-scheme: dark)">'
-        f'<img src="{name}.png" alt="{_text(title)}" loading="lazy"></picture></a>'
-        f"<figcaption><p>{_text(caption)}</p></figcaption></figure></section>"
     )
 
 

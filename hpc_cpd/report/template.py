@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+
+from hpc_cpd.report.style import THEMES
+
 STYLE = """
 :root { color-scheme: light dark; --bg:#f4f6f8; --card:#fff; --text:#1b2430; --muted:#5c6877; --line:#dfe4ea;
   --accent:#0b62a8; --warn:#8a5a00; --warn-bg:#fdf3dc; --bar:#dcebf7; --code:#eef1f4; }
@@ -60,3 +64,14 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def picture(name: str, title: str, caption: str) -> str:
+    """A section around NAME.png, and its dark twin for who prefers it."""
+    dark = next(theme.suffix for theme in THEMES if theme.suffix)
+    return (
+        f'<section><h2>{html.escape(title)}</h2><figure><a href="{name}.png"><picture>'
+        f'<source srcset="{name}{dark}.png" media="screen and (prefers-color-scheme: dark)">'
+        f'<img src="{name}.png" alt="{html.escape(title)}" loading="lazy"></picture></a>'
+        f"<figcaption><p>{html.escape(caption)}</p></figcaption></figure></section>"
+    )
