@@ -228,7 +228,9 @@ def verify(run: RunFolder) -> None:
 
 @app.command()
 def tasks(
-    name: Annotated[str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, or a task id")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), or a task id")
+    ] = None,
 ) -> None:
     """The task sets, or the tasks of one set with their sizes."""
     from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks

@@ -24,7 +24,9 @@ class Settings(BaseModel):
 class StreamSettings(Settings):
     """Which tasks arrive, and in which stages."""
 
-    tasks: str | list[str] = Field("MT10", description="a task set (MT10, MT25, MT50) or a list of task ids")
+    tasks: str | list[str] = Field(
+        "MT10", description="a task set (MT10, MT25, MT50, or MT50x2: goals halved) or a list of task ids"
+    )
     tasks_per_stage: int = Field(5, ge=1, description="tasks that arrive together")
     order_seed: int | None = Field(None, description="shuffle the tasks with this seed; null keeps the list order")
 

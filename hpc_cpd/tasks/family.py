@@ -32,6 +32,13 @@ class TaskSpec:
     """Which reward function; results with different ones must not be compared."""
     environment_version: str
     """Packages and versions that simulate the task."""
+    whole: str | None = None
+    """The task of which this one has a part of the goals; who can do that one can do this one."""
+
+    @property
+    def skill(self) -> str:
+        """The task that teachers and scripts know this one by."""
+        return self.whole or self.task_id
 
 
 class Step(NamedTuple):

@@ -1,12 +1,14 @@
 """Meta-World v3 through its own classes, seeded properly and a little faster, to the same bits.
 
 Source: Meta-World 3.1.1 (https://github.com/Farama-Foundation/Metaworld), benchmark arXiv 1910.10897. A goal
-index counts ``metaworld.MT1(name, seed=seed).train_tasks``. Success is the benchmark's own flag per step.
+index counts ``metaworld.MT1(name, seed=seed).train_tasks``, or those of a region (``reach-v3@1of2``) alone. Success is
+the benchmark's own flag per step.
 """
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.tasks.family import Batch, TaskSpec
+from hpc_cpd.tasks.regions import MOST_PARTS, region_of
 
 REWARD_VERSION = "v2"
 OBSERVATION_SIZE = 39
@@ -84,20 +87,35 @@ class MetaWorldFamily:
         return NAMES
 
     def describe(self, name: str) -> TaskSpec:
+        region = region_of(name)
+        if region is not None:
+            whole = self.describe(region.whole)
+            if not region.exists:
+                raise UserError(
+                    f"there is no task 'metaworld/{name}'; a part is written {region.whole}@1of2, with at most "
+                    f"{MOST_PARTS} parts"
+                )
+            return replace(whole, task_id=f"metaworld/{name}", whole=whole.task_id)
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
             hint = f"did you mean 'metaworld/{near[0]}'?" if near else "'hpc-cpd tasks MT50' lists them"
             raise UserError(f"there is no task 'metaworld/{name}'; {hint}")
-        versions = f"metaworld {metadata.version('metaworld')}, mujoco {metadata.version('mujoco')}"
-        return TaskSpec(f"metaworld/{name}", OBSERVATION_SIZE, ACTION_SIZE, HORIZON, REWARD_VERSION, versions)
+        return TaskSpec(f"metaworld/{name}", OBSERVATION_SIZE, ACTION_SIZE, HORIZON, REWARD_VERSION, _versions())
 
     def make(self, name: str, num: int, seed: int) -> Batch:
         from hpc_cpd.tasks.metaworld_batch import MetaWorldBatch, owned_cores
 
-        return MetaWorldBatch(name, _goals(name, seed), num, owned_cores())
+        region = region_of(name)
+        whole = name if region is None else region.whole
+        return MetaWorldBatch(whole, _goals(name, seed), num, owned_cores())
 
 
 family = MetaWorldFamily()
+
+
+@lru_cache
+def _versions() -> str:
+    return f"metaworld {metadata.version('metaworld')}, mujoco {metadata.version('mujoco')}"
 
 
 @lru_cache(maxsize=256)
@@ -105,9 +123,27 @@ def _goals(name: str, seed: int) -> tuple[Any, ...]:
     """The train tasks of MT1: half a second to draw (50 resets), so they are kept."""
     import metaworld
 
+    region = region_of(name)
+    if region is not None:
+        goals = _goals(region.whole, seed)
+        return tuple(goals[index] for index in region.choose(_places(region.whole, goals)))
+
     # upstream draws from the global generator and restores it, but not when it fails half-way
     state = np.random.get_state()
     try:
         return tuple(metaworld.MT1(name, seed=seed).train_tasks)
     finally:
         np.random.set_state(state)
+
+
+def _places(name: str, goals: tuple[Any, ...]) -> np.ndarray:
+    """The random vectors that make the goals, float64 [goals, numbers]: places of the object and of its target."""
+    from hpc_cpd.tasks.metaworld_classes import environment_class
+
+    environment = environment_class(name)()
+    places = []
+    for goal in goals:
+        environment.set_task(goal)
+        places.append(environment._last_rand_vec)
+    environment.close()
+    return np.array(places, np.float64)

@@ -43,14 +43,17 @@ _BUILT_IN = {"metaworld": "hpc_cpd.tasks.metaworld", "gymnasium": "hpc_cpd.tasks
 
 
 def task_set(name: str) -> list[str]:
-    """The task ids of MT10, MT25 or MT50.
+    """The task ids of MT10, MT25 or MT50, or of such a set with the goals of every task split: MT50x2.
 
     The sets are nested: MT25 stands in the order of the benchmark's own list, MT10 is its first ten, and MT50 is
-    MT25 followed by the other tasks in the order of the benchmark's list.
+    MT25 followed by the other tasks in the order of the benchmark's list. MT50x2 are the first halves of all fifty,
+    ``reach-v3@1of2`` and so on, then their second halves.
     """
-    if name not in TASK_SETS:
-        raise UserError(f"there is no task set '{name}'; {_hint(name, TASK_SETS)}known: {', '.join(TASK_SETS)}")
-    return [f"metaworld/{task}" for task in _family("metaworld", name).names()[: TASK_SETS[name]]]
+    whole, split, parts = name.partition("x")
+    if whole not in TASK_SETS or (split and not (parts.isascii() and parts.isdigit() and int(parts))):
+        raise UserError(f"there is no task set '{name}'; {_hint(whole, TASK_SETS)}known: {', '.join(TASK_SETS)}")
+    tasks = [f"metaworld/{task}" for task in _family("metaworld", name).names()[: TASK_SETS[whole]]]
+    return [f"{task}@{part}of{parts}" for part in range(1, int(parts) + 1) for task in tasks] if split else tasks
 
 
 def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
@@ -59,9 +62,7 @@ def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
     Raises UserError: an unknown set or id (with the nearest match), a task named twice, an empty list.
     """
     if isinstance(tasks, str):
-        if "/" not in tasks:
-            return task_set(tasks)
-        tasks = [tasks]
+        tasks = [tasks] if "/" in tasks else task_set(tasks)
     ids = list(tasks)
     if not ids:
         raise UserError("the list of tasks is empty; name a task set such as MT10, or at least one task id")

@@ -90,7 +90,7 @@ def record_demonstrations(
         goal_seed = int(generator(seed, task.task_id, "demonstrated goals", goal_set).integers(2**31))
         return make_batch(task.task_id, BLOCK, goal_seed)
 
-    actor = ScriptedActor(task.task_id.removeprefix(_SCRIPTED_PREFIX), task.action_size)
+    actor = ScriptedActor(task.skill.removeprefix(_SCRIPTED_PREFIX), task.action_size)
     plan = AttemptPlan(seed, task.task_id, "demonstration", settings.action_noise, STEPS_AFTER_SUCCESS)
     mine: list[Episode] = []
     kept, attempts = keep_successes(

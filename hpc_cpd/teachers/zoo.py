@@ -27,9 +27,11 @@ def take_from_zoo(run: Run, task_id: str, communicator: Communicator, evaluate: 
     """
     began = time.monotonic()
     progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0)
-    policy = load_teacher(zoo_folder(task_id))
+    task = describe(task_id)
+    policy = load_teacher(zoo_folder(task.skill))
+    policy.task_id = task_id
     provenance = policy.provenance
-    known, task = provenance.get("reward_version"), describe(task_id)
+    known = provenance.get("reward_version")
     if known != task.reward_version:
         raise UserError(
             f"the zoo's teacher of {task_id} learnt reward version {known}, but this run has {task.reward_version}; "

@@ -55,6 +55,18 @@ def test_a_run_takes_its_teacher_from_the_zoo_and_evaluates_it_on_its_own_goals(
     assert taken.provenance == {**CARD, "source": "zoo"} and not taken.has_critic
 
 
+def test_who_can_do_a_task_can_do_a_part_of_its_goals(tmp_path: Path) -> None:
+    part = "metaworld/drawer-close-v3@2of2"
+    run = tiny_run(tmp_path / "run", "teachers.source=zoo", f"stream.tasks=[{part}]", "evaluation.episodes=3")
+    train_teacher(run, part, Communicator(), evaluate_policy, lambda: False)
+    taken = hpc_cpd.load_teacher(run.teacher(part))
+    assert taken.task_id == part
+    assert np.array_equal(
+        taken.act(np.zeros((1, 39))), hpc_cpd.load_teacher("zoo:metaworld/drawer-close-v3").act(np.zeros((1, 39)))
+    )
+    assert read_json(run.teacher(part) / "evaluation.json")["tasks"][part]["successes"] == 3
+
+
 def test_what_the_zoo_has_not_is_named_with_what_it_has(zoo: TeacherPolicy, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", "teachers.source=zoo")
     with pytest.raises(UserError, match=f"no teacher of metaworld/reach-v3 .it has {PENDULUM}.; set teachers.source"):
