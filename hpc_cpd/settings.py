@@ -172,6 +172,13 @@ class DistillSettings(Settings):
     batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
     phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
     phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and the experts learning")
+    relabelled_episodes: int = Field(
+        0,
+        ge=0,
+        description="episodes of each new task that the student then plays and the teacher answers (DAgger, arXiv "
+        "1011.0686); phase 3 learns from them too",
+    )
+    phase3_steps: int = Field(1000, ge=1, description="steps of phase 3, which is phase 2 with those episodes")
     learning_rate: float = Field(1e-3, gt=0, description="peak AdamW step size of each phase, cosine to 10%")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up of each phase")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
@@ -187,6 +194,12 @@ class DistillSettings(Settings):
         le=1,
         description="share of the replayed rows that ask for what the student before this stage did: new "
         "observations, the vector of an old task",
+    )
+    target: Literal["mean", "executed"] = Field(
+        "mean", description="what the student imitates: the teacher's mean, or its action with noise (ablation)"
+    )
+    task_weights: Literal["equal", "teacher_success"] = Field(
+        "equal", description="how often a task is drawn: like any other, or in proportion to its teacher's success"
     )
     replay_targets: Literal["teacher", "past_student"] = Field("teacher", description="whose actions memory asks for")
     gradient_projection: bool = Field(False, description="A-GEM (arXiv 1812.00420): replay corrects gradients")

@@ -81,7 +81,7 @@ def _seconds(folder: Path, attempt: Attempt) -> float | None:
 
 def _last_saved(folder: Path) -> float:
     """When a checkpoint or a result of a unit was last written, in seconds since the epoch; 0: never."""
-    results = ("start", "student", "memory", "routing.json", "policy.safetensors", "evaluation*.json")
+    results = ("start", "draft", "student", "memory", "routing.json", "policy.safetensors", "evaluation*.json")
     paths = [path for pattern in ("checkpoints/*", *results) for path in folder.glob(pattern)]
     return max((path.stat().st_mtime for path in paths), default=0.0)
 

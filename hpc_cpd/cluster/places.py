@@ -184,8 +184,9 @@ def _teacher_progress(record: Mapping[str, Any] | None, config: Config) -> Progr
 def _stage_progress(record: Mapping[str, Any] | None, config: Config) -> Progress | None:
     if record is None:
         return None
-    first, second = config.distill.phase1_steps, config.distill.phase2_steps
-    before, total = (first, second) if record["phase"] == 2 else (0, first)
+    settings = config.distill
+    steps = (settings.phase1_steps, settings.phase2_steps, settings.phase3_steps)
+    before, total = sum(steps[: record["phase"] - 1]), steps[record["phase"] - 1]
     return Progress(f"phase {record['phase']}", record["step"] - before, total, _number(record.get("loss")))
 
 

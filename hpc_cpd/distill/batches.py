@@ -6,6 +6,7 @@ number of ranks, and a resumed run sees the batches it would have seen.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -78,13 +79,16 @@ class StageBatches:
         anchor_fraction: float = 0.0,
         between_fraction: float = 0.0,
         replay_targets: Literal["teacher", "past_student"] = "teacher",
+        target: Literal["mean", "executed"] = "mean",
+        task_weights: Mapping[str, float] | None = None,
     ) -> None:
         """`seed` names the stage; `length` is the student's history in steps; without `memory` nothing is replayed.
 
         `past`: the student before this stage; `anchor_fraction` of the replayed rows ask for what it did, at new
         observations or, `between_fraction` of them, between two that the memory keeps. `replay_targets` past_student:
         the others ask for what it did too, in place of the teacher (behavioural cloning of ClonEx-SAC, arXiv
-        2209.13900, with the student as each stage finds it).
+        2209.13900, with the student as each stage finds it). `target`: what of the teacher is asked for. Tasks are
+        drawn in proportion to `task_weights`, the new ones and those of the memory apart; None: all alike.
         """
         self.sources = [new] if memory is None else [new, memory]
         self.replayed = round(batch_size * replay_fraction) if memory is not None else 0
@@ -94,6 +98,8 @@ class StageBatches:
         self.past = past
         self.past_answers_memory = past is not None and replay_targets == "past_student"
         self.old_vectors = np.stack(list(past.task_vectors.values())) if past is not None else None
+        self.target = "teacher_mean" if target == "mean" else "actions"
+        self.shares = [_shares(store, task_weights) for store in self.sources]
         self.vectors = [np.stack([task_vectors[task] for task in store.task_ids]) for store in self.sources]
         self.length = length
         self.seed = seed
@@ -134,7 +140,7 @@ class StageBatches:
         parts: list[Columns] = []
         for new, (store, rows, vectors) in enumerate(zip(self.sources, self.rows, self.vectors, strict=True)):
             if rows:
-                drawn = store.draw_windows(rows, rng, balance_tasks=True)[rank::world_size]
+                drawn = store.draw_windows(rows, rng, True, self.shares[new])[rank::world_size]
                 parts.append(self._columns(store, drawn, vectors, new == 0))
         asked = [parts.pop()] if self.past_answers_memory and self.replayed > self.anchored else []
         if self.old_vectors is not None and self.anchored > self.between:
@@ -145,7 +151,7 @@ class StageBatches:
 
     def _new_anchors(self, rng: np.random.Generator, rank: int, world_size: int, old_vectors: np.ndarray) -> Columns:
         count = self.anchored - self.between
-        drawn = self.sources[0].draw_windows(count, rng, balance_tasks=True)[rank::world_size]
+        drawn = self.sources[0].draw_windows(count, rng, True, self.shares[0])[rank::world_size]
         told = rng.integers(len(old_vectors), size=count)[rank::world_size]
         observations, means, valid, _, newness = self._columns(self.sources[0], drawn, self.vectors[0], False)
         return observations, means, valid, old_vectors[told], newness
@@ -156,7 +162,7 @@ class StageBatches:
         A memory of ten episodes knows ten goals of a task, but the past student knows what to do at those in between.
         """
         memory, vectors = self.sources[1], self.vectors[1]
-        one = memory.draw_windows(self.between, rng, balance_tasks=True)
+        one = memory.draw_windows(self.between, rng, True, self.shares[1])
         other = memory.matching_steps(one, rng)
         share = rng.random(self.between, dtype=np.float32)[rank::world_size, None, None]
         observations, means, valid, told, newness = self._columns(memory, one[rank::world_size], vectors, False)
@@ -168,7 +174,7 @@ class StageBatches:
         windows = store.gather_histories(drawn, self.length)
         told = vectors[windows["task_index"]]
         newness = np.full(len(drawn), new)
-        return windows["observations"], windows["teacher_mean"], windows["valid"], told, newness
+        return windows["observations"], windows[self.target], windows["valid"], told, newness
 
     def _answered(self, asked: Columns) -> Columns:
         """Rows that pin the student's function on old tasks, also between the few states that the memory keeps.
@@ -185,16 +191,25 @@ class StageBatches:
         """Where each row of `batch` was recorded, for a message."""
         rng = np.random.default_rng([*self.seed, phase, step])
         drawn = [
-            (store, store.draw_windows(rows, rng, balance_tasks=True))
-            for store, rows in zip(self.sources, self.rows, strict=True)
+            (store, store.draw_windows(rows, rng, True, shares))
+            for store, rows, shares in zip(self.sources, self.rows, self.shares, strict=True)
             if rows
         ]
         if self.old_vectors is not None and self.anchored > self.between:
-            drawn.append((self.sources[0], self.sources[0].draw_windows(self.anchored - self.between, rng, True)))
+            count = self.anchored - self.between
+            drawn.append((self.sources[0], self.sources[0].draw_windows(count, rng, True, self.shares[0])))
             rng.integers(len(self.old_vectors), size=len(drawn[-1][1]))  # as `batch` draws
         if self.between:
-            drawn.append((self.sources[1], self.sources[1].draw_windows(self.between, rng, True)))
+            drawn.append((self.sources[1], self.sources[1].draw_windows(self.between, rng, True, self.shares[1])))
         return [store.describe_step(first) for store, windows in drawn for first in windows[rank::world_size]]
+
+
+def _shares(store: TrajectoryStore, task_weights: Mapping[str, float] | None) -> np.ndarray | None:
+    """The share of the rows that each task of `store` gets, float64 [tasks]; None: all alike."""
+    if task_weights is None:
+        return None
+    weights = np.array([task_weights[task] for task in store.task_ids])
+    return weights / weights.sum() if weights.any() else None
 
 
 def require_replay(settings: DistillSettings, stage: int, batches: StageBatches) -> None:

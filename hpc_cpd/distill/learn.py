@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,30 +41,32 @@ def learn_stage(
     run: Run,
     stage: int,
     config: Config,
+    phases: Sequence[Phase],
     beginning: Beginning,
     batches: StageBatches,
     penalty: Penalty | None,
     isolation: SharedWeights,
     stop: Callable[[], bool],
 ) -> dict[str, Tensor]:
-    """Run the phases of `stage` and return the canonical state the student ends with, on every rank.
+    """Run `phases` of `stage`, of which they are neighbours, and return the canonical state the student ends with, on
+    every rank.
 
     Goes on from the newest of the stage's checkpoints, on any number of ranks. Raises StopRequested
     once all ranks agreed to stop and saved together.
     """
-    phases = phases_of(stage, config.distill, config.student.grow)
-    if not phases:
-        raise UserError("distill.phase1_steps and distill.phase2_steps are both 0; a stage must learn in one of them")
     folder = run.stage(stage)
     checkpoints = folder / "checkpoints"
     first_rank = torch.distributed.get_rank() == 0
     newest = together(lambda: _newest_alone(checkpoints), on=0)
-    reached = position_of(newest) if newest is not None else (phases[0].number, 0)
-    offset = sum(phase.steps for phase in phases if phase.number < reached[0])
+    reached = position_of(newest) if newest is not None else (0, 0)
+    if reached[0] < phases[0].number:
+        newest, reached = None, (phases[0].number, 0)
+    before = [phase.steps for phase in phases_of(stage, config) if phase.number < phases[0].number]
+    offset = sum([*before, *(phase.steps for phase in phases if phase.number < reached[0])])
     metrics = MetricsLog(folder / "metrics.jsonl", offset + reached[1]) if first_rank else None
 
     state: Mapping[str, Tensor] = beginning.state
-    done = 0
+    done = sum(before)
     for phase in phases:
         if phase.number >= reached[0]:
             student = build_student(beginning, config)

@@ -33,6 +33,11 @@ def require_isolation(config: Config, stages: int) -> None:
             f"{method}, so no stage can unlearn what the student before it did, and there is nothing to anchor; set "
             "distill.anchor_fraction=0 (or distill.replay_fraction=0, to replay nothing at all)"
         )
+    if settings.relabelled_episodes:
+        raise UserError(
+            f"{method}, whose stages end with phase 2, but distill.relabelled_episodes is "
+            f"{settings.relabelled_episodes}; set it to 0"
+        )
     if settings.isolation == "packnet" and settings.phase1_steps == 0:
         raise UserError(
             f"{method}, which chooses a stage's weights by what phase 1 made of them, but distill.phase1_steps is 0; "

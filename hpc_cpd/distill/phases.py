@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hpc_cpd.settings import DistillSettings
+from hpc_cpd.errors import UserError
+from hpc_cpd.settings import Config
 from hpc_cpd.student.transformer import Student
+
+RELABELLED_PHASE = 3
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,18 @@ class Phase:
     old_gate_learns: bool = True  # if the gate learns at all: the rows of experts of earlier stages too
 
 
-def phases_of(stage: int, settings: DistillSettings, grows: bool) -> list[Phase]:
-    """The phases of `stage` (from 1), those with no steps left out.
+def phases_of(stage: int, config: Config) -> list[Phase]:
+    """The phases of `stage` (from 1), those with no steps left out. Raises UserError when neither 1 nor 2 has any.
 
     Stage 1 has nothing to protect: shared layers learn in both phases. Later, phase 1 trains new experts and
     the gate against everything old frozen; without growth there are no new experts, so all of them learn.
 
+    Phase 3 is phase 2 once more, with the episodes that the student played and the teachers relabelled.
+
     With `freeze_old` neither old experts nor their rows of the gate ever move again: what a token of an old task meets
     is the same to the last bit as long as the gate does not send it to a newer expert.
     """
+    settings, grows = config.distill, config.student.grow
     first = stage == 1
     shared = first or not settings.freeze_shared
     free = first or not grows
@@ -37,7 +43,12 @@ def phases_of(stage: int, settings: DistillSettings, grows: bool) -> list[Phase]
         Phase(1, settings.phase1_steps, shared, gate_learns=True, old_experts_learn=free, old_gate_learns=old),
         Phase(2, settings.phase2_steps, shared, gate_learns=False, old_experts_learn=old),
     ]
-    return [phase for phase in phases if phase.steps > 0]
+    phases = [phase for phase in phases if phase.steps > 0]
+    if not phases:
+        raise UserError("distill.phase1_steps and distill.phase2_steps are both 0; a stage must learn in one of them")
+    if settings.relabelled_episodes:
+        phases.append(Phase(RELABELLED_PHASE, settings.phase3_steps, shared, gate_learns=False, old_experts_learn=old))
+    return phases
 
 
 def freeze(student: Student, phase: Phase, new_experts: list[int]) -> None:

@@ -7,6 +7,7 @@ step whose result is not there. Section 4 of the design numbers the steps.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from hpc_cpd.distill.learn import learn_stage
 from hpc_cpd.distill.needs import do_without_missing, require_isolation, require_stage
 from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task, update_penalty
 from hpc_cpd.distill.penalties import Penalty
+from hpc_cpd.distill.phases import Phase, phases_of
+from hpc_cpd.distill.relabelling import open_new, relabel
 from hpc_cpd.progress import Progress
-from hpc_cpd.run import Run, is_done, mark_done, write_json
+from hpc_cpd.run import Run, is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import Config
 from hpc_cpd.student.checkpoint import together
 from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
 from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.trajectories.memory import open_memory
-from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
+from hpc_cpd.trajectories.store import TrajectoryStore
 
 Evaluate = Callable[[StudentPolicy | Untold, str, int, int, list[int]], list[EpisodeResult]]
 """(policy, task id, episodes, seed, episode numbers of this rank) -> their results."""
@@ -59,9 +62,8 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     say = Progress(f"stage {stage}", every_seconds=0, enabled=rank == 0)
     seen = [task for tasks in plan[:stage] for task in tasks]
     tasks = plan[stage - 1]
-    limit = config.distill.in_memory_gigabytes
-    new = open_trajectories([run.trajectories(task) for task in tasks], tasks, limit)
-    memory = open_memory([run.stage(k) / "memory" for k in range(1, stage)], limit)
+    new = open_new(run, stage, tasks)
+    memory = open_memory([run.stage(k) / "memory" for k in range(1, stage)], config.distill.in_memory_gigabytes)
 
     def lacks(name: str) -> bool:
         """Whether a step is to be done, as rank 0 sees it: a slower rank may look when its result is there already."""
@@ -75,7 +77,15 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
         say.update("evaluating the new tasks before they are learnt")
         _evaluate_before(run, config, stage, plan[stage - 1], evaluate, stop)
     if lacks("student"):
-        _learn(run, config, plan, stage, new, memory, stop)
+        beginning, phases = "start", phases_of(stage, config)
+        if config.distill.relabelled_episodes:
+            if lacks("draft"):
+                _learn(run, config, plan, stage, new, memory, phases[:-1], ("start", "draft"), stop)
+            say.update("playing the new tasks, for their teachers to answer")
+            relabel(run, stage, tasks, folder / "draft", stop)
+            beginning, phases, new = "draft", phases[-1:], open_new(run, stage, tasks)
+        _learn(run, config, plan, stage, new, memory, phases, (beginning, "student"), stop)
+        together(lambda: shutil.rmtree(folder / "draft", ignore_errors=True), on=0)
     if lacks("memory"):
         say.update("choosing the replay memory")
         errors = episode_errors(folder / "student", new)
@@ -104,10 +114,13 @@ def _learn(
     stage: int,
     new: TrajectoryStore,
     memory: TrajectoryStore | None,
+    phases: list[Phase],
+    names: tuple[str, str],
     stop: Stop,
 ) -> None:
+    """Run `phases` and publish the student; `names`: of the folders that it starts from and ends in."""
     folder = run.stage(stage)
-    beginning, parts = load_beginning(folder / "start", stage)
+    beginning, parts = load_beginning(folder / names[0], stage)
     batches = StageBatches(
         new,
         memory if config.distill.replay_fraction > 0 else None,
@@ -121,21 +134,23 @@ def _learn(
         anchor_fraction=config.distill.anchor_fraction,
         between_fraction=config.distill.between_fraction,
         replay_targets=config.distill.replay_targets,
+        target=config.distill.target,
+        task_weights=_teacher_success(run, plan[:stage]) if config.distill.task_weights != "equal" else None,
     )
     require_replay(config.distill, stage, batches)
     penalty = None
     if config.distill.penalty != "none" and stage > 1:
         penalty = Penalty.load(run.stage(stage - 1) / "penalty.safetensors")
     isolation = isolation_of_stage(run, config, stage, len(plan), parts.state, parts.isolation)
-    learnt = learn_stage(run, stage, config, beginning, batches, penalty, isolation, stop)
+    learnt = learn_stage(run, stage, config, phases, beginning, batches, penalty, isolation, stop)
     state, kept = isolation.published(learnt)
 
     def publish() -> None:
-        if config.distill.penalty != "none":
+        if config.distill.penalty != "none" and names[1] == "student":
             update_penalty(folder, config, beginning, state, batches, penalty)
         metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed}
         save_student(
-            folder / "student",
+            folder / names[1],
             state,
             beginning.shape,
             beginning.experts_by_stage,
@@ -147,6 +162,15 @@ def _learn(
         )
 
     together(publish, on=0)
+
+
+def _teacher_success(run: Run, plan: list[list[str]]) -> dict[str, float]:
+    """The success rate of every task's teacher, as it was evaluated when it was published."""
+    rates = {}
+    for task in (task for tasks in plan for task in tasks):
+        record = read_json(run.teacher(task) / "evaluation.json")["tasks"][task]
+        rates[task] = record["successes"] / record["episodes"]
+    return rates
 
 
 def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], evaluate: Evaluate, stop: Stop) -> None:

@@ -46,8 +46,13 @@ class AttemptPlan:
     """An attempt ends this many steps after its first success."""
 
 
-def play_block(envs: BatchEnv, actor: Actor, plan: AttemptPlan, block: int) -> list[Episode]:
-    """Play the attempts of `block`, in order of their numbers, successful or not."""
+def play_block(
+    envs: BatchEnv, actor: Actor, plan: AttemptPlan, block: int, teacher: Actor | None = None
+) -> list[Episode]:
+    """Play the attempts of `block`, in order of their numbers, successful or not.
+
+    `teacher`: whose means are recorded at what `actor` meets; None: those of `actor`.
+    """
     horizon, goals = envs.task.horizon, envs.num_goals or UNBOUNDED_GOALS
     numbers = range(block * BLOCK, (block + 1) * BLOCK)
     noise = np.zeros((horizon, BLOCK, envs.task.action_size), np.float32)
@@ -60,7 +65,9 @@ def play_block(envs: BatchEnv, actor: Actor, plan: AttemptPlan, block: int) -> l
 
     observations, _ = envs.reset(options={"goal_index": goal_index})
     active = np.ones(BLOCK, np.bool_)
-    actor.begin(BLOCK)
+    for one in (actor, teacher):
+        if one is not None:
+            one.begin(BLOCK)
     lengths = np.zeros(BLOCK, np.int64)
     succeeded_at = np.full(BLOCK, -1)
     seen, means, executed, rewards, success = [], [], [], [], []
@@ -70,7 +77,7 @@ def play_block(envs: BatchEnv, actor: Actor, plan: AttemptPlan, block: int) -> l
         mean = actor.means(observations, active)
         action = np.clip(mean + noise[step], -1.0, 1.0)
         seen.append(observations)
-        means.append(mean)
+        means.append(mean if teacher is None else teacher.means(observations, active))
         executed.append(action)
         observations, reward, terminated, truncated, info = envs.step(action)
         rewards.append(reward)

@@ -133,15 +133,22 @@ class TrajectoryStore:
         starts = np.array([[span.start] for span in spans])
         return [span.length for span in spans], self.observations.take(starts, axis=0)[:, 0]
 
-    def draw_windows(self, batch: int, rng: np.random.Generator, balance_tasks: bool = False) -> NDArray[np.int64]:
+    def draw_windows(
+        self,
+        batch: int,
+        rng: np.random.Generator,
+        balance_tasks: bool = False,
+        task_shares: NDArray[np.float64] | None = None,
+    ) -> NDArray[np.int64]:
         """First steps of `batch` windows, int64 [batch]; a pure function of the state of `rng`.
 
-        Uniform over all steps; with `balance_tasks` uniform over tasks first, then over a task's steps.
-        All ranks draw the same batch and `gather` only their slice of it.
+        Uniform over all steps; with `balance_tasks` uniform over tasks first, or by `task_shares` (float64 [tasks],
+        their sum 1), then over a task's steps. All ranks draw the same batch and `gather` only their slice of it.
         """
         if not balance_tasks:
             return rng.integers(len(self), size=batch)
-        task = rng.integers(len(self.task_ids), size=batch)
+        count = len(self.task_ids)
+        task = rng.integers(count, size=batch) if task_shares is None else rng.choice(count, size=batch, p=task_shares)
         return self._task_starts[task] + rng.integers(np.diff(self._task_starts)[task])
 
     def matching_steps(self, indices: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -176,8 +183,8 @@ class TrajectoryStore:
     def gather_histories(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
         """What a policy with a memory of `length` observations sees when it acts at the steps `indices` (int64 [B]).
 
-        Returns observations [B, L, ...] and teacher_mean float32 [B, L, act], oldest first and beginning with the
-        episode; `valid` bool [B, L], True at the step asked for alone, after which it is repeated; and task_index
+        Returns observations [B, L, ...], actions and teacher_mean float32 [B, L, act], oldest first, beginning with
+        the episode; `valid` bool [B, L], True at the step asked for alone, after which it is repeated; and task_index
         int64 [B].
         """
         now = np.asarray(indices, np.int64)[:, None]
@@ -186,6 +193,7 @@ class TrajectoryStore:
         steps = np.minimum(wanted, now)
         return {
             "observations": self.observations.take(steps, axis=0),
+            "actions": self.actions.take(steps, axis=0),
             "teacher_mean": self.teacher_mean.take(steps, axis=0),
             "valid": wanted == now,
             "task_index": self._task_of_step[now[:, 0]],

@@ -48,9 +48,17 @@ def make_run(folder: Path, *overrides: str) -> Run:
     return run
 
 
-def record_task(run: Run, task: str, number: int, episodes: int = 10, steps: int = 20) -> None:
+def record_task(
+    run: Run,
+    task: str,
+    number: int,
+    episodes: int = 10,
+    steps: int = 20,
+    teacher: str = "0" * 64,
+    environment: str = "synthetic",
+) -> None:
     folder = run.trajectories(task)
-    writer = ShardWriter(folder, 0, 0, task, "0" * 64, 0, "v2", "synthetic")
+    writer = ShardWriter(folder, 0, 0, task, teacher, 0, "v2", environment)
     rng = np.random.default_rng([7, number])
     centre = rng.normal(size=OBSERVATION_SIZE)
     weights = rng.normal(size=(OBSERVATION_SIZE, ACTION_SIZE)) * 0.1

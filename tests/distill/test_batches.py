@@ -66,6 +66,31 @@ def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, pa
     assert batch.global_valid == 32
 
 
+def test_the_executed_action_can_be_asked_for_in_place_of_the_mean(run: Run) -> None:
+    asked = {}
+    for target in ("mean", "executed"):
+        store = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
+        store.actions[:] = -store.teacher_mean
+        made = StageBatches(store, None, VECTORS, 4, 32, 0.0, [0, 1], torch.device("cpu"), target=target)
+        asked[target] = made.batch(1, 0, 0, 1).teacher_mean
+    assert asked["mean"].abs().max() > 0 and torch.equal(asked["executed"], -asked["mean"])
+
+
+def test_tasks_are_drawn_in_proportion_to_their_weights(run: Run, past: StudentPolicy) -> None:
+    new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
+    weights = dict(zip(TASKS, [0.9, 0.3, 0.0, 0.5], strict=True))
+    device, size = torch.device("cpu"), 4096
+    made = StageBatches(new, memory, VECTORS, 4, size, 0.5, [0, 2], device, past, 0.5, 0.5, task_weights=weights)
+    batch = made.batch(1, 0, 0, 1)
+    told = batch.task_vectors.argmax(dim=1)
+    assert set(told[: size // 2].tolist()) == {3}
+    replayed = told[size // 2 : 3 * size // 4]
+    assert (replayed == 0).float().mean() == pytest.approx(0.75, abs=0.05)
+    assert len(made.origins(1, 0, 0, 1)) == size and TASKS[2] not in " ".join(made.origins(1, 0, 0, 1))
+    ranks = [made.batch(1, 0, rank, 2).observations for rank in range(2)]
+    assert torch.equal(torch.stack(ranks, dim=1)[: size // 4].flatten(0, 1), batch.observations[: size // 2])
+
+
 def test_anchors_ask_at_new_observations_for_what_the_past_student_did(run: Run, past: StudentPolicy) -> None:
     batch = batches(run, past).batch(1, 0, 0, 1)
     store = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
