@@ -1,4 +1,4 @@
-"""Do what a sweep's file asks for: teachers first, each kind once, then every row with every seed."""
+"""Do what a sweep's file asks for: teachers first, each kind once, then every row, one seed of each after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hpc_cpd.lock import Lock
 from hpc_cpd.report.comparison import write_sweep_file
 from hpc_cpd.run import is_done
 from hpc_cpd.sweep.launches import Ended, Launch, run_launches
-from hpc_cpd.sweep.plan import Entry, Row, Sweep
+from hpc_cpd.sweep.plan import Entry, Row, Sweep, in_turn
 from hpc_cpd.sweep.sharing import Shared, link, shared_by
 from hpc_cpd.tasks.registry import run_plan
 
@@ -40,7 +40,7 @@ def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> 
     where = _where(cluster)
     with Lock(sweep.folder, f"the sweep {sweep.folder}", stop=stop):
         note_rows(sweep)
-        entries = [entry for row in rows for entry in row.entries]
+        entries = in_turn(rows)
         todo = [entry for entry in entries if not finished(entry)]
         _say(f"Sweep {sweep.folder}: {len(entries) - len(todo)} of {len(entries)} runs done, {len(todo)} to do")
         failed = _make(sweep, todo, where, at_once, stop)

@@ -12,6 +12,7 @@ rows:
 from __future__ import annotations
 
 import difflib
+import itertools
 import os
 import re
 import shlex
@@ -112,6 +113,12 @@ def read_sweep(file: Path, folder: Path | None = None) -> Sweep:
         title, teaches = (_text(file, f"{where}.{part}", row.get(part)) or "" for part in ("title", "teaches"))
         made.append(Row(key, title, teaches, entries))
     return Sweep(name, file, folder, seeds[0], tuple(made))
+
+
+def in_turn(rows: Sequence[Row]) -> list[Entry]:
+    """The first run of every row, then the second of those that have one, and so on: a whole table comes early."""
+    turns = itertools.zip_longest(*(row.entries for row in rows))
+    return [entry for turn in turns for entry in turn if entry is not None]
 
 
 def choose(sweep: Sweep, only: Sequence[str]) -> list[Row]:

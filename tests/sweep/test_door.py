@@ -15,7 +15,7 @@ from hpc_cpd.sweep.sharing import shared_by
 SWEEP = """
 config: base.yaml
 rows:
-  one: {}
+  one: {seeds: [0, 1]}
   two: {settings: {distill.phase1_steps: 3}}
   other: {settings: {trajectories.episodes: 3}}
 """
@@ -55,10 +55,15 @@ def launched(tmp_path, monkeypatch):
 def test_teachers_are_made_first_each_kind_once_and_the_rows_have_them(launched):
     code, ((alone, teachers), (at_once, rows)) = launched("local")
     assert code == 0 and (alone, at_once) == (1, 2)
-    assert len(teachers) == 2 and [name for name, _ in rows] == ["one, seed 0", "two, seed 0", "other, seed 0"]
+    assert len(teachers) == 2 and [name for name, _ in rows] == [
+        "one, seed 0",
+        "two, seed 0",
+        "other, seed 0",
+        "one, seed 1",
+    ]
     for name, words in rows:
         assert words[-2:] == ["--cluster", "local"] and "all" in words
-        run = Path("runs/s") / name.split(",")[0] / "seed-0"
+        run = Path("runs/s") / name.split(",")[0] / f"seed-{name[-1]}"
         assert (run / "teachers/metaworld/reach-v3/DONE").is_file() and (run / "trajectories").is_symlink()
     _, (teachers, _) = launched("local")
     assert teachers[1] == []  # they are there
@@ -72,7 +77,7 @@ def test_on_slurm_the_teachers_are_waited_for_and_the_rows_submitted_one_after_t
 
 def test_a_row_that_fails_is_told_with_its_exit_code_and_the_others_are_run(launched, capsys):
     code, (_, (_, rows)) = launched("local", {"two": 2})
-    assert code == 2 and len(rows) == 3
+    assert code == 2 and len(rows) == 4
     assert capsys.readouterr().err == "error: two, seed 0: why\n"
     assert launched("local", {"two": 2, "one": 1})[0] == 1
 
