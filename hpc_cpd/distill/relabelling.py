@@ -48,7 +48,7 @@ class _StudentActor:
 def open_new(run: Run, stage: int, tasks: list[str]) -> TrajectoryStore:
     """What teaches the new `tasks` of `stage`: their trajectories, and the relabelled episodes once all are there."""
     folders, names = [run.trajectories(task) for task in tasks], list(tasks)
-    relabelled = [_folder(run, stage, task) for task in tasks]
+    relabelled = [run.relabelled(stage, task) for task in tasks]
     if all(map(is_done, relabelled)):
         folders, names = folders + relabelled, names + names
     return open_trajectories(folders, names, run.config().distill.in_memory_gigabytes)
@@ -63,7 +63,7 @@ def relabel(run: Run, stage: int, tasks: list[str], student_folder: Path, stop: 
     student = load_student(student_folder)
     for task in tasks:
         stop_together(stop, f"stage {stage} stops before the student has played {task}")
-        _relabel_task(run, task, _folder(run, stage, task), student)
+        _relabel_task(run, task, run.relabelled(stage, task), student)
 
 
 def _relabel_task(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:
@@ -72,10 +72,6 @@ def _relabel_task(run: Run, task: str, folder: Path, student: StudentPolicy) -> 
     together(lambda: shutil.rmtree(folder, ignore_errors=True), on=0)
     _play(run, task, folder, student)
     together(lambda: _publish(run, task, folder), on=0)
-
-
-def _folder(run: Run, stage: int, task: str) -> Path:
-    return run.stage(stage) / "relabelled" / task
 
 
 def _play(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_cpd.cli import verify
 from hpc_cpd.distill.outcome import _predictions
 from hpc_cpd.distill.relabelling import FIRST_INDEX, open_new
+from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, is_done, mark_done, read_metrics, sha256
 from hpc_cpd.student.policy import load_student
 from hpc_cpd.tasks.registry import describe
@@ -55,7 +57,7 @@ def finished(stopped: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def relabelled(run: Run) -> TrajectoryStore:
-    return open_trajectories(run.stage(1) / "relabelled" / TASK, [TASK])
+    return open_trajectories(run.relabelled(1, TASK), [TASK])
 
 
 def error_at(student: Path, store: TrajectoryStore) -> float:
@@ -99,3 +101,5 @@ def test_relabelled_episodes_count_among_the_data_of_the_stage(finished: Run) ->
     recorded = open_trajectories(finished.trajectories(TASK), [TASK])
     assert len(open_new(finished, 1, [TASK])) == len(recorded) + len(relabelled(finished))
     assert is_done(finished.stage(1)) and not (finished.stage(1) / "draft").exists()
+    with pytest.raises(UserError, match="1 relabelled folders"):  # damaged: other tasks' teachers are stand-ins
+        verify(finished.folder)
