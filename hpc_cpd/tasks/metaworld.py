@@ -23,6 +23,7 @@ REWARD_VERSION = "v2"
 OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 HORIZON = 500
+GOALS = 50  # of a task under one seed: metaworld._N_GOALS
 
 # metaworld.env_dict.MT25_V3 in its order (MT10 is its first ten), then the rest of MT50_V3 in its order; written out
 # because importing metaworld loads MuJoCo
@@ -107,7 +108,7 @@ class MetaWorldFamily:
 
         region = region_of(name)
         whole = name if region is None else region.whole
-        return MetaWorldBatch(whole, _goals(name, seed), num, owned_cores())
+        return MetaWorldBatch(whole, _goals(name, seed), num, owned_cores(), _starts(name, seed))
 
 
 family = MetaWorldFamily()
@@ -120,30 +121,46 @@ def _versions() -> str:
 
 @lru_cache(maxsize=256)
 def _goals(name: str, seed: int) -> tuple[Any, ...]:
-    """The train tasks of MT1: half a second to draw (50 resets), so they are kept."""
+    """The train tasks of MT1, or those of a region."""
     import metaworld
 
     region = region_of(name)
     if region is not None:
         goals = _goals(region.whole, seed)
-        return tuple(goals[index] for index in region.choose(_places(region.whole, goals)))
+        return tuple(goals[index] for index in region.choose(np.array(_vectors(region.whole, seed))))
+    stock = metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]
+    return tuple(
+        metaworld._encode_task(name, {"rand_vec": vector, "env_cls": stock, **metaworld._MT_OVERRIDE})
+        for vector in _vectors(name, seed)
+    )
 
-    # upstream draws from the global generator and restores it, but not when it fails half-way
-    state = np.random.get_state()
+
+@lru_cache(maxsize=64)
+def _starts(name: str, seed: int) -> dict[int, Any]:
+    """The first states that batches of these goals have met: 50 steps of physics each, some kilobytes to keep."""
+    return {}
+
+
+@lru_cache(maxsize=256)
+def _vectors(name: str, seed: int) -> tuple[np.ndarray, ...]:
+    """The random vectors of MT1's 50 train tasks, float64: places of the object and of its target.
+
+    Drawn as ``metaworld._make_tasks`` draws them, by 50 resets, but without the physics of a reset: the vectors do not
+    depend on it.
+    """
+    from hpc_cpd.tasks.metaworld_classes import drawing_class
+
+    state = np.random.get_state()  # upstream draws from the global generator
     try:
-        return tuple(metaworld.MT1(name, seed=seed).train_tasks)
+        np.random.seed(seed)
+        environment = drawing_class(name)()
+        environment._freeze_rand_vec = False
+        environment._set_task_called = True
+        vectors = []
+        for _ in range(GOALS):
+            environment.reset()
+            vectors.append(environment._last_rand_vec)
     finally:
         np.random.set_state(state)
-
-
-def _places(name: str, goals: tuple[Any, ...]) -> np.ndarray:
-    """The random vectors that make the goals, float64 [goals, numbers]: places of the object and of its target."""
-    from hpc_cpd.tasks.metaworld_classes import environment_class
-
-    environment = environment_class(name)()
-    places = []
-    for goal in goals:
-        environment.set_task(goal)
-        places.append(environment._last_rand_vec)
     environment.close()
-    return np.array(places, np.float64)
+    return tuple(vectors)

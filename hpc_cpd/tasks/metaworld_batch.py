@@ -31,7 +31,7 @@ _FRAME = 18
 
 
 @dataclass(frozen=True)
-class _Start:
+class Start:
     """The first state of a goal."""
 
     state: Floats
@@ -47,12 +47,16 @@ class _Start:
 class MetaWorldBatch:
     """See :class:`hpc_cpd.tasks.family.Batch`. Observations float64 [rows, 39], rewards float64 [rows]."""
 
-    def __init__(self, name: str, goals: Sequence[Any], num: int, threads: int) -> None:
-        """`goals`: upstream's task objects; `threads`: cores that step the physics."""
+    def __init__(
+        self, name: str, goals: Sequence[Any], num: int, threads: int, starts: dict[int, Start] | None = None
+    ) -> None:
+        """`goals`: upstream's task objects; `threads`: cores that step the physics; `starts`: the first states that
+        other batches of the same goals have found, to be added to.
+        """
         self._goals = goals
         self.num_envs = num
         self._template = environment_class(name)(reward_function_version=REWARD_VERSION)
-        self._starts: dict[int, _Start] = {}
+        self._starts = {} if starts is None else starts
         model = self._template.model
         self._datas = [mujoco.MjData(model) for _ in range(num)]
         self._models = [deepcopy(model) for _ in range(min(threads, num))]
@@ -66,7 +70,7 @@ class MetaWorldBatch:
         touches = "touching_main_object" in kind.attributes
         self._rows: Any = kind(self._datas, self._template._get_id_main_object() if touches else None)
         self._live: dict[str, list[Floats]] = {}
-        self._start(0)
+        self._starts[0] = self._begin(0)  # always, for it tells what is to be followed
         space = self._template.sawyer_observation_space
         self._low, self._high = space.low[:, None], space.high[:, None]
 
@@ -160,13 +164,13 @@ class MetaWorldBatch:
             step(model, self._datas[row], frames)
             forward(model, self._datas[row])
 
-    def _start(self, goal: int) -> _Start:
+    def _start(self, goal: int) -> Start:
         start = self._starts.get(goal)
         if start is None:
             start = self._starts[goal] = self._begin(goal)
         return start
 
-    def _begin(self, goal: int) -> _Start:
+    def _begin(self, goal: int) -> Start:
         # reset(seed=) is ignored upstream: all randomness of an episode is the vector frozen in the task object
         template = self._template
         template.set_task(self._goals[goal])
@@ -177,7 +181,7 @@ class MetaWorldBatch:
         for word, value in attributes.items():
             if isinstance(value, np.ndarray) and not value.flags.owndata and word not in self._live:
                 self._follow(word, value)
-        return _Start(
+        return Start(
             state,
             template.model.body_pos.copy(),
             template.model.site_pos.copy(),

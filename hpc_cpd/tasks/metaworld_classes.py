@@ -40,6 +40,18 @@ def environment_class(name: str) -> Any:
     )
 
 
+@cache
+def drawing_class(name: str) -> Any:
+    """The subclass that draws goals for the task `name`: its resets simulate nothing."""
+
+    def reset_hand(environment: Any, steps: int = 50) -> None:
+        mujoco.mj_forward(environment.model, environment.data)  # upstream reads rotations next
+        environment.init_tcp = environment.tcp_center
+
+    stock = environment_class(name)
+    return type(stock.__name__, (stock,), {"_reset_hand": reset_hand})
+
+
 def _initialize_simulation(environment: Any) -> tuple[Any, Any]:
     # the compiled model is copied (12 ms) instead of compiled again for each environment (110 ms)
     model = copy.deepcopy(_compiled_model(environment.fullpath, environment.width, environment.height))
