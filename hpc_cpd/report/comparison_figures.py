@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from hpc_cpd.report.comparison import Comparison
 from hpc_cpd.report.figures import PERCENT, POINTS
@@ -15,6 +15,7 @@ from hpc_cpd.report.style import ROW_INCHES, Theme, legend, new_figure, tiles
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _MARKS = "osD^vP*"
+MOST_TICKS = 12
 
 
 def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
@@ -25,6 +26,7 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     lines = -(-len(rows) // 3)
     figure, axes = new_figure(theme, 8.2, 3.8 + 0.2 * lines)
     ax = axes[0, 0]
+    counts: set[int] = set()
     colours = [theme.student, theme.loss, theme.gain, theme.teacher, theme.muted]
     for number, group in enumerate(rows):
         colour, mark = colours[number % len(colours)], _MARKS[number % len(_MARKS)]
@@ -39,13 +41,14 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
                 ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, zorder=2)
         shortest = min(len(y) for _, y in curves.values())
         x = next(iter(curves.values()))[0][:shortest]
+        counts.update(x.tolist())
         mean = np.mean([y[:shortest] for _, y in curves.values()], axis=0)
         ax.plot(x, mean, color=colour, linestyle=dash, marker=mark, markersize=4, linewidth=1.6, label=group.name)
     # never less than ten points high: differences that are noise must not look like cliffs
     ax.set_ylim(bottom=max(-0.01, min(ax.get_ylim()[0], 0.9)), top=1.01)
     ax.yaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=3))
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.xaxis.set_major_locator(FixedLocator(sorted(counts)) if len(counts) <= MOST_TICKS else MaxNLocator(integer=True))
     ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.set_xlabel("tasks learnt so far, stage after stage")
