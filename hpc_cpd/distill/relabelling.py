@@ -70,7 +70,7 @@ def _relabel_task(run: Run, task: str, folder: Path, student: StudentPolicy) -> 
     if together(lambda: is_done(folder), on=0):
         return
     together(lambda: shutil.rmtree(folder, ignore_errors=True), on=0)
-    _play(run, task, folder, student)
+    together(lambda: _play(run, task, folder, student))  # the manifest is to list every rank's shard
     together(lambda: _publish(run, task, folder), on=0)
 
 
