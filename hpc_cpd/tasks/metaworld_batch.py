@@ -7,6 +7,7 @@ writes the places of the row that it steps.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -120,6 +121,9 @@ class MetaWorldBatch:
         if self._pool is not None:
             self._pool.shutdown()
         self._template.close()
+        self._datas.clear()
+        self._models.clear()
+        _give_back_memory()
 
     def _column(self, value: Any) -> NDArray[Any]:
         """float64 [N] from what the lifted code returned: [N], or the same number for all."""
@@ -213,6 +217,13 @@ class MetaWorldBatch:
             current[..., row] = np.nan if value is None else value
         elif current != value:
             raise RuntimeError(f"upstream's {word} differs between goals: {current} and {value}")
+
+
+def _give_back_memory() -> None:
+    """Blocks of many megabytes do not go back to the system by themselves: fifty evaluations would hold gigabytes."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
 
 
 def owned_cores() -> int:
