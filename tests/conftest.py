@@ -7,6 +7,7 @@ import pytest
 SLURM = {"slurm_site", "slurm_with_accounting"}
 
 
+@pytest.hookimpl(tryfirst=True)  # before the workers share out what is marked
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         needs_slurm = not SLURM.isdisjoint(getattr(item, "fixturenames", ()))
