@@ -19,10 +19,9 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(BIN)/python -m hpc_cpd.launch --stage all --config configs/quickstart.yaml --cluster local
 
-# One thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other. Two
-# workers: many tests wait for Slurm or for a rank to start (tests/conftest.py says what stays together).
+# One thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 lint: $(READY)
 	$(BIN)/ruff check .
