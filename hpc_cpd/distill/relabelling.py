@@ -12,9 +12,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from hpc_cpd.distill.engine import stop_together
 from hpc_cpd.run import Run, is_done, mark_done, sha256
@@ -23,26 +21,12 @@ from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.tasks.registry import describe, make_batch
 from hpc_cpd.teachers.attempts import BLOCK, AttemptPlan, play_block
 from hpc_cpd.teachers.collect import TeacherActor
-from hpc_cpd.teachers.joint import load_any_teacher, weights_of
+from hpc_cpd.teachers.joint import StudentTeacher, load_any_teacher, weights_of
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
 FIRST_INDEX = 2**40
 """Their numbers begin here, far beyond those of a teacher's attempts."""
-
-
-class _StudentActor:
-    """A student as the actor of attempts."""
-
-    def __init__(self, policy: StudentPolicy, task_id: str) -> None:
-        self.policy = policy
-        self.task_id = task_id
-
-    def begin(self, rows: int) -> None:
-        self.policy.reset(self.task_id, rows)
-
-    def means(self, observations: NDArray[np.float32], active: NDArray[np.bool_]) -> NDArray[np.float32]:
-        return self.policy.act(observations)
 
 
 def open_new(run: Run, stage: int, tasks: list[str]) -> TrajectoryStore:
@@ -81,11 +65,12 @@ def _play(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:
     wanted, spec = config.distill.relabelled_episodes, describe(task)
     plan = AttemptPlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
     teacher = TeacherActor(load_any_teacher(run.teacher(task), task))
+    player = TeacherActor(StudentTeacher(task, student))
     origin = (task, sha256(weights_of(run.teacher(task))), config.seed, spec.reward_version, spec.environment_version)
     writer = ShardWriter(folder, rank, 0, *origin)
     with closing(make_batch(task, BLOCK, config.seed)) as envs:
         for block in range(rank, -(-wanted // BLOCK), world_size):
-            for episode in play_block(envs, _StudentActor(student, task), plan, block, teacher):
+            for episode in play_block(envs, player, plan, block, teacher):
                 if episode.index < wanted:
                     writer.add(replace(episode, index=FIRST_INDEX + episode.index))
     writer.close()
