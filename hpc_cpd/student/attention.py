@@ -77,9 +77,11 @@ class Block(nn.Module):
     def query_key_and_value(self, tokens: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, L, width], `turn` [2, B or 1, L, head size / 2] -> three times [B, heads, L, head size]."""
         size = tokens.shape[2] // self.heads
-        mixed = self.query_key_value(self.norm_attention(tokens)).unflatten(2, (3, self.heads, size))
-        turned = rotated(mixed[:, :, :2], turn.unflatten(-1, (1, 1, -1))).permute(2, 0, 3, 1, 4)
-        return turned[0], turned[1], mixed[:, :, 2].transpose(1, 2)
+        mixed = self.query_key_value(self.norm_attention(tokens)).unflatten(2, (3, self.heads, size)).transpose(1, 3)
+        # split and unbound, never indexed: the gradient of each index would be a tensor of zeros with a part filled in
+        turning, value = mixed.split([2, 1], dim=2)
+        query, key = rotated(turning, turn.unflatten(-2, (1, 1, -1))).unbind(2)
+        return query, key, value.squeeze(2)
 
     def after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:
         """What follows the attention, token by token: [..., width] each."""
