@@ -195,6 +195,9 @@ class DistillSettings(Settings):
         description="share of the replayed rows that ask for what the student before this stage did: new "
         "observations, the vector of an old task",
     )
+    between_fraction: float = Field(
+        0.5, ge=0, le=1, description="share of those rows that lie between two remembered states of the old task"
+    )
     target: Literal["mean", "executed"] = Field(
         "mean", description="what the student imitates: the teacher's mean, or its action with noise (ablation)"
     )
@@ -203,9 +206,6 @@ class DistillSettings(Settings):
     )
     replay_targets: Literal["teacher", "past_student"] = Field("teacher", description="whose actions memory asks for")
     gradient_projection: bool = Field(False, description="A-GEM (arXiv 1812.00420): replay corrects gradients")
-    between_fraction: float = Field(
-        0.5, ge=0, le=1, description="share of those rows that lie between two remembered states of the old task"
-    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the student's products while it learns; weights, gate and optimiser stay float32"
     )

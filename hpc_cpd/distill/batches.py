@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -71,34 +70,29 @@ class StageBatches:
         memory: TrajectoryStore | None,
         task_vectors: dict[str, np.ndarray],
         length: int,
-        batch_size: int,
-        replay_fraction: float,
+        settings: DistillSettings,
         seed: list[int],
         device: torch.device,
         past: StudentPolicy | None = None,
-        anchor_fraction: float = 0.0,
-        between_fraction: float = 0.0,
-        replay_targets: Literal["teacher", "past_student"] = "teacher",
-        target: Literal["mean", "executed"] = "mean",
         task_weights: Mapping[str, float] | None = None,
     ) -> None:
         """`seed` names the stage; `length` is the student's history in steps; without `memory` nothing is replayed.
 
-        `past`: the student before this stage; `anchor_fraction` of the replayed rows ask for what it did, at new
-        observations or, `between_fraction` of them, between two that the memory keeps. `replay_targets` past_student:
-        the others ask for what it did too, in place of the teacher (behavioural cloning of ClonEx-SAC, arXiv
-        2209.13900, with the student as each stage finds it). `target`: what of the teacher is asked for. Tasks are
-        drawn in proportion to `task_weights`, the new ones and those of the memory apart; None: all alike.
+        `past`: the student before this stage, whom ``anchor_fraction`` of the replayed rows ask: at new observations
+        or, ``between_fraction`` of them, between two that the memory keeps. With ``replay_targets=past_student`` the
+        others ask it too, in place of the teacher (behavioural cloning of ClonEx-SAC, arXiv 2209.13900, with the
+        student as each stage finds it). Tasks are drawn in proportion to `task_weights`, the new ones and those of the
+        memory apart; None: all alike.
         """
         self.sources = [new] if memory is None else [new, memory]
-        self.replayed = round(batch_size * replay_fraction) if memory is not None else 0
-        self.anchored = round(self.replayed * anchor_fraction) if past is not None else 0
-        self.between = round(self.anchored * between_fraction)
-        self.rows = [batch_size - self.replayed, self.replayed - self.anchored][: len(self.sources)]
+        self.replayed = round(settings.batch_size * settings.replay_fraction) if memory is not None else 0
+        self.anchored = round(self.replayed * settings.anchor_fraction) if past is not None else 0
+        self.between = round(self.anchored * settings.between_fraction)
+        self.rows = [settings.batch_size - self.replayed, self.replayed - self.anchored][: len(self.sources)]
         self.past = past
-        self.past_answers_memory = past is not None and replay_targets == "past_student"
+        self.past_answers_memory = past is not None and settings.replay_targets == "past_student"
         self.old_vectors = np.stack(list(past.task_vectors.values())) if past is not None else None
-        self.target = "teacher_mean" if target == "mean" else "actions"
+        self.target = "teacher_mean" if settings.target == "mean" else "actions"
         self.shares = [_shares(store, task_weights) for store in self.sources]
         self.vectors = [np.stack([task_vectors[task] for task in store.task_ids]) for store in self.sources]
         self.length = length

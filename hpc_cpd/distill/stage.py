@@ -126,15 +126,10 @@ def _learn(
         memory if config.distill.replay_fraction > 0 else None,
         parts.task_vectors,
         config.student.history,
-        config.distill.batch_size,
-        config.distill.replay_fraction,
+        config.distill,
         seed=[config.seed, stage],
         device=device_of_rank(),
         past=load_student(run.stage(stage - 1) / "student") if stage > 1 else None,
-        anchor_fraction=config.distill.anchor_fraction,
-        between_fraction=config.distill.between_fraction,
-        replay_targets=config.distill.replay_targets,
-        target=config.distill.target,
         task_weights=_teacher_success(run, plan[:stage]) if config.distill.task_weights != "equal" else None,
     )
     require_replay(config.distill, stage, batches)

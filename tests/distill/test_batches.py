@@ -52,8 +52,8 @@ def batches(
     run: Run, past: StudentPolicy | None, targets: Literal["teacher", "past_student"] = "teacher", between: float = 0.0
 ) -> StageBatches:
     new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
-    device = torch.device("cpu")
-    return StageBatches(new, memory, VECTORS, 4, 32, 0.5, [0, 2], device, past, 0.5, between, targets)
+    settings = DistillSettings(batch_size=32, between_fraction=between, replay_targets=targets)
+    return StageBatches(new, memory, VECTORS, 4, settings, [0, 2], torch.device("cpu"), past)
 
 
 def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, past: StudentPolicy) -> None:
@@ -71,7 +71,8 @@ def test_the_executed_action_can_be_asked_for_in_place_of_the_mean(run: Run) -> 
     for target in ("mean", "executed"):
         store = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
         store.actions[:] = -store.teacher_mean
-        made = StageBatches(store, None, VECTORS, 4, 32, 0.0, [0, 1], torch.device("cpu"), target=target)
+        settings = DistillSettings.model_validate({"batch_size": 32, "target": target})
+        made = StageBatches(store, None, VECTORS, 4, settings, [0, 1], torch.device("cpu"))
         asked[target] = made.batch(1, 0, 0, 1).teacher_mean
     assert asked["mean"].abs().max() > 0 and torch.equal(asked["executed"], -asked["mean"])
 
@@ -79,8 +80,9 @@ def test_the_executed_action_can_be_asked_for_in_place_of_the_mean(run: Run) -> 
 def test_tasks_are_drawn_in_proportion_to_their_weights(run: Run, past: StudentPolicy) -> None:
     new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
     weights = dict(zip(TASKS, [0.9, 0.3, 0.0, 0.5], strict=True))
-    device, size = torch.device("cpu"), 4096
-    made = StageBatches(new, memory, VECTORS, 4, size, 0.5, [0, 2], device, past, 0.5, 0.5, task_weights=weights)
+    size = 4096
+    settings = DistillSettings(batch_size=size)
+    made = StageBatches(new, memory, VECTORS, 4, settings, [0, 2], torch.device("cpu"), past, weights)
     batch = made.batch(1, 0, 0, 1)
     told = batch.task_vectors.argmax(dim=1)
     assert set(told[: size // 2].tolist()) == {3}
@@ -199,9 +201,7 @@ def test_without_a_memory_what_is_about_it_is_refused(run: Run, past: StudentPol
     new = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
     for key, value in (("gradient_projection", True), ("replay_targets", "past_student")):
         settings = DistillSettings.model_validate({key: value})
-        drawn = StageBatches(
-            new, None, VECTORS, 4, 32, 0.5, [0, 2], torch.device("cpu"), past, 0.5, 0.5, settings.replay_targets
-        )
+        drawn = StageBatches(new, None, VECTORS, 4, settings, [0, 2], torch.device("cpu"), past)
         require_replay(settings, 1, drawn)
         with pytest.raises(UserError, match=rf"stage 2: distill\.{key} needs .* 0 of the memory"):
             require_replay(settings, 2, drawn)
