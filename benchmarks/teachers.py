@@ -163,7 +163,8 @@ def play_ours(course: Course, ranks: int, fixed_step_size: bool) -> None:
     task_id, seed, step_size = f"metaworld/{course.task}", course.seed, SETTINGS.learning_rate
     with open_communicator(ranks) as communicator:
         layers, weights = [WIDTH, WIDTH], generator(seed, task_id, "weights")
-        policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", SETTINGS.initial_log_std, weights)
+        log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
+        policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", log_std, weights, smallest_std)
         communicator.broadcast_parameters(policy.parameters())
         optimiser = torch.optim.Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
         mine = environments_of(SETTINGS, communicator)

@@ -50,11 +50,9 @@ class PPOSettings(Settings):
     """Proximal policy optimisation (arXiv 1707.06347) with generalised advantages (arXiv 1506.02438)."""
 
     iterations: int = Field(40, ge=0, description="rollout and update rounds; 0 publishes the warm start")
-    num_envs: int = Field(32, ge=1, description="environments over all ranks")
+    num_envs: int = Field(16, ge=1, description="environments over all ranks")
     rollout_steps: int = Field(
-        250,
-        ge=1,
-        description="steps per environment and iteration, from fresh episodes (half an episode learns faster)",
+        500, ge=1, description="steps per environment and iteration, from fresh episodes (Meta-World's end after 500)"
     )
     epochs: int = Field(10, ge=1, description="passes over a rollout")
     minibatches: int = Field(8, ge=1, description="gradient steps per pass")
@@ -72,6 +70,11 @@ class PPOSettings(Settings):
     warm_log_std: float = Field(-1.0, description="the same after a warm start: explore close to the demonstrations")
     warm_learning_rate: float = Field(3e-5, gt=0, description="Adam step size of the policy after a warm start")
     warm_value_iterations: int = Field(1, ge=0, description="after a warm start, rounds that fit the critic alone")
+    smallest_std: float = Field(
+        0.1,
+        gt=0,
+        description="from scratch, observations that vary less are divided by this, not by their standard deviation",
+    )
     target_kl: float = Field(0.03, gt=0, description="a round ends early past this divergence from the rollout policy")
     reward_scale: float = Field(0.1, gt=0, description="rewards are multiplied by this before learning")
 

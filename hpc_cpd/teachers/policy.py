@@ -25,7 +25,8 @@ STUDENT_FOLDER = "student"
 """A teacher that is a student (`joint.py`) has it instead of the two files above."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 _NORMALISED_LIMIT = 10.0
-_SMALLEST_VARIANCE = 1e-6  # a coordinate that never moved must not be blown up by its rounding noise
+SMALLEST_STD = 1e-3
+"""A coordinate that never moved must not be blown up by its rounding noise."""
 ZOO = Path(__file__).parents[1] / "zoo"
 ZOO_PREFIX = "zoo:"
 _REMEDY = "delete the folder and run 'python -m hpc_cpd.launch --stage teachers' again"
@@ -51,14 +52,19 @@ class TeacherPolicy(nn.Module):
         activation: str = "tanh",
         log_std: float = 0.0,
         rng: np.random.Generator | None = None,
+        smallest_std: float = SMALLEST_STD,
     ) -> None:
-        """Orthogonal weights drawn from `rng` (None: a fixed seed); `activation` is a key of ACTIVATIONS."""
+        """Orthogonal weights drawn from `rng` (None: a fixed seed); `activation` is a key of ACTIVATIONS.
+
+        `smallest_std`: of a coordinate that varies less, the normaliser takes this for its standard deviation.
+        """
         super().__init__()
         self.task_id = task_id
         self.observation_size = observation_size
         self.action_size = action_size
         self.hidden = tuple(hidden)
         self.activation = activation
+        self.smallest_std = smallest_std
         drawn = torch.Generator().manual_seed(int((rng or np.random.default_rng(0)).integers(2**62)))
         self.provenance: dict[str, Any] = {}
         """Where a loaded teacher comes from."""
@@ -89,7 +95,7 @@ class TeacherPolicy(nn.Module):
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
     def normalise(self, observations: Tensor) -> Tensor:
-        """float32 [..., obs] -> float32 [..., obs], zero mean and unit variance, limited to +-10."""
+        """float32 [..., obs] -> float32 [..., obs], zero mean and unit variance at most, limited to +-10."""
         return ((observations - self._shift) * self._scale).clamp(-_NORMALISED_LIMIT, _NORMALISED_LIMIT)
 
     def action_mean(self, observations: Tensor) -> Tensor:
@@ -130,7 +136,7 @@ class TeacherPolicy(nn.Module):
 
     def _cache_normaliser(self) -> None:
         self._shift = self.normaliser_mean.to(torch.float32)
-        self._scale = (self.normaliser_var.clamp_min(_SMALLEST_VARIANCE)).rsqrt().to(torch.float32)
+        self._scale = (self.normaliser_var.clamp_min(self.smallest_std**2)).rsqrt().to(torch.float32)
 
 
 def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, Any], small: bool = False) -> None:
@@ -151,6 +157,7 @@ def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, A
         "action_size": policy.action_size,
         "hidden": list(policy.hidden),
         "activation": policy.activation,
+        "smallest_std": policy.smallest_std,
         "critic": critic,
         "sha256": sha256(folder / WEIGHTS),
         "provenance": dict(provenance),
@@ -189,6 +196,7 @@ def load_teacher(folder: str | Path) -> TeacherPolicy:
             description["action_size"],
             description["hidden"],
             description["activation"],
+            smallest_std=description.get("smallest_std", SMALLEST_STD),
         )
         tensors = load_file(weights)
         policy.has_critic = description.get("critic", True)

@@ -37,7 +37,7 @@ from hpc_cpd.teachers.demonstrations import (
     record_demonstrations,
 )
 from hpc_cpd.teachers.joint import take_from_student
-from hpc_cpd.teachers.policy import TeacherPolicy
+from hpc_cpd.teachers.policy import SMALLEST_STD, TeacherPolicy
 from hpc_cpd.teachers.ppo import (
     adapted_step_size,
     collect_rollout,
@@ -129,6 +129,7 @@ class _Training:
             "relu" if self.warm else "tanh",  # measured: ReLU clones better, tanh explores better
             self.settings.ppo.warm_log_std if self.warm else self.settings.ppo.initial_log_std,
             generator(self.config.seed, task_id, "weights"),
+            SMALLEST_STD if self.warm else self.settings.ppo.smallest_std,
         )
         self.optimiser = self._new_optimiser()
         self._began = time.monotonic()

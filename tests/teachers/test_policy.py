@@ -53,6 +53,15 @@ def test_the_normaliser_belongs_to_the_policy() -> None:
     assert policy.normalise(there + 1e6).max() == 10.0
 
 
+def test_what_varies_little_is_not_blown_up_and_loading_keeps_that(tmp_path: Path) -> None:
+    policy = TeacherPolicy("lab/task", 2, 1, (4,), smallest_std=0.1)
+    policy.set_normaliser(np.zeros(2), np.array([1e-4, 4.0]), 7)
+    save_teacher(tmp_path, policy, {})
+    mark_done(tmp_path, {})
+    for each in (policy, hpc_cpd.load_teacher(tmp_path)):
+        assert torch.allclose(each.normalise(torch.tensor([0.05, 1.0])), torch.tensor([0.5, 0.5]))
+
+
 def test_log_density_and_entropy_are_those_of_the_gaussian() -> None:
     policy = _policy()
     mean, actions = torch.randn(4, 2), torch.randn(4, 2)
