@@ -37,7 +37,7 @@ WIDTH, OBSERVATION, ACTION = 128, 39, 4
 PARAMETERS = 2 * (OBSERVATION + 1 + WIDTH + 1) * WIDTH + (WIDTH + 1) * (ACTION + 1) + ACTION
 GOALS_SEED, HELD_OUT_SEED = 1, 10_001
 ROUND = SETTINGS.num_envs * SETTINGS.rollout_steps  # environment steps of a training round
-EVALUATE_EVERY, EPISODES, TARGET = 5, 20, 0.95
+EVALUATE_EVERY, EPISODES, TARGET = 2, 20, 0.95
 EQUAL = (  # what Stable-Baselines3 calls it, what CleanRL calls it, and what it is for all
     ("learning_rate", "--learning-rate", SETTINGS.learning_rate),
     ("n_steps", "--num-steps", SETTINGS.rollout_steps),
