@@ -49,6 +49,7 @@ class Rollout:
     """mean unscaled reward per environment and rollout"""
 
 
+@torch.inference_mode()
 def collect_rollout(
     envs: BatchEnv,
     policy: TeacherPolicy,
@@ -82,8 +83,7 @@ def collect_rollout(
     succeeded = np.zeros(count, np.bool_)
     observations, _ = envs.reset(options={"goal_index": goals(np.ones(count, np.bool_))})
     for step in range(steps):
-        with torch.inference_mode():
-            mean = policy.action_mean(torch.tensor(observations)).numpy()
+        mean = policy.action_mean(torch.from_numpy(observations)).numpy()
         seen[step] = observations
         actions[step] = mean + std * noise[step]
         observations, reward, terminated[step], truncated, info = envs.step(np.clip(actions[step], -1.0, 1.0))
@@ -183,6 +183,7 @@ def update(
     policy_steps, value_steps = 0, 0
     for epoch in range(settings.epochs):
         order = generator(seed, policy.task_id, "minibatches", iteration, epoch, communicator.rank).permutation(count)
+        shuffled = samples.take(torch.tensor(order))
         for part in range(settings.minibatches):
             begin, end = (count * (part + shift) // settings.minibatches for shift in (0, 1))
             whole = sum(
@@ -190,13 +191,13 @@ def update(
             )  # samples of all ranks in this gradient step
             if whole == 0:
                 continue
-            batch = samples.take(torch.tensor(order[begin:end]))
+            batch = shuffled.take(slice(begin, end))
             optimiser.zero_grad(set_to_none=True)
-            value_loss = 0.5 * (policy.value(batch.observations) - batch.returns).square().sum() / whole
+            value_loss = 0.5 * (policy.critic(batch.normalised).squeeze(-1) - batch.returns).square().sum() / whole
             policy_loss, kl = torch.zeros(()), torch.zeros(())
             loss = settings.value_coefficient * value_loss
             if train_actor:
-                log_probs = policy.log_prob(policy.action_mean(batch.observations), batch.actions)
+                log_probs = policy.log_prob(policy.actor(batch.normalised), batch.actions)
                 policy_loss = (
                     clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, settings.clip_range).sum() / whole
                 )
@@ -210,8 +211,8 @@ def update(
                 for parameter in actor:
                     parameter.grad = None
             # apart, because the critic's gradient is many times the actor's and would clip it away
-            torch.nn.utils.clip_grad_norm_(actor, settings.max_gradient_norm)
-            torch.nn.utils.clip_grad_norm_(critic, settings.max_gradient_norm)
+            torch.nn.utils.clip_grad_norm_(actor, settings.max_gradient_norm, foreach=True)
+            torch.nn.utils.clip_grad_norm_(critic, settings.max_gradient_norm, foreach=True)
             optimiser.step()
             totals += np.array(sums) * (train_actor, 1.0, train_actor)
             policy_steps += train_actor
@@ -268,7 +269,8 @@ def update_normaliser(policy: TeacherPolicy, observations: Floats, communicator:
 class _Samples:
     """A rollout as flat tensors [B, ...]."""
 
-    observations: Tensor
+    normalised: Tensor
+    """observations, by the normaliser that stands still during the round"""
     actions: Tensor
     log_probs: Tensor
     advantages: Tensor
@@ -276,9 +278,9 @@ class _Samples:
     explained_variance: float
     """of the critic before the round"""
 
-    def take(self, rows: Tensor) -> _Samples:
+    def take(self, rows: Tensor | slice) -> _Samples:
         return _Samples(
-            self.observations[rows],
+            self.normalised[rows],
             self.actions[rows],
             self.log_probs[rows],
             self.advantages[rows],
@@ -317,7 +319,7 @@ def _prepare(policy: TeacherPolicy, rollout: Rollout, settings: PPOSettings, com
     )
     normalised = (advantages - mean) / (np.sqrt(squares[0] / sums[0]) + 1e-8)
     return _Samples(
-        observations,
+        policy.normalise(observations),
         actions,
         log_probs,
         torch.tensor(normalised.reshape(-1), dtype=torch.float32),
