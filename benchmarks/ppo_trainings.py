@@ -24,6 +24,7 @@ from metaworld.wrappers import RandomTaskSelectWrapper
 from torch import nn
 
 from hpc_cpd.evaluate.rollouts import Policy, evaluate_policy
+from hpc_cpd.optimizers import Adam
 from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.actors import open_communicator
@@ -109,7 +110,7 @@ def play_ours(course: Course, ranks: int, fixed_step_size: bool) -> None:
         log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
         policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", log_std, weights, smallest_std)
         communicator.broadcast_parameters(policy.parameters())
-        optimiser = torch.optim.Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
+        optimiser = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
         mine = environments_of(SETTINGS, communicator)
         envs = make_batch(task_id, len(mine), GOALS_SEED)
         course.begin()
