@@ -86,13 +86,14 @@ def collect_rollout(
         mean = policy.action_mean(torch.from_numpy(observations)).numpy()
         seen[step] = observations
         actions[step] = mean + std * noise[step]
-        observations, reward, terminated[step], truncated, info = envs.step(np.clip(actions[step], -1.0, 1.0))
+        observations, reward, terminated[step], truncated, info = envs.step(actions[step])
         rewards[step] = reward
         succeeded |= info["success"]
         over = terminated[step] | truncated
         ended[step] = over if step + 1 < steps else True
-        finals.extend(observations[env].copy() for env in np.flatnonzero(ended[step]))
-        successes += int(succeeded[ended[step]].sum())
+        if ended[step].any():
+            finals.extend(observations[env].copy() for env in np.flatnonzero(ended[step]))
+            successes += int(succeeded[ended[step]].sum())
         if over.any() and step + 1 < steps:
             episodes += int(over.sum())
             succeeded[over] = False
