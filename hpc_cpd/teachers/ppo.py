@@ -295,11 +295,12 @@ def _prepare(policy: TeacherPolicy, rollout: Rollout, settings: PPOSettings, com
     shape = rollout.rewards.shape
     observations = torch.tensor(rollout.observations.reshape(-1, rollout.observations.shape[-1]))
     actions = torch.tensor(rollout.actions.reshape(-1, rollout.actions.shape[-1]))
+    inputs = policy.normalise(observations)
     with torch.inference_mode():
-        values = policy.value(observations).numpy().astype(np.float64).reshape(shape)
+        values = policy.critic(inputs).squeeze(-1).numpy().astype(np.float64).reshape(shape)
         final_values = policy.value(torch.tensor(rollout.final_observations)).numpy().astype(np.float64)
     with torch.no_grad():
-        log_probs = policy.log_prob(policy.action_mean(observations), actions)
+        log_probs = policy.log_prob(policy.actor(inputs), actions)
     next_values = np.zeros(shape)
     next_values[:-1] = values[1:]
     next_values[rollout.ended] = final_values
@@ -320,7 +321,7 @@ def _prepare(policy: TeacherPolicy, rollout: Rollout, settings: PPOSettings, com
     )
     normalised = (advantages - mean) / (np.sqrt(squares[0] / sums[0]) + 1e-8)
     return _Samples(
-        policy.normalise(observations),
+        inputs,
         actions,
         log_probs,
         torch.tensor(normalised.reshape(-1), dtype=torch.float32),

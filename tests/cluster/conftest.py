@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.lab import Lab
 from tests.cluster.slurm_cluster import SlurmCluster, install, reason_it_cannot_run
 
 
@@ -57,3 +58,10 @@ def slurm_with_accounting() -> Iterator[SlurmCluster]:
     """Two nodes and a database, so that sacct answers."""
     need_slurm(accounting=True)
     yield from running(SlurmCluster(nodes=2, accounting=True))
+
+
+@pytest.fixture
+def lab(slurm_site: SlurmCluster, tmp_path: Path) -> Iterator[Lab]:
+    lab = Lab(slurm_site.up(), tmp_path)  # up: the test before may have taken a node down
+    yield lab
+    lab.clear()

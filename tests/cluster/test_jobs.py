@@ -16,13 +16,6 @@ TWO_NODES = {"nodes_per_stage": 2}
 LONG = {"ranks": 2, "phase1_steps": 300, "phase2_steps": 200}  # benchmarks/preemption.py: 4 ranks, 5 times, 4 sites
 
 
-@pytest.fixture
-def lab(slurm_site: SlurmCluster, tmp_path: Path):
-    lab = Lab(slurm_site.up(), tmp_path)
-    yield lab
-    lab.clear()
-
-
 @pytest.fixture(scope="module")
 def prepared(slurm_site: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run with two teachers, and a stage of a rank on each of two nodes that was never disturbed."""

@@ -17,13 +17,6 @@ TASKS = ["toy/a", "toy/b", "toy/c"]
 HELD = settings(TASKS, options={"hold": True})
 
 
-@pytest.fixture
-def lab(slurm_site: SlurmCluster, tmp_path: Path):
-    lab = Lab(slurm_site, tmp_path)
-    yield lab
-    lab.clear()
-
-
 def dependency_of(lab: Lab, job: str) -> str:
     """In short form, ``afterok:7_0,afterok:7_1``."""
     text = lab.cluster.run("squeue", "-h", "-j", job, "-O", "Dependency:400").stdout.strip()

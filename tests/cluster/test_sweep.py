@@ -1,24 +1,13 @@
 """A whole sweep on a real Slurm: teachers once, then every row as jobs of its own."""
 
 import sys
-from pathlib import Path
-
-import pytest
 
 from hpc_cpd.run import Run, is_done, read_json
 from tests.cluster.lab import Lab, settings
-from tests.cluster.slurm_cluster import SlurmCluster
 
 TASKS = ["toy/a", "toy/b"]  # one stage
 ROWS = {"wide": {}, "narrow": {"seeds": [1], "settings": {"student.expert_hidden": 8}}}
 WORDS = [sys.executable, "-c", "from hpc_cpd.cli import main; main()", "sweep", "pair.yaml"]
-
-
-@pytest.fixture
-def lab(slurm_site: SlurmCluster, tmp_path: Path):
-    lab = Lab(slurm_site, tmp_path)
-    yield lab
-    lab.clear()
 
 
 def test_a_sweep_waits_for_shared_teachers_submits_every_row_once_and_compares_what_they_made(lab: Lab):
