@@ -1,4 +1,4 @@
-"""The trainings that teachers.py compares: one clock and one examination for ours, Stable-Baselines3 and CleanRL."""
+"""The trainings that teachers.py compares: one clock and one evaluation for ours, Stable-Baselines3 and CleanRL."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ class Finished(Exception):
 
 
 @dataclass
-class Course:
-    """The clock of one training, and its examinations."""
+class Training:
+    """The clock of one training, and its evaluations."""
 
     task: str
     seed: int
     rounds: int
-    learn: bool  # examine, and end at the target
+    learn: bool  # evaluate, and end at the target
     steps: int = 0
     seconds: list[float] = field(default_factory=list)  # of each round
     evaluations: list[dict[str, float]] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Course:
         print(RESULT + json.dumps({"round_seconds": self.seconds, "evaluations": self.evaluations}), flush=True)
 
 
-def examinee(means: Callable[[np.ndarray], np.ndarray]) -> Policy:
+def deterministic(means: Callable[[np.ndarray], np.ndarray]) -> Policy:
     """A peer's deterministic policy as `evaluate_policy` takes it; it remembers nothing."""
 
     def act(observations: np.ndarray) -> np.ndarray:
@@ -102,9 +102,9 @@ def examinee(means: Callable[[np.ndarray], np.ndarray]) -> Policy:
     return SimpleNamespace(reset=lambda task_id, num_envs: None, act=act)
 
 
-def play_ours(course: Course, ranks: int, fixed_step_size: bool) -> None:
+def train_ours(training: Training, ranks: int, fixed_step_size: bool) -> None:
     """The rounds of hpc_cpd.teachers.train from scratch, but all with the one set of goals that the peers have."""
-    task_id, seed, step_size = f"metaworld/{course.task}", course.seed, SETTINGS.learning_rate
+    task_id, seed, step_size = f"metaworld/{training.task}", training.seed, SETTINGS.learning_rate
     with open_communicator(ranks) as communicator:
         layers, weights = [WIDTH, WIDTH], generator(seed, task_id, "weights")
         log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
@@ -113,10 +113,10 @@ def play_ours(course: Course, ranks: int, fixed_step_size: bool) -> None:
         optimiser = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
         mine = environments_of(SETTINGS, communicator)
         envs = make_batch(task_id, len(mine), GOALS_SEED)
-        course.begin()
+        training.begin()
         first = collect_rollout(envs, policy, SETTINGS, seed, 0, mine.start, steps=NORMALISER_STEPS)
         update_normaliser(policy, first.observations, communicator)
-        course.steps = NORMALISER_STEPS * SETTINGS.num_envs
+        training.steps = NORMALISER_STEPS * SETTINGS.num_envs
         for iteration in itertools.count():
             rollout = collect_rollout(envs, policy, SETTINGS, seed, 1 + iteration, mine.start)
             measured = update(policy, optimiser, rollout, SETTINGS, seed, iteration, communicator)
@@ -124,9 +124,9 @@ def play_ours(course: Course, ranks: int, fixed_step_size: bool) -> None:
             if SETTINGS.desired_kl is not None and not fixed_step_size:
                 step_size = adapted_step_size(step_size, measured["kl"], SETTINGS.desired_kl)
                 optimiser.param_groups[0]["lr"] = step_size
-            if communicator.on_root(lambda: course.round_over(policy)):
+            if communicator.on_root(lambda: training.round_over(policy)):
                 break
-        communicator.on_root(lambda: course.tell(policy))
+        communicator.on_root(lambda: training.tell(policy))
 
 
 def stock_makers(task: str, seed: int) -> list[Callable[[], gymnasium.Env[Any, Any]]]:
@@ -143,39 +143,39 @@ def stock_makers(task: str, seed: int) -> list[Callable[[], gymnasium.Env[Any, A
     return [partial(make, number) for number in range(SETTINGS.num_envs)]
 
 
-def play_stable_baselines(course: Course, processes: bool) -> None:
+def train_stable_baselines(training: Training, processes: bool) -> None:
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
-    makers = stock_makers(course.task, course.seed)
+    makers = stock_makers(training.task, training.seed)
     stock = SubprocVecEnv(makers, start_method="fork") if processes else DummyVecEnv(makers)
     normalised = VecNormalize(stock, norm_reward=False)
     network = {"net_arch": {"pi": [WIDTH, WIDTH], "vf": [WIDTH, WIDTH]}, "activation_fn": nn.Tanh}
     network["log_std_init"] = SETTINGS.initial_log_std
-    words = {word: value for word, _, value in EQUAL} | {"policy_kwargs": network, "seed": course.seed}
+    words = {word: value for word, _, value in EQUAL} | {"policy_kwargs": network, "seed": training.seed}
     model = PPO("MlpPolicy", normalised, batch_size=ROUND // SETTINGS.minibatches, device="cpu", **words)
-    policy = examinee(lambda seen: model.predict(normalised.normalize_obs(seen), deterministic=True)[0])
+    policy = deterministic(lambda seen: model.predict(normalised.normalize_obs(seen), deterministic=True)[0])
 
     class Rounds(BaseCallback):
         def _on_rollout_start(self) -> None:
             if not self.n_calls:
-                course.begin()
-            elif course.round_over(policy):  # the update before this rollout was the end of a round
+                training.begin()
+            elif training.round_over(policy):  # the update before this rollout was the end of a round
                 raise Finished
 
         def _on_step(self) -> bool:
             return True
 
     with suppress(Finished):
-        model.learn((course.rounds + 1) * ROUND, Rounds())
-    course.tell(model.policy)
+        model.learn((training.rounds + 1) * ROUND, Rounds())
+    training.tell(model.policy)
     normalised.close()
 
 
-def play_cleanrl(course: Course, file: Path) -> None:
+def train_cleanrl(training: Training, file: Path) -> None:
     """Run CleanRL's file as the main program, in a world that looks to it as DIFFERENCES says."""
-    makers, wrappers = iter(stock_makers(course.task, course.seed)), gymnasium.wrappers
+    makers, wrappers = iter(stock_makers(training.task, training.seed)), gymnasium.wrappers
     transform, linear = wrappers.TransformObservation, nn.Linear
 
     def means(observations: np.ndarray) -> np.ndarray:
@@ -193,15 +193,15 @@ def play_cleanrl(course: Course, file: Path) -> None:
 
         def reset(self, **words: Any) -> Any:
             begun = super().reset(**words)
-            course.begin()
+            training.begin()
             return begun
 
         def step(self, actions: Any) -> Any:
             return *super().step(actions)[:4], {}  # the file only logs the info, which has another form now
 
     def add_scalar(tag: str, *values: Any) -> None:
-        if tag == "charts/SPS" and course.round_over(examinee(means)):  # the last thing that a round does
-            course.tell(vars(sys.modules["__main__"])["agent"])
+        if tag == "charts/SPS" and training.round_over(deterministic(means)):  # the last thing that a round does
+            training.tell(vars(sys.modules["__main__"])["agent"])
             raise Finished
 
     class Linear(linear):
@@ -214,7 +214,7 @@ def play_cleanrl(course: Course, file: Path) -> None:
     gymnasium.vector.SyncVectorEnv, nn.Linear = Environments, Linear
     wrappers.TransformObservation = lambda environment, function: transform(environment, function, None)
     wrappers.NormalizeReward = lambda environment, gamma: environment
-    options = f"--env-id Stock-v0 --seed {course.seed} --total-timesteps {course.rounds * ROUND} --no-cuda"
+    options = f"--env-id Stock-v0 --seed {training.seed} --total-timesteps {training.rounds * ROUND} --no-cuda"
     options += f" --num-envs {SETTINGS.num_envs} --num-minibatches {SETTINGS.minibatches}"
     options += " --no-anneal-lr --no-clip-vloss" + "".join(f" {option} {value}" for _, option, value in EQUAL)
     sys.argv = [str(file), *options.split()]

@@ -4,10 +4,10 @@
 
 First the speed: environment steps per second of whole training rounds (rollout and update), ours as 1, 2 and 4 MPI
 ranks, the peers in every way they can run here. Then the learning: ours as 2 ranks, and each peer in its fastest way,
-train until 95% of 20 episodes on held-out goals succeed; one function examines them all, and its time is not counted.
+train until 95% of 20 episodes on held-out goals succeed; one function evaluates them all, and its time is not counted.
 All begin with the settings of hpc_cpd.config.PPOSettings; DIFFERENCES says what remains. The peers are no dependencies
 of ours: Stable-Baselines3 is installed into a folder of its own (--peers), CleanRL is one file of your checkout, run as
-it is in a world that `play_cleanrl` adapts.
+it is in a world that `train_cleanrl` adapts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from ppo_trainings import RESULT, ROUND, SETTINGS, TARGET, Course, play_cleanrl, play_ours, play_stable_baselines
+from ppo_trainings import RESULT, ROUND, SETTINGS, TARGET, Training, train_cleanrl, train_ours, train_stable_baselines
 
 from hpc_cpd.cluster.local import find_mpiexec
 from hpc_cpd.cluster.provenance import describe_origin
@@ -77,7 +77,7 @@ def run(contender: Contender, given: argparse.Namespace, task: str, seed: int, r
     if contender.who != "ours":
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(given.peers), os.environ.get("PYTHONPATH"))))
     plan = {"who": contender.who, "ranks": contender.ranks, "processes": contender.processes}
-    plan |= {"course": {"task": task, "seed": seed, "rounds": rounds, "learn": learn}}
+    plan |= {"training": {"task": task, "seed": seed, "rounds": rounds, "learn": learn}}
     command = [find_mpiexec(), "-n", str(contender.ranks)] if contender.ranks > 1 else []
     command += [sys.executable, *sys.argv, "--play", json.dumps(plan)]
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -91,13 +91,13 @@ def play(given: argparse.Namespace) -> None:
     """What the processes that `run` starts do."""
     warnings.simplefilter("ignore")
     plan = json.loads(given.play)
-    course = Course(**plan["course"])
+    training = Training(**plan["training"])
     if plan["who"] == "ours":
-        play_ours(course, plan["ranks"], given.fixed_step_size)
+        train_ours(training, plan["ranks"], given.fixed_step_size)
     elif plan["who"] == "CleanRL":
-        play_cleanrl(course, given.cleanrl)
+        train_cleanrl(training, given.cleanrl)
     else:
-        play_stable_baselines(course, plan["processes"])
+        train_stable_baselines(training, plan["processes"])
 
 
 def measure_speed(given: argparse.Namespace, task: str, contenders: list[Contender]) -> dict[Contender, float]:
