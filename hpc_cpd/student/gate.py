@@ -67,6 +67,11 @@ class Gate(nn.Module):
             self.register_parameter(f"weight_{stage}", nn.Parameter(rows))
             self.register_parameter(f"bias_{stage}", nn.Parameter(biases))
 
+    @property
+    def selects(self) -> bool:
+        """Whether tokens go to some experts alone."""
+        return 0 < self.top_k < self.num_experts
+
     def bias_of(self, newborns: int) -> float:
         """The bias at birth. More than five share the weight that five have: many change no more than five do."""
         return self.bias_at_birth - math.log(max(1.0, newborns / 5))
@@ -79,7 +84,7 @@ class Gate(nn.Module):
         """
         with torch.autocast(tokens.device.type, enabled=False):  # who serves a token must not be a matter of rounding
             logits = self._logits(tokens.float())
-        if lift_mask is None or not 0 < self.top_k < self.num_experts or len(self.stages) == 1:
+        if lift_mask is None or not self.selects or len(self.stages) == 1:
             return logits, None
         lift = logits.new_zeros(self.num_experts)
         lift[-self.newest :] = -self.bias_of(self.newest)
@@ -103,7 +108,7 @@ class Gate(nn.Module):
         that is born; so the weight is exactly 1 and its gradient is that of the log-probability.
         """
         probabilities = F.softmax(logits, dim=-1)
-        if not 0 < self.top_k < self.num_experts:
+        if not self.selects:
             return Routing(probabilities, None, probabilities, probabilities.detach().sum(dim=0).double())
         # Lifted tokens did not come by the gate's wish: counted as load, they would push new experts down again.
         wished = self._highest(logits.detach())
@@ -120,7 +125,7 @@ class Gate(nn.Module):
 
         Made of differentiable operations whose shapes do not depend on the data, as `torch.func` demands.
         """
-        if not 0 < self.top_k < self.num_experts:
+        if not self.selects:
             return F.softmax(logits, dim=-1)
         selected = self._highest(logits.detach())
         if self.top_k == 1:
