@@ -115,12 +115,13 @@ class _SelectedExperts:
         counts = torch.bincount(selected, minlength=len(self.layers)).tolist()
         rows = tokens.index_select(0, order // routing.selected.shape[1])
         results = tokens.new_empty(len(rows), self.output_size)
-        for part, result, (first, second, last) in zip(
+        for part, result, (*inner, (bias, weight)) in zip(
             rows.split(counts), results.split(counts), self.layers, strict=True
         ):
             if len(part):
-                hidden = F.gelu(torch.addmm(second[0], F.gelu(torch.addmm(first[0], part, first[1])), second[1]))
-                torch.addmm(last[0], hidden, last[1], out=result)
+                for inner_bias, inner_weight in inner:
+                    part = F.gelu(torch.addmm(inner_bias, part, inner_weight))
+                torch.addmm(bias, part, weight, out=result)
         ordered = torch.empty_like(results).index_copy_(0, order, results)
         outputs = (ordered.view(*routing.selected.shape, -1) * routing.weights.unsqueeze(-1)).sum(dim=1)
         if self.shared is not None:
