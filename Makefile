@@ -20,9 +20,9 @@ demo: $(READY)
 	$(BIN)/python -m hpc_cpd.launch --stage all --config configs/quickstart.yaml --cluster local
 
 # One thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
-# Two workers: half of the time a test waits for Slurm, for a lease to run out or for a rank to be missed.
+# Two workers, a file to one of them: half of the time a test waits for Slurm, for a lease to run out, for a lost rank.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .
