@@ -16,13 +16,14 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $(READY)
 
+# On the cores, also where there are GPUs: its two ranks would need two, and its student is too small for them.
 demo: $(READY)
-	$(BIN)/python -m hpc_cpd.launch --stage all --config configs/quickstart.yaml --cluster local
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m hpc_cpd.launch --stage all --config configs/quickstart.yaml --cluster local
 
-# One thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
+# No GPU and one thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
 # Two workers, a file to one of them: half of the time a test waits for Slurm, for a lease to run out, for a lost rank.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

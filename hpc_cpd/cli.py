@@ -62,7 +62,7 @@ def evaluate(
     run: RunFolder,
     stage: Annotated[int | None, typer.Option(help="which student; default: the last that is published")] = None,
     episodes: Annotated[int | None, typer.Option(min=1, help="per task; default: as in the run")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="of the goals; default: as in the run")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="of the goals; default: as in the run")] = None,
     infer_task: Annotated[bool, typer.Option("--infer-task", help="do not tell the student its task")] = False,
 ) -> None:
     """Evaluate a published student once more. Writes nothing."""

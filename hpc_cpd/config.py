@@ -38,7 +38,10 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         if not separator:
             raise UserError(f"'{word}' is not an override; write key=value, for example seed=1")
         if key == "cluster.site":
-            values["cluster"] = (values.get("cluster") or {}) | _site(text)
+            cluster = values.get("cluster") or {}
+            if not isinstance(cluster, dict):
+                raise UserError(f"'cluster' is a single value, {cluster!r}, so 'cluster.site' is not a setting")
+            values["cluster"] = cluster | _site(text)
         else:
             _assign(values, key.split("."), text)
     return parse_config(values)
@@ -49,7 +52,7 @@ def _read_mapping(file: Path, absent: str) -> dict[str, Any]:
         raise UserError(absent.format(file))
     try:
         values = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold settings as 'key: value' lines")
@@ -97,7 +100,7 @@ def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
         values = inner
     try:
         values[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         values[keys[-1]] = text
 
 

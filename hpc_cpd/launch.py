@@ -32,6 +32,7 @@ from hpc_cpd.lock import Lock
 from hpc_cpd.run import Run, is_done
 
 HERE = "python -m hpc_cpd.launch"
+NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 RETRY_LOCK_SECONDS = 300.0  # a caretaker waits for a person's launch to end
 
 
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settle(arguments: argparse.Namespace) -> Work:
     """Settings, run folder and tasks, all checked before anything is written."""
-    from hpc_cpd.distill.needs import require_isolation
+    from hpc_cpd.distill.needs import require_settings
     from hpc_cpd.tasks.registry import run_plan
 
     overrides = list(arguments.settings)
@@ -123,7 +124,7 @@ def _settle(arguments: argparse.Namespace) -> Work:
     plan = run_plan(run, config)
     tasks = [task for tasks in plan for task in tasks]
     _require_same_sizes(tasks)
-    require_isolation(config, len(plan))
+    require_settings(config, len(plan))
     asked: str = arguments.stage
     if asked == "teachers":
         return Work(run, config, plan, asked, tasks, [], arguments.allow_missing)
@@ -192,6 +193,10 @@ def _run_here(work: Work, stop: StopFlag, where: str) -> None:
     """Teachers first, then one stage after another. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
     logs = (work.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
     folder, config, cores = str(work.run.folder), work.config, local.usable_cores()
+    if where == "local" and work.todo_stages and NVIDIA_GPUS.is_dir():
+        from hpc_cpd.distill.engine import require_gpus  # brings torch, which takes seconds
+
+        require_gpus(config.distill.ranks)  # now, and not when the teachers are trained
     ranks = config.teachers.ranks
     at_once, threads = max(1, cores // ranks), 0
     srun: tuple[str, ...] = ()
@@ -253,7 +258,7 @@ def _dry_run(work: Work, where: str) -> None:
     site = slurm.ask_site() if slurm.slurm_answers() else slurm.Site()
     logs = schedule.slurm_logs(work.run)
     for plan in schedule.plan_jobs(work, tasks, site):
-        after = schedule.dependency({unit: f"<job of {unit}>" for unit in plan.needs}, work.allow_missing)
+        after = schedule.dependency_of(work, {unit: f"<job of {unit}>" for unit in plan.needs})
         _say(f"\n# ---- {plan.script.name}\n{plan.script.text(logs, after)}")
 
 

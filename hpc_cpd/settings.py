@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from hpc_cpd.errors import UserError
 
@@ -88,7 +88,7 @@ class TeacherSettings(Settings):
     student: str | None = Field(None, description="source student: its folder, RUN/stages/K/student")
     start: Literal["demonstrations", "scratch"] = Field("demonstrations", description="how a teacher begins")
     ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
-    hidden: list[int] = Field([256, 256], min_length=1, description="widths of the hidden layers")
+    hidden: list[PositiveInt] = Field([256, 256], min_length=1, description="widths of the hidden layers")
     demonstrations: DemonstrationSettings = DemonstrationSettings()
     ppo: PPOSettings = PPOSettings()
     evaluation_episodes: int = Field(20, ge=1, description="episodes per evaluation while training")
@@ -96,6 +96,15 @@ class TeacherSettings(Settings):
     target_success: float = Field(
         0.95, gt=0, le=1, description="stop once evaluated at this twice in a row; a clone is evaluated twice at once"
     )
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.student is not None and self.source != "student":
+            raise UserError(
+                f"teachers.student names the teacher of all tasks, but teachers.source is '{self.source}'; "
+                "set teachers.source=student, or leave teachers.student out"
+            )
+        return self
 
 
 class TrajectorySettings(Settings):
@@ -149,6 +158,20 @@ class StudentSettings(Settings):
     )
     task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
     task_encoder: TaskEncoderSettings = TaskEncoderSettings()
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.width % (2 * self.heads):
+            raise UserError(
+                f"student.width is {self.width}, no multiple of twice student.heads, which is {self.heads}; "
+                "change either"
+            )
+        if self.mixtures > self.layers:
+            raise UserError(
+                f"student.mixtures is {self.mixtures}, but there are only as many places as blocks, student.layers, "
+                f"{self.layers}; change either"
+            )
+        return self
 
 
 class MemorySettings(Settings):
@@ -239,6 +262,16 @@ class DistillSettings(Settings):
                 f"distill.gradient_projection needs whole gradients on every rank, but distill.zero_stage is "
                 f"{self.zero_stage}, which shares them out; set distill.zero_stage=0"
             )
+        if self.ranks % (self.expert_parallel_size or self.ranks):
+            raise UserError(
+                f"distill.expert_parallel_size is {self.expert_parallel_size}, which does not divide distill.ranks, "
+                f"{self.ranks}; choose a divisor, or 0 for all of them"
+            )
+        if self.target == "executed" and self.relabelled_episodes:
+            raise UserError(
+                f"distill.relabelled_episodes is {self.relabelled_episodes}, in which the executed actions are the "
+                "student's own, so it must not imitate them; set distill.target=mean"
+            )
         asking = "gradient_projection" if self.gradient_projection else "replay_targets"
         asked = self.gradient_projection or self.replay_targets == "past_student"
         if asked and (not self.replay_fraction or self.anchor_fraction == 1):
@@ -253,7 +286,7 @@ class EvaluationSettings(Settings):
     """How success is measured."""
 
     episodes: int = Field(20, ge=1, description="episodes per task, each on a goal of its own while they last")
-    seed: int = Field(10_000, ge=0, description="seed of the evaluation goals; never the training seed")
+    seed: int = Field(10_000, ge=0, le=2**32 - 3, description="seed of the evaluation goals; never the training seed")
     forward_transfer: bool = Field(True, description="also evaluate new tasks before they are learnt")
     infer_task: bool = Field(False, description="also evaluate a student that is not told its task")
 
@@ -323,7 +356,7 @@ class Config(Settings):
     method: Literal["ours", "paper"] = Field("ours", description="the defaults, or the method of arXiv 2601.22475")
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
-    seed: int = Field(0, ge=0, description="seed of everything but the evaluation goals")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything but the evaluation goals")
     checkpoint_every_seconds: float = Field(
         20.0, gt=0, description="most work lost to a kill", json_schema_extra=RESUMABLE
     )

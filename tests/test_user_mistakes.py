@@ -3,9 +3,16 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+
+from hpc_cpd.config import load_config
+from hpc_cpd.distill.engine import require_gpus
+from hpc_cpd.distill.needs import require_settings
+from hpc_cpd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 MT10 = ["--config", "configs/mt10.yaml"]
@@ -71,6 +78,63 @@ def test_other_settings_for_an_existing_run_are_refused_key_by_key(tmp_path):
     done = call("hpc_cpd.launch", "--stage", "2", *run, "--ranks", "3")  # how, not what: taken over
     refused(done, "stage 2 cannot start")
     assert "ranks: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["student.heads=3"], ["student.width is 128", "student.heads"]),
+        (["student.mixtures=2"], ["student.mixtures is 2", "student.layers, 1"]),
+        (["teachers.hidden=[256, 0]"], ["teachers.hidden.1", "greater than 0"]),
+        (["teachers.student=runs/x/student"], ["teachers.source is 'train'", "set teachers.source=student"]),
+        (["distill.ranks=4", "distill.expert_parallel_size=3"], ["expert_parallel_size is 3", "distill.ranks, 4"]),
+        (["distill.target=executed", "distill.relabelled_episodes=5"], ["the student's own", "distill.target=mean"]),
+        (["seed=20260115123456"], ["'seed'", "4294967295"]),
+        (["evaluation.seed=4294967295"], ["evaluation.seed", "4294967293"]),
+        (["evaluation.infer_task=true", "student.task_embedding=one_hot"], ["infer_task", "one_hot"]),
+        (["student.top_k=2", "distill.phase1_steps=0"], ["student.top_k is 2", "phase1_steps is 0"]),
+        (["trajectories.episodes=10", "memory.budget_fraction=0.05"], ["0.05 of 10 episodes", "less than one"]),
+    ],
+)
+def test_settings_that_could_only_fail_after_the_teachers_are_refused_before_them(words, parts):
+    with pytest.raises(UserError) as refusal:
+        require_settings(load_config(ROOT / "configs" / "quickstart.yaml", words), stages=2)
+    for part in parts:
+        assert part in str(refusal.value)
+
+
+def test_one_stage_needs_neither_memory_nor_a_first_phase():
+    words = ["trajectories.episodes=10", "memory.budget_fraction=0.05", "student.top_k=2", "distill.phase1_steps=0"]
+    require_settings(load_config(None, words), stages=1)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "part"),
+    [
+        ("# f\u00fcr alle\nname: x\n".encode("latin-1"), [], "not valid YAML"),
+        (b"name: 2026-02-30\n", [], "not valid YAML"),
+        (b"cluster: gpu\n", ["cluster.site=configs/cluster/example.yaml"], "'cluster' is a single value, 'gpu'"),
+    ],
+)
+def test_a_file_that_cannot_be_read_as_settings_is_named(tmp_path, text, words, part):
+    (tmp_path / "lab.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=part):
+        load_config(tmp_path / "lab.yaml", words)
+
+
+def test_a_word_that_looks_like_a_date_and_is_none_is_text():
+    assert load_config(None, ["name=2026-02-30"]).name == "2026-02-30"
+
+
+@pytest.mark.parametrize(("gpus", "ranks", "fits"), [(0, 8, True), (4, 4, True), (4, 2, True), (1, 2, False)])
+def test_more_ranks_than_gpus_are_refused(monkeypatch, gpus, ranks, fits):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with (
+        nullcontext()
+        if fits
+        else pytest.raises(UserError, match=f"{ranks} ranks.*shows {gpus}; set distill.ranks={gpus}")
+    ):
+        require_gpus(ranks)
 
 
 @pytest.mark.parametrize("folder", ["/dev/null/run", "/proc/run"])

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.distill.projection import project_gradients, take_gradients
-from hpc_cpd.errors import StopRequested
+from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.checkpoint import Moments
@@ -33,14 +33,20 @@ BUCKET = 5_000_000  # numbers that ZeRO reduces at once; DeepSpeed's own default
 def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tuple[int, int]:
     """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return (rank, world size).
 
-    Without these variables the process is alone. A second call returns the same answer.
+    Without these variables the process is alone. A second call returns the same answer. Raises UserError when this
+    machine has GPUs, but none for this rank.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
-    if not torch.cuda.is_available():
+    backends = None  # DeepSpeed's choice, gloo
+    if torch.cuda.is_available():
+        require_gpus(int(os.environ["LOCAL_RANK"]) + 1)
+        torch.cuda.set_device(device_of_rank())  # what NCCL takes the objects of a collective to
+        backends = "cpu:gloo,cuda:nccl"  # results of the evaluation and errors of episodes are on the CPU
+    else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
@@ -53,7 +59,7 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
         ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     _import_muon_uncompiled()
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(timeout=timedelta(seconds=timeout_seconds), verbose=False)
+        deepspeed.init_distributed(backends, timeout=timedelta(seconds=timeout_seconds), verbose=False)
         gc.freeze()  # what the imports made lives as long as the rank: collecting after every phase need not look at it
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
@@ -78,6 +84,16 @@ def finish_distributed() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def require_gpus(ranks: int) -> None:
+    """Raise UserError when this machine has GPUs, but fewer than the `ranks` of a stage that are to run on it."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks:
+        raise UserError(
+            f"a stage is to run {ranks} ranks here (distill.ranks), each on a GPU of its own, but this machine shows "
+            f"{gpus}; set distill.ranks={gpus}, or CUDA_VISIBLE_DEVICES= to learn on its cores"
+        )
 
 
 def device_of_rank() -> torch.device:

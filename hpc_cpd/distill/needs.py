@@ -10,6 +10,33 @@ from hpc_cpd.tasks.registry import run_plan
 MOST_PACKNET_STAGES = 255  # PackNet's owners are kept as uint8
 
 
+def require_settings(config: Config, stages: int) -> None:
+    """Raise UserError when settings contradict each other over this many stages: now, not when a stage finds out."""
+    require_isolation(config, stages)
+    student, settings = config.student, config.distill
+    if config.evaluation.infer_task and student.task_embedding == "one_hot":
+        raise UserError(
+            "evaluation.infer_task asks for a student that finds out its task, but student.task_embedding is "
+            "'one_hot': a name cannot be found out; set evaluation.infer_task=false"
+        )
+    if stages > 1 and student.top_k and student.grow and settings.phase1_steps == 0:
+        raise UserError(
+            f"student.top_k is {student.top_k}, so new experts get work in phase 1 alone, but distill.phase1_steps is "
+            "0; give it steps, or set student.top_k=0"
+        )
+    kept = config.memory.budget_fraction * (config.trajectories.episodes + settings.relabelled_episodes)
+    if stages > 1 and needs_memory(config) and kept < 1 - 1e-9:
+        raise UserError(
+            f"memory.budget_fraction keeps {config.memory.budget_fraction} of {config.trajectories.episodes} episodes "
+            "(trajectories.episodes), less than one of each task, and later stages need one; raise either"
+        )
+
+
+def needs_memory(config: Config) -> bool:
+    """Whether a later stage looks at what the replay memory keeps."""
+    return config.distill.replay_fraction > 0 or config.student.task_embedding == "contrastive"
+
+
 def require_isolation(config: Config, stages: int) -> None:
     """Raise UserError when distill.isolation asks for what the other settings, or this many stages, contradict."""
     settings = config.distill
@@ -27,6 +54,16 @@ def require_isolation(config: Config, stages: int) -> None:
         raise UserError(
             f"{method}, which holds the weights of past stages entirely, so there is nothing to project a gradient "
             "for; set distill.gradient_projection=false"
+        )
+    if config.evaluation.infer_task:
+        raise UserError(
+            f"{method}, which puts the weights of a task in place by its name, but evaluation.infer_task asks for a "
+            "student that is not told it; set evaluation.infer_task=false"
+        )
+    if settings.replay_targets == "past_student":
+        raise UserError(
+            f"{method}, so no stage can unlearn what the student before it did, and there is nothing to ask it for; "
+            "set distill.replay_targets=teacher"
         )
     if settings.replay_fraction > 0 and settings.anchor_fraction > 0:
         raise UserError(

@@ -16,13 +16,15 @@ from hpc_cpd.distill.importance import Samples
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
+from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Config
+from hpc_cpd.student.checkpoint import together
 from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.student.transformer import Student
 from hpc_cpd.trajectories.memory import select_memory, write_memory
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-IMPORTANCE_SAMPLES = 256  # of the default student with 25 experts, about 20 seconds on one core
+IMPORTANCE_SAMPLES = 256  # of the default student with 25 experts, under a minute on one core
 ROUTING_STEPS = 512
 STEPS_AT_ONCE = 512
 
@@ -47,10 +49,14 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
     return store.episode_means(errors.numpy())
 
 
-def keep_memory(folder: Path, config: Config, stage: int, store: TrajectoryStore, errors: np.ndarray) -> None:
+def keep_memory(
+    folder: Path, config: Config, stage: int, store: TrajectoryStore, errors: np.ndarray, needed: bool = False
+) -> None:
     """Write ``stages/K/memory``: of each new task the episodes that fit its budget of steps.
 
-    `errors` float64 [episodes of the store]: the student's, the priority of the selection.
+    `errors` float64 [episodes of the store]: the student's, the priority of the selection. `needed`: by later stages.
+
+    Raises UserError when it is needed and no episode of a task fits.
     """
     settings = config.memory
     memories = [
@@ -64,6 +70,14 @@ def keep_memory(folder: Path, config: Config, stage: int, store: TrajectoryStore
         )
         for task in store.task_ids
     ]
+    for memory in memories if needed else ():
+        if not memory.episodes:
+            shortest = min(len(store.episode(number)) for number in store.task_episodes(memory.origin.task_id))
+            raise UserError(
+                f"the replay memory has room for {memory.budget_steps} of the {memory.total_steps} steps of "
+                f"{memory.origin.task_id} (memory.budget_fraction), but its shortest episode has {shortest}, and later "
+                "stages need one; start a run with a larger memory.budget_fraction or more trajectories.episodes"
+            )
     facts = {"stage": stage, "method": settings.selection, "budget_fraction": settings.budget_fraction}
     write_memory(folder / "memory", memories, **facts)
 
@@ -97,13 +111,24 @@ def update_penalty(
     batches: StageBatches,
     previous: Penalty | None,
 ) -> None:
-    """Write ``penalty.safetensors``: what the next stage must not move, and how firmly. For one rank alone."""
-    device = device_of_rank()
-    student = Student(beginning.shape, beginning.experts_by_stage, inference=True).to(device)
-    student.load_canonical(state)
-    found = importance_of(config.distill, student, _samples(batches))
-    importance = {name: value.cpu() for name, value in found.items()}
-    next_penalty(config.distill, previous, dict(state), importance).save(folder / "penalty.safetensors")
+    """Write ``penalty.safetensors``: what the next stage must not move, and how firmly.
+
+    The samples are shared out over the ranks (a collective); `state` must be the same on all of them.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+    def of_my_samples() -> dict[str, Tensor]:
+        student = Student(beginning.shape, beginning.experts_by_stage, inference=True).to(device_of_rank())
+        student.load_canonical(state)
+        observations, vectors, steps = (part.tensor_split(world_size)[rank] for part in _samples(batches))
+        found = importance_of(config.distill, student, (observations, vectors, steps))
+        return {name: (mean * (len(steps) / IMPORTANCE_SAMPLES)).cpu() for name, mean in found.items()}
+
+    importance = together(of_my_samples)
+    for share in importance.values() if world_size > 1 else ():
+        torch.distributed.all_reduce(share)
+    penalty = next_penalty(config.distill, previous, dict(state), importance)
+    together(lambda: penalty.save(folder / "penalty.safetensors"), on=0)
 
 
 def _samples(batches: StageBatches) -> Samples:

@@ -19,7 +19,7 @@ from hpc_cpd.distill.beginning import begin_stage, load_beginning
 from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
 from hpc_cpd.distill.isolation import isolation_of_stage
 from hpc_cpd.distill.learn import learn_stage
-from hpc_cpd.distill.needs import do_without_missing, require_isolation, require_stage
+from hpc_cpd.distill.needs import do_without_missing, needs_memory, require_settings, require_stage
 from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task, update_penalty
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.distill.phases import Phase, phases_of
@@ -54,7 +54,7 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
         together(lambda: do_without_missing(run, stage), on=0)
     plan = run_plan(run, config)
     require_stage(run, plan, stage)
-    require_isolation(config, len(plan))
+    require_settings(config, len(plan))
     folder = run.stage(stage)
     if is_done(folder):
         return
@@ -89,7 +89,8 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     if lacks("memory"):
         say.update("choosing the replay memory")
         errors = episode_errors(folder / "student", new)
-        together(lambda: keep_memory(folder, config, stage, new, errors), on=0)
+        needed = stage < len(plan) and needs_memory(config)
+        together(lambda: keep_memory(folder, config, stage, new, errors, needed), on=0)
     if lacks("routing.json"):
         stores = [new] if memory is None else [new, memory]
         together(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)), on=0)
@@ -140,9 +141,10 @@ def _learn(
     learnt = learn_stage(run, stage, config, phases, beginning, batches, penalty, isolation, stop)
     state, kept = isolation.published(learnt)
 
+    if config.distill.penalty != "none" and names[1] == "student":
+        update_penalty(folder, config, beginning, state, batches, penalty)
+
     def publish() -> None:
-        if config.distill.penalty != "none" and names[1] == "student":
-            update_penalty(folder, config, beginning, state, batches, penalty)
         metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed}
         save_student(
             folder / names[1],

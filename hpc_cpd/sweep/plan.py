@@ -152,7 +152,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise UserError(f"there is no sweep file {file}; give one of configs/sweeps/*.yaml")
     try:
         values = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold a sweep: 'name:', 'config:' and 'rows:'")

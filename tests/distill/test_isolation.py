@@ -210,6 +210,8 @@ def good(method: str) -> list[str]:
         ("distill.penalty=ewc", "distill.penalty is 'ewc'"),
         ("distill.gradient_projection=true", "nothing to project"),
         ("distill.anchor_fraction=0.5", "set distill.anchor_fraction=0"),
+        ("distill.replay_targets=past_student", "set distill.replay_targets=teacher"),
+        ("evaluation.infer_task=true", "set evaluation.infer_task=false"),
     ],
 )
 def test_settings_that_contradict_isolation_are_named(method: str, word: str, part: str) -> None:

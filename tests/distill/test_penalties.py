@@ -118,3 +118,7 @@ def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: P
         assert all(value.isfinite().all() and (value >= 0).all() for value in importance.values())
         assert all(importance[f"mixtures.0.experts.{expert}.last.weight"].any() for expert in (0, 1))
     assert not torch.equal(*(importance["head.weight"] for importance in importances))
+    alone = make_run(tmp_path / "alone", "distill.penalty=ewc", *words)  # two ranks shared the samples out
+    finish(start_ranks(1, alone.folder, 1))
+    for key, value in Penalty.load(alone.stage(1) / "penalty.safetensors").importance.items():
+        torch.testing.assert_close(importances[0][key], value, rtol=1e-3, atol=1e-6)
