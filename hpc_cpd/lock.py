@@ -117,8 +117,8 @@ class Lock:
         temporary = path.with_name(f".lock.{secrets.token_hex(4)}.tmp")
         job, restart = _slurm_start(os.environ)
         pid = os.getpid()
-        owner = {"host": socket.gethostname(), "pid": pid, "born": _birth(pid), "token": self.token}
-        temporary.write_text(json.dumps(owner | {"job": job, "restart": restart}))
+        owner = {"host": socket.gethostname(), "space": process_space(), "pid": pid, "born": _birth(pid)}
+        temporary.write_text(json.dumps(owner | {"token": self.token, "job": job, "restart": restart}))
         try:
             os.link(temporary, path)  # fails if the name exists: the one atomic claim NFS offers too
         except FileExistsError:
@@ -145,7 +145,7 @@ class Lock:
         pause = HEARTBEAT_SECONDS / _LOOKS_PER_HEARTBEAT
         quiet, blocked, looked, beaten = 0.0, 0.0, time.monotonic(), False
         while True:
-            process = _lives_here(seen.owner)
+            process = lives_here(seen.owner)
             over = fenced or process is False or (process is None and quiet >= needed)
             if over and self._remove(seen, still=not fenced):
                 return
@@ -260,14 +260,22 @@ def _same(now: _Seen | None, before: _Seen, still: bool) -> bool:
     return now is not None and now.owner == before.owner and (not still or now.mtime_ns == before.mtime_ns)
 
 
-def _lives_here(owner: Mapping[str, Any]) -> bool | None:
+def lives_here(owner: Mapping[str, Any]) -> bool | None:
     """Whether the owner's process is alive; None when that cannot be told from this host."""
     pid, born = owner.get("pid"), owner.get("born")
-    if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or born is None:
+    here = owner.get("host") == socket.gethostname() and owner.get("space") == process_space()
+    if not here or not isinstance(pid, int) or born is None:
         return None
     if _birth(pid) != born:
         return False
     return pid != os.getpid() or owner.get("token") in _held
+
+
+def process_space() -> str:
+    """Where a process id means the same process: containers may share the host's name, but not its ids."""
+    with suppress(OSError):
+        return os.readlink("/proc/self/ns/pid") + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
 
 
 def _birth(pid: int) -> int | None:

@@ -10,5 +10,5 @@
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:-.}"
 config=configs/mt25.yaml
-case ${1:-} in *.yaml | *.yml) config=$1; shift ;; esac
+case ${1:-} in *=*) ;; *.yaml | *.yml) config=$1; shift ;; esac
 exec .venv/bin/python -m hpc_cpd.launch --stage all --cluster slurm --config "$config" "$@"

@@ -89,7 +89,7 @@ def _last_saved(folder: Path) -> float:
 def _who() -> str:
     launcher = os.environ.get("HPC_CPD_LAUNCHER")
     if launcher is not None:
-        return f"launcher {launcher}"
+        return f"launcher {launcher} {os.environ.get('HPC_CPD_LOGS', '')}"  # in a container it is always process 1
     job = this_job()
     return f"process {os.getpid()}" if job is None else f"job {job} restart {_restart()}"
 

@@ -18,7 +18,7 @@ from typing import Any
 from hpc_cpd.cluster.attempt import FILE as ATTEMPT
 from hpc_cpd.cluster.attempt import Attempt, read_attempt
 from hpc_cpd.cluster.work import stage_unit, teacher_unit
-from hpc_cpd.lock import STALE_SECONDS
+from hpc_cpd.lock import STALE_SECONDS, lives_here
 from hpc_cpd.report.status_table import Progress
 from hpc_cpd.run import DONE, Run
 from hpc_cpd.settings import Config
@@ -109,8 +109,11 @@ def live_owner(folder: Path) -> Owner | None:
         pid, host, job = int(owner["pid"]), str(owner["host"]), owner.get("job")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    gone = host == socket.gethostname() and not Path(f"/proc/{pid}").is_dir() and Path("/proc/self").is_dir()
-    return None if gone or age >= STALE_SECONDS else Owner(pid, host, None if job is None else str(job))
+    return (
+        None
+        if lives_here(owner) is False or age >= STALE_SECONDS
+        else Owner(pid, host, None if job is None else str(job))
+    )
 
 
 def _names(folder: Path) -> set[str]:

@@ -23,6 +23,7 @@ from hpc_cpd.run import Run, write_json
 from hpc_cpd.settings import ClusterSettings
 
 Say = Callable[[str], None]
+MOST_UNHEARD_SECONDS = 600.0
 # Ways of ending that are nobody's fault: they are not counted against max_retries.
 _INTERRUPTED = {"PREEMPTED", "NODE_FAIL", "BOOT_FAIL", "REVOKED", "REQUEUED"}
 
@@ -64,7 +65,7 @@ def submit_all(work: Work, retry: bool, say: Say, stop: Callable[[], bool]) -> N
     _tell_queued(work, ledger, live, say)
     logs = slurm_logs(work.run)
     tasks = [task for task in work.todo_tasks if teacher_unit(task) in todo]
-    for plan in plan_jobs(work, tasks, ledger.site):
+    for plan in list(plan_jobs(work, tasks, ledger.site)):  # all scripts are made, or refused, before any is submitted
         if not (set(plan.units) & todo.keys()):
             continue
         lost = [unit for unit in plan.needs if unit not in live]
@@ -76,8 +77,9 @@ def submit_all(work: Work, retry: bool, say: Say, stop: Callable[[], bool]) -> N
         avoid = sorted({node for unit in plan.units for node in todo[unit].avoid})
         if plan.array is not None:
             write_json(plan.array, {"tasks": [unit.removeprefix("teacher ") for unit in plan.units]})
-        job = _submit_links(logs, plan.script, dependency(after, work.allow_missing), avoid, work.config.cluster)
-        ledger.add({unit: replace(todo[unit], job=one) for unit, one in zip(plan.units, plan.ids(job), strict=True)})
+        for job in _submit_links(logs, plan.script, dependency_of(work, after), avoid, work.config.cluster):
+            jobs = zip(plan.units, plan.ids(job), strict=True)
+            ledger.add({unit: replace(todo[unit], job=one) for unit, one in jobs})
         live |= set(plan.units)
         say(f"  {plan.script.name}: job {job}" + (f", after {', '.join(after)}" if after else ""))
     _leave_if(stop)
@@ -103,11 +105,20 @@ def plan_jobs(work: Work, tasks: Sequence[str], site: slurm.Site) -> Iterator[Pl
         yield Plan(script, [stage_unit(stage)], work.needs(stage))
 
 
-def dependency(after: Mapping[str, str], allow_missing: bool) -> str:
-    """What to wait for: success of the jobs `after` (by unit), or with `allow_missing` merely the end of a teacher."""
+def dependency_of(work: Work, after: Mapping[str, str]) -> str:
+    """What a job of `work` waits for: success of the jobs `after` (by unit).
+
+    With --allow-missing, the end of a teacher's chain is its last word. Anywhere else a teacher whose job ended may go
+    on in another one: the stage waits for success, and the caretaker submits it again without those it gave up.
+    """
+    return dependency(after, work.allow_missing and work.config.cluster.continuation == "chain")
+
+
+def dependency(after: Mapping[str, str], any_end: bool) -> str:
+    """Success of the jobs `after` (by unit), or with `any_end` merely the end of a teacher."""
     teachers = [job for unit, job in after.items() if unit.startswith("teacher ")]
     stages = [job for unit, job in after.items() if unit.startswith("stage ")]
-    groups = [("afterany", teachers), ("afterok", stages)] if allow_missing else [("afterok", teachers + stages)]
+    groups = [("afterany", teachers), ("afterok", stages)] if any_end else [("afterok", teachers + stages)]
     return ",".join(f"{word}:{':'.join(jobs)}" for word, jobs in groups if jobs)
 
 
@@ -119,13 +130,20 @@ def slurm_logs(run: Run) -> Path:
 def wait_for(work: Work, stop: Callable[[], bool], every_seconds: float = 10.0) -> None:
     """Return when all of `work` is done, when no job of it waits or runs any more, or when `stop()` is true.
 
-    Looks twice before it says so: a caretaker that hands over is unknown for a moment.
+    Looks twice before it says so: a caretaker that hands over is unknown for a moment. Raises UserError when Slurm does
+    not answer for `MOST_UNHEARD_SECONDS`: its controller may be started again meanwhile.
     """
-    silent = 0
+    silent, heard = 0, time.monotonic()
     while work.todo_units() and not stop():
         ledger = Ledger.read(work.run)
-        states = slurm.job_states(ledger.jobs(work.todo_units()), ledger.site.accounting)
-        silent = 0 if any(state.live for state in states.values()) else silent + 1
+        try:
+            states = slurm.job_states(ledger.jobs(work.todo_units()), ledger.site.accounting)
+        except UserError:
+            if time.monotonic() - heard > MOST_UNHEARD_SECONDS:
+                raise
+        else:
+            heard = time.monotonic()
+            silent = 0 if any(state.live for state in states.values()) else silent + 1
         if silent == 2:
             return
         deadline = time.monotonic() + every_seconds
@@ -217,12 +235,12 @@ def _again(
 
 def _submit_links(
     logs: Path, script: scripts.Script, after: str, avoid: Sequence[str], cluster: ClusterSettings
-) -> str:
-    """Submit the job, or the chain of them; returns the id of the last link, which every other job waits for."""
-    job = _submit(logs, script, after, avoid)
-    for _ in range(1, cluster.chain_length if cluster.continuation == "chain" else 1):
-        job = _submit(logs, script, f"afterany:{job}", avoid)
-    return job
+) -> Iterator[str]:
+    """Submit the job, or the chain of them, and give the id of each; every other job waits for the last."""
+    for _ in range(cluster.chain_length if cluster.continuation == "chain" else 1):
+        job = _submit(logs, script, after, avoid)
+        yield job
+        after = f"afterany:{job}"
 
 
 def _submit(logs: Path, script: scripts.Script, after: str, avoid: Sequence[str]) -> str:

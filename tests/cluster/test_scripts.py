@@ -44,7 +44,7 @@ def test_the_scripts_are_word_for_word_those_of_the_golden_file():
     teachers = scripts.teachers_script(run, config, FOLDER / "logs/teachers-1.json", 12, 5, PYTHON)
     stage = scripts.stage_script(run, config, 2, python=PYTHON)
     caretaker = scripts.caretaker_script(run, config, python=PYTHON)
-    after = dependency({"teacher a": "7_1", "teacher b": "7_2", "stage 1": "9"}, allow_missing=False)
+    after = dependency({"teacher a": "7_1", "teacher b": "7_2", "stage 1": "9"}, any_end=False)
     texts = [teachers.text(LOGS, avoid=["n3"]), stage.text(LOGS, after), caretaker.text(LOGS, "afternotok:7_1")]
     text = "\n=====\n".join(texts)
     if os.environ.get("WRITE_GOLDEN"):
@@ -78,11 +78,11 @@ def test_a_folder_with_blanks_and_quotes_is_one_word_of_the_command():
     assert words[words.index("--run") + 1] == "/site/my runs/it's"
 
 
-def test_with_missing_teachers_allowed_their_mere_end_is_waited_for_and_success_of_the_stage_before():
+def test_the_mere_end_of_teachers_may_be_waited_for_but_of_the_stage_before_its_success():
     after = {"teacher a": "7_1", "teacher b": "7_2", "stage 1": "9"}
-    assert dependency(after, allow_missing=True) == "afterany:7_1:7_2,afterok:9"
-    assert dependency(after, allow_missing=False) == "afterok:7_1:7_2:9"
-    assert dependency({}, allow_missing=False) == ""
+    assert dependency(after, any_end=True) == "afterany:7_1:7_2,afterok:9"
+    assert dependency(after, any_end=False) == "afterok:7_1:7_2:9"
+    assert dependency({}, any_end=False) == ""
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc_cpd.lock import process_space
 from hpc_cpd.run import read_json
 
 HOUR = 3600.0
@@ -84,7 +85,7 @@ def write_lock(folder: Path, host: str = "elsewhere", token: str = "another", **
     """A lock file without a process."""
     folder.mkdir(exist_ok=True)
     path = folder / "lock.json"
-    path.write_text(json.dumps({"host": host, "pid": 77, "born": 1, "token": token, **more}))
+    path.write_text(json.dumps({"host": host, "space": process_space(), "pid": 77, "born": 1, "token": token, **more}))
     return path
 
 

@@ -91,6 +91,16 @@ def test_a_dead_process_of_this_host_does_not_keep_anybody_waiting(tmp_path):
         assert token_in(tmp_path) == lock.token
 
 
+def test_a_process_id_of_another_container_says_nothing_about_its_owner(tmp_path, fast):
+    """Containers may share the host's name: where its process is cannot be seen, its heartbeat can."""
+    path = write_lock(tmp_path, host=socket.gethostname(), space="another", pid=2**22 + 1)
+    with beating(path, 0.0), pytest.raises(UserError, match="being worked on"), Lock(tmp_path, "the work"):
+        pass
+    assert token_in(tmp_path) == "another"
+    with Lock(tmp_path, "the work") as lock:  # the heart has stopped
+        assert token_in(tmp_path) == lock.token
+
+
 def test_a_living_process_of_this_host_is_respected_at_once_even_without_a_heartbeat(tmp_path):
     with owning(tmp_path) as owner:
         os.utime(tmp_path / "lock.json", (0, 0))
@@ -167,8 +177,9 @@ def test_a_lock_caught_too_late_is_put_back(tmp_path, monkeypatch, fast, fresh):
         if not caught:
             if fresh == "another owner":
                 replacement = tmp_path / "fresh"
-                owner = {"host": socket.gethostname(), "pid": os.getppid(), "token": "fresh"}
-                replacement.write_text(json.dumps(owner | {"born": lock_module._birth(os.getppid())}))
+                owner = {"host": socket.gethostname(), "space": lock_module.process_space(), "pid": os.getppid()}
+                owner |= {"token": "fresh", "born": lock_module._birth(os.getppid())}
+                replacement.write_text(json.dumps(owner))
                 os.replace(replacement, path)
             else:
                 os.utime(path)
