@@ -105,28 +105,28 @@ def deterministic(means: Callable[[np.ndarray], np.ndarray]) -> Policy:
 def train_ours(training: Training, ranks: int, fixed_step_size: bool) -> None:
     """The rounds of hpc_cpd.teachers.train from scratch, but all with the one set of goals that the peers have."""
     task_id, seed, step_size = f"metaworld/{training.task}", training.seed, SETTINGS.learning_rate
-    with open_communicator(ranks) as communicator:
-        layers, weights = [WIDTH, WIDTH], generator(seed, task_id, "weights")
-        log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
-        policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", log_std, weights, smallest_std)
-        communicator.broadcast_parameters(policy.parameters())
-        optimiser = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
-        mine = environments_of(SETTINGS, communicator)
-        envs = make_batch(task_id, len(mine), GOALS_SEED)
-        training.begin()
-        first = collect_rollout(envs, policy, SETTINGS, seed, 0, mine.start, steps=NORMALISER_STEPS)
-        update_normaliser(policy, first.observations, communicator)
-        training.steps = NORMALISER_STEPS * SETTINGS.num_envs
-        for iteration in itertools.count():
-            rollout = collect_rollout(envs, policy, SETTINGS, seed, 1 + iteration, mine.start)
-            measured = update(policy, optimiser, rollout, SETTINGS, seed, iteration, communicator)
-            update_normaliser(policy, rollout.observations, communicator)
-            if SETTINGS.desired_kl is not None and not fixed_step_size:
-                step_size = adapted_step_size(step_size, measured["kl"], SETTINGS.desired_kl)
-                optimiser.param_groups[0]["lr"] = step_size
-            if communicator.on_root(lambda: training.round_over(policy)):
-                break
-        communicator.on_root(lambda: training.tell(policy))
+    communicator = open_communicator(ranks)
+    layers, weights = [WIDTH, WIDTH], generator(seed, task_id, "weights")
+    log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
+    policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", log_std, weights, smallest_std)
+    communicator.broadcast_parameters(policy.parameters())
+    optimiser = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
+    mine = environments_of(SETTINGS, communicator)
+    envs = make_batch(task_id, len(mine), GOALS_SEED)
+    training.begin()
+    first = collect_rollout(envs, policy, SETTINGS, seed, 0, mine.start, steps=NORMALISER_STEPS)
+    update_normaliser(policy, first.observations, communicator)
+    training.steps = NORMALISER_STEPS * SETTINGS.num_envs
+    for iteration in itertools.count():
+        rollout = collect_rollout(envs, policy, SETTINGS, seed, 1 + iteration, mine.start)
+        measured = update(policy, optimiser, rollout, SETTINGS, seed, iteration, communicator)
+        update_normaliser(policy, rollout.observations, communicator)
+        if SETTINGS.desired_kl is not None and not fixed_step_size:
+            step_size = adapted_step_size(step_size, measured["kl_met"], SETTINGS.desired_kl)
+            optimiser.param_groups[0]["lr"] = step_size
+        if communicator.on_root(lambda: training.round_over(policy)):
+            break
+    communicator.on_root(lambda: training.tell(policy))
 
 
 def stock_makers(task: str, seed: int) -> list[Callable[[], gymnasium.Env[Any, Any]]]:

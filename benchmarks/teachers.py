@@ -79,7 +79,8 @@ def run(contender: Contender, given: argparse.Namespace, task: str, seed: int, r
     plan = {"who": contender.who, "ranks": contender.ranks, "processes": contender.processes}
     plan |= {"training": {"task": task, "seed": seed, "rounds": rounds, "learn": learn}}
     command = [find_mpiexec(), "-n", str(contender.ranks)] if contender.ranks > 1 else []
-    command += [sys.executable, *sys.argv, "--play", json.dumps(plan)]
+    command += [sys.executable, "-m", "mpi4py"] if contender.ranks > 1 else [sys.executable]  # ends all when one fails
+    command += [*sys.argv, "--play", json.dumps(plan)]
     ended = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
     results = [line for line in ended.stdout.splitlines() if line.startswith(RESULT)]
     if ended.returncode or not results:

@@ -35,6 +35,7 @@ def task_record(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     return {
         "successes": sum(result.success for result in results),
         "episodes": len(results),
+        "goals": len({result.goal_index for result in results}),
         "mean_return": float(np.mean([result.total_reward for result in results])) if results else None,
         "mean_steps_to_success": float(np.mean(steps)) if steps else None,
     }

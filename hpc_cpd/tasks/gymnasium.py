@@ -126,3 +126,5 @@ def _make(name: str) -> gymnasium.Env[Any, Any]:
         near = difflib.get_close_matches(name, list(gymnasium.registry), n=1)
         hint = f"did you mean 'gymnasium/{near[0]}'?" if near else "register it, or correct its name"
         raise UserError(f"there is no task 'gymnasium/{name}'; {hint}") from None
+    except (gymnasium.error.Error, ImportError) as error:  # an old version, a name that is none, an extra that lacks
+        raise UserError(f"task 'gymnasium/{name}' cannot be made: {' '.join(str(error).split())}") from error

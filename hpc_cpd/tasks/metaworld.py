@@ -90,6 +90,8 @@ class MetaWorldFamily:
     def describe(self, name: str) -> TaskSpec:
         region = region_of(name)
         if region is not None:
+            if region_of(region.whole) is not None:
+                raise UserError(f"there is no task 'metaworld/{name}'; a part of a part is none, write a smaller one")
             whole = self.describe(region.whole)
             if not region.exists:
                 raise UserError(

@@ -7,9 +7,6 @@ of ranks gives the same bits. One rank needs no MPI at all.
 from __future__ import annotations
 
 import os
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -18,45 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hpc_cpd.errors import StopRequested, UserError, run_command
+from hpc_cpd.errors import LockLost, StopRequested, UserError
 from hpc_cpd.run import SaveDue
 
 Value = TypeVar("Value")
 
 
 class Communicator:
-    """The ranks of one job. `Communicator()` is a single rank; `open_communicator` asks MPI.
-
-    As a context manager it takes the other ranks down when this one fails, instead of leaving them waiting.
-    """
+    """The ranks of one job. `Communicator()` is a single rank; `open_communicator` asks MPI."""
 
     def __init__(self, mpi: Any = None) -> None:
         self._mpi = mpi
         self.rank: int = 0 if mpi is None else mpi.Get_rank()
         self.size: int = 1 if mpi is None else mpi.Get_size()
-
-    def __enter__(self) -> Communicator:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if self.size == 1 or error is None or isinstance(error, StopRequested):
-            return  # a stop is agreed: every rank leaves by itself
-
-        def fail() -> None:
-            raise error
-
-        if self.rank and isinstance(error, UserError):
-            time.sleep(1.0)  # most mistakes are found by every rank; rank 0 speaks first, and once
-        try:
-            code = run_command(fail)
-        except BaseException:
-            traceback.print_exc()
-            code = 1
-        sys.stdout.flush()
-        sys.stderr.flush()
-        time.sleep(0.5)  # mpiexec drops what it has not read by the time it hears of the abort
-        self._mpi.Abort(code)
-        os._exit(code)  # Abort may return before the launcher ends this process
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is true on at least one rank; the same answer everywhere."""
@@ -87,7 +58,9 @@ class Communicator:
                 result = work()
             except Exception as error:
                 failure = error
-        shared = failure if failure is None or isinstance(failure, UserError | OSError) else RuntimeError(repr(failure))
+        shared = failure
+        if failure is not None and not isinstance(failure, UserError | OSError | StopRequested | LockLost):
+            shared = RuntimeError(repr(failure))
         result, shared = self._mpi.bcast((result, shared))
         if failure is not None:
             raise failure

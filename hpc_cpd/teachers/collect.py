@@ -74,7 +74,8 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     if kept == 0:
         raise UserError(
             f"the teacher of {task_id} never succeeded in {attempts} attempts, so there is nothing to learn from; "
-            "train it longer (teachers.ppo.iterations), or set trajectories.success_only=false"
+            "train it longer (teachers.ppo.iterations) or set trajectories.success_only=false, in another run (--run), "
+            "or do without the task (--allow-missing)"
         )
     shards.close()
     communicator.any(False)  # every rank has closed its shards

@@ -151,7 +151,9 @@ def divergence(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 def adapted_step_size(step_size: float, kl: float, desired_kl: float) -> float:
     """The step size of the next round: smaller after too large a change of the policy, larger after too small a one.
 
-    Tasks differ in how fast a policy may change (arXiv 1707.02286, section 3; the factor of rsl_rl).
+    `kl`: the mean of a round, with the divergence that ended it. Without, a round that goes too far with its first
+    step would seem not to have moved. Tasks differ in how fast a policy may change (arXiv 1707.02286, section 3; the
+    factor of rsl_rl).
     """
     if kl > 2.0 * desired_kl:
         return max(step_size / 1.5, SMALLEST_STEP_SIZE)
@@ -172,8 +174,9 @@ def update(
 
     Past settings.target_kl the policy stands still for the rest of the round; the critic goes on.
 
-    Returns policy_loss, value_loss, kl (means over their gradient steps), policy_steps (gradient steps of
-    the policy), and explained_variance of the critic before the round. The same on every rank.
+    Returns policy_loss, value_loss, kl (means over their gradient steps), kl_met (the mean with the divergence that
+    ended the round), policy_steps (gradient steps of the policy), and explained_variance of the critic before the
+    round. The same on every rank.
     """
     samples = _prepare(policy, rollout, settings, communicator)
     actor = [*policy.actor.parameters(), policy.log_std]
@@ -182,6 +185,7 @@ def update(
     counts = communicator.gather(count)
     totals = np.zeros(3)
     policy_steps, value_steps = 0, 0
+    met: list[float] = []
     for epoch in range(settings.epochs):
         order = generator(seed, policy.task_id, "minibatches", iteration, epoch, communicator.rank).permutation(count)
         shuffled = samples.take(torch.tensor(order))
@@ -207,6 +211,8 @@ def update(
                 loss = loss + policy_loss - share_of_entropy * policy.entropy()
             loss.backward()
             sums = communicator.sum_gradients([*actor, *critic], [policy_loss, value_loss, kl])
+            if train_actor:
+                met.append(sums[2])
             if train_actor and sums[2] > settings.target_kl:
                 train_actor = False
                 for parameter in actor:
@@ -222,6 +228,7 @@ def update(
         "policy_loss": float(totals[0] / max(policy_steps, 1)),
         "value_loss": float(totals[1] / max(value_steps, 1)),
         "kl": float(totals[2] / max(policy_steps, 1)),
+        "kl_met": float(np.mean(met)) if met else 0.0,
         "policy_steps": policy_steps,
         "explained_variance": samples.explained_variance,
     }

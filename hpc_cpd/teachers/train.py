@@ -244,7 +244,7 @@ class _Training:
                 if not self.warm:
                     update_normaliser(self.policy, rollout.observations, self.communicator)
                     if settings.desired_kl is not None:
-                        state.step_size = adapted_step_size(state.step_size, measured["kl"], settings.desired_kl)
+                        state.step_size = adapted_step_size(state.step_size, measured["kl_met"], settings.desired_kl)
                         self._set_step_size()
                 state.iteration += 1
                 state.step += 1

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import atomic_folder, mark_done, sha256, write_bytes
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+from hpc_cpd.trajectories.shard import MANIFEST, ShardWriter, read_manifest, write_manifest
 from hpc_cpd.trajectories.store import open_trajectories
 
 OBSERVATION_KEY = "state"
@@ -61,6 +61,8 @@ def import_robomimic(
 ) -> int:
     """Make the task folder `folder` from a robomimic file, whole or not at all; returns how many episodes.
 
+    An earlier task folder of `task_id` is replaced; any other folder that is not empty is refused.
+
     Observations are ``obs/<key>`` side by side, for `observation_keys` in the order given (None: all, by
     name). Where the file lacks them: the target is the executed action, rewards are 0, a step with
     ``dones`` counts as success (a demonstration ends when it succeeded), and the final observation is
@@ -71,6 +73,12 @@ def import_robomimic(
     path = Path(file)
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a robomimic HDF5 file")
+    target = Path(folder)
+    if target.is_dir() and any(target.iterdir()) and _task_of(target) != task_id:
+        raise UserError(
+            f"{target} is not empty and no trajectories of {task_id}; give a folder of the task's own, such as "
+            f"{target / task_id}"
+        )
     source_hash = sha256(path)
     try:
         with h5py.File(path, "r", locking=False) as source:
@@ -90,7 +98,7 @@ def import_robomimic(
         raise UserError(f"{path} cannot be imported: two demonstrations have the same attribute episode_index")
     if not episodes:
         raise UserError(f"{path} holds no demonstrations (groups data/demo_0, data/demo_1, ...)")
-    with atomic_folder(Path(folder)) as temporary:
+    with atomic_folder(target) as temporary:
         writer = ShardWriter(
             temporary,
             0,
@@ -107,6 +115,12 @@ def import_robomimic(
         manifest = write_manifest(temporary, imported_from=path.name, imported_sha256=source_hash)
         mark_done(temporary, {"episodes": manifest["episodes"], "steps": manifest["steps"]})
     return len(episodes)
+
+
+def _task_of(folder: Path) -> str | None:
+    """The task whose trajectories `folder` holds; None: it is something else."""
+    tasks = {shard["task_id"] for shard in read_manifest(folder)["shards"]} if (folder / MANIFEST).is_file() else set()
+    return tasks.pop() if len(tasks) == 1 else None
 
 
 def _write_demo(demo: h5py.Group, episode: Episode) -> None:

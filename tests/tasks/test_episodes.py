@@ -13,7 +13,13 @@ def test_evaluation_json_has_the_agreed_form() -> None:
         "episodes_per_task": 2,
         "seed": 5,
         "tasks": {
-            "metaworld/reach-v3": {"successes": 1, "episodes": 2, "mean_return": 3.0, "mean_steps_to_success": 30.0}
+            "metaworld/reach-v3": {
+                "successes": 1,
+                "episodes": 2,
+                "goals": 2,
+                "mean_return": 3.0,
+                "mean_steps_to_success": 30.0,
+            }
         },
     }
     assert task_record(results[1:])["mean_steps_to_success"] is None

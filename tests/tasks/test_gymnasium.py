@@ -139,3 +139,10 @@ def test_what_cannot_be_used_is_one_sentence(register):
         describe(register("Endless-v0", max_episode_steps=None))
     with pytest.raises(UserError, match="did you mean 'gymnasium/Pendulum-v1'"):
         resolve_tasks(["gymnasium/Pendulun-v1"])
+
+
+@pytest.mark.parametrize("name", ["Pendulum-v0", "HalfCheetah-v3", "foo bar", "phys2d/Pendulum-v0"])
+def test_what_gymnasium_refuses_is_one_sentence(name):
+    """An old version, one that needs a package of its own, a name that is none."""
+    with pytest.raises(UserError, match=f"gymnasium/{name}"):
+        describe(f"gymnasium/{name}")

@@ -61,6 +61,7 @@ def test_a_split_set_brings_all_first_parts_before_any_second():
         ("MT10x26", "at most 25 parts"),
         ("metaworld/reach-v3@3of2", "no task 'metaworld/reach-v3@3of2'; a part is written reach-v3@1of2"),
         ("metaworld/reech-v3@1of2", "did you mean 'metaworld/reach-v3'"),
+        ("metaworld/reach-v3@1of2@1of2", "a part of a part"),
         ("metaworld/reach-v3@1", "no task 'metaworld/reach-v3@1'"),
     ],
 )

@@ -43,9 +43,9 @@ def tiny_run(folder: Path, *overrides: str) -> Run:
 
 
 def launch(ranks: int, script: Path, *arguments: str | Path | int, timeout: float = 120) -> subprocess.CompletedProcess:
-    """Start real MPI ranks and wait for them."""
+    """Start real MPI ranks and wait for them. mpi4py's own runner ends them all when one fails."""
     mpiexec = Path(sys.executable).with_name("mpiexec")
-    command = [mpiexec, "-n", str(ranks), sys.executable, script, *map(str, arguments)]
+    command = [mpiexec, "-n", str(ranks), sys.executable, "-m", "mpi4py", script, *map(str, arguments)]
     return subprocess.run(
         command,
         capture_output=True,

@@ -34,11 +34,11 @@ def main() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return False
 
-    with open_communicator(arguments.ranks) as communicator:
-        if arguments.only != "collect":
-            train_teacher(run, arguments.task, communicator, evaluate_policy, stop)
-        if arguments.only != "train":
-            collect_trajectories(run, arguments.task, communicator, stop)
+    communicator = open_communicator(arguments.ranks)
+    if arguments.only != "collect":
+        train_teacher(run, arguments.task, communicator, evaluate_policy, stop)
+    if arguments.only != "train":
+        collect_trajectories(run, arguments.task, communicator, stop)
 
 
 if __name__ == "__main__":

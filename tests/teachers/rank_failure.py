@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 
-from hpc_cpd.errors import UserError, run_command
+from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.teachers.actors import open_communicator
+from hpc_cpd.worker import Place, run_rank
 
 
-def main() -> None:
+def work(stop: Callable[[], bool]) -> None:
     kind, ranks = sys.argv[1], int(sys.argv[2])
-    with open_communicator(ranks) as communicator:
-        if kind == "agreed":
+    communicator = open_communicator(ranks)
 
-            def fail() -> None:
-                raise UserError("rank 0 cannot read the file")
+    def fail() -> None:
+        raise StopRequested("nothing was begun") if kind == "stopped" else UserError("rank 0 cannot read the file")
 
-            communicator.on_root(fail)
-        if communicator.rank == 1:
-            raise {"mistake": UserError("rank 1 cannot go on"), "fault": RuntimeError("rank 1 broke")}[kind]
-        communicator.any(False)
+    if kind in ("agreed", "stopped"):
+        communicator.on_root(fail)
+    if communicator.rank == 1:
+        raise {"mistake": UserError("rank 1 cannot go on"), "fault": RuntimeError("rank 1 broke")}[kind]
+    communicator.any(False)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    rank = int(os.environ["PMI_RANK"])
+    run_rank(work, Place(rank, int(os.environ["PMI_SIZE"]), rank))

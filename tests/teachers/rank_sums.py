@@ -16,38 +16,38 @@ STEPS, ENVIRONMENTS = 11, 5
 
 
 def main(out: str, ranks: int) -> None:
-    with open_communicator(ranks) as communicator:
-        rng = np.random.default_rng(0)
-        mine = share(ENVIRONMENTS, communicator)
-        columns = slice(mine.start, mine.stop)
-        observations = rng.normal(2.0, 3.0, size=(STEPS, ENVIRONMENTS, 6)).astype(np.float32)
-        actions = rng.normal(size=(STEPS, ENVIRONMENTS, 2)).astype(np.float32)
-        rewards = rng.normal(size=(STEPS, ENVIRONMENTS)).astype(np.float32)
-        finals = rng.normal(size=(ENVIRONMENTS, 6)).astype(np.float32)
-        ended = np.zeros((STEPS, len(mine)), np.bool_)
-        ended[-1] = True
-        policy = TeacherPolicy("lab/task", 6, 2, (16,))
-        update_normaliser(policy, observations[:, columns], communicator)
-        rollout = Rollout(
-            observations[:, columns],
-            actions[:, columns],
-            rewards[:, columns],
-            np.zeros_like(ended),
-            ended,
-            finals[columns],
-            len(mine),
-            0,
-            0.0,
-        )
-        # one gradient step on the whole batch, with a step size and limits that leave the gradient as it is
-        rules = PPOSettings(epochs=1, minibatches=1, max_gradient_norm=1e9, entropy_coefficient=0.1)
-        optimiser = torch.optim.SGD(policy.parameters(), lr=1.0)
-        before = policy.tensors()
-        update(policy, optimiser, rollout, rules, 0, 0, communicator)
-        arrays = {name: (before[name] - value).numpy() for name, value in policy.tensors().items()}
-        arrays |= {"normaliser_mean": policy.normaliser_mean.numpy(), "normaliser_var": policy.normaliser_var.numpy()}
-        if communicator.rank == communicator.size - 1:
-            np.savez(out, **arrays)
+    communicator = open_communicator(ranks)
+    rng = np.random.default_rng(0)
+    mine = share(ENVIRONMENTS, communicator)
+    columns = slice(mine.start, mine.stop)
+    observations = rng.normal(2.0, 3.0, size=(STEPS, ENVIRONMENTS, 6)).astype(np.float32)
+    actions = rng.normal(size=(STEPS, ENVIRONMENTS, 2)).astype(np.float32)
+    rewards = rng.normal(size=(STEPS, ENVIRONMENTS)).astype(np.float32)
+    finals = rng.normal(size=(ENVIRONMENTS, 6)).astype(np.float32)
+    ended = np.zeros((STEPS, len(mine)), np.bool_)
+    ended[-1] = True
+    policy = TeacherPolicy("lab/task", 6, 2, (16,))
+    update_normaliser(policy, observations[:, columns], communicator)
+    rollout = Rollout(
+        observations[:, columns],
+        actions[:, columns],
+        rewards[:, columns],
+        np.zeros_like(ended),
+        ended,
+        finals[columns],
+        len(mine),
+        0,
+        0.0,
+    )
+    # one gradient step on the whole batch, with a step size and limits that leave the gradient as it is
+    rules = PPOSettings(epochs=1, minibatches=1, max_gradient_norm=1e9, entropy_coefficient=0.1)
+    optimiser = torch.optim.SGD(policy.parameters(), lr=1.0)
+    before = policy.tensors()
+    update(policy, optimiser, rollout, rules, 0, 0, communicator)
+    arrays = {name: (before[name] - value).numpy() for name, value in policy.tensors().items()}
+    arrays |= {"normaliser_mean": policy.normaliser_mean.numpy(), "normaliser_var": policy.normaliser_var.numpy()}
+    if communicator.rank == communicator.size - 1:
+        np.savez(out, **arrays)
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_exit_code(kind: str, c
     assert job.stderr.count(text) == 1, job.stderr
 
 
+def test_a_stop_that_the_root_alone_meets_is_a_stop_of_all_ranks() -> None:
+    job = jobs.launch(2, FAILURE, "stopped", 2, timeout=30)
+    assert job.returncode == 3 and "Traceback" not in job.stderr
+    assert job.stderr.count("stopped: nothing was begun") == 2
+
+
 def test_one_rank_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("PMI_RANK", "PMI_SIZE", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"):
         monkeypatch.delenv(name, raising=False)

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -140,6 +142,7 @@ def test_a_round_ends_past_the_divergence_limit_and_spares_the_actor_when_told()
     before = TeacherPolicy(PENDULUM, 3, 1, (8,)).tensors()
     measured, policy = round_of(train_actor=True)
     assert 0 < measured["policy_steps"] < 100 and measured["kl"] <= 0.01
+    assert measured["kl_met"] > measured["kl"]  # with the divergence that ended the round
     assert not torch.equal(policy.log_std, before["log_std"])
     critic = policy.critic[0].weight.clone()
     measured, policy = round_of(train_actor=False)
@@ -148,6 +151,21 @@ def test_a_round_ends_past_the_divergence_limit_and_spares_the_actor_when_told()
     after = policy.tensors()
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"critic"}
+
+
+def test_a_round_that_goes_too_far_at_once_makes_the_step_size_smaller() -> None:
+    rules = PPOSettings(num_envs=2, rollout_steps=50, epochs=10, minibatches=2, learning_rate=0.02)
+    rollout_of = partial(collect_rollout, make_batch(PENDULUM, 2, 0), settings=rules, seed=0, first_environment=0)
+    policy, step_size = TeacherPolicy(PENDULUM, 3, 1, (256, 256)), rules.learning_rate
+    with torch.no_grad():
+        policy.log_std.fill_(-3.0)
+    optimiser = torch.optim.Adam(policy.parameters(), lr=step_size)
+    for iteration in range(2):
+        rollout = rollout_of(policy, iteration=iteration)
+        measured = update(policy, optimiser, rollout, rules, 0, iteration, Communicator())
+        assert measured["policy_steps"] == 1 and measured["kl"] < 1e-6
+        before, step_size = step_size, adapted_step_size(step_size, measured["kl_met"], 0.01)
+        assert step_size < before
 
 
 def test_the_normaliser_holds_the_moments_of_everything_it_saw() -> None:

@@ -82,6 +82,20 @@ def test_observation_keys_choose_and_order(tmp_path):
     assert open_trajectories(tmp_path / "t").observations[0].tolist() == [2.0, 2.0, 1.0]
 
 
+def test_only_an_earlier_import_of_the_same_task_is_replaced(tmp_path):
+    file = _foreign(tmp_path / "f.hdf5")
+    thesis = tmp_path / "home" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(UserError, match="home is not empty"):
+        import_robomimic(file, TASK, thesis.parent)
+    assert thesis.read_text() == "years of work"
+    import_robomimic(file, TASK, tmp_path / "t")
+    with pytest.raises(UserError, match="no trajectories of metaworld/push-v3"):
+        import_robomimic(file, "metaworld/push-v3", tmp_path / "t")
+    assert open_trajectories(tmp_path / "t").task_ids == [TASK]
+
+
 WRONG = {
     "no actions": lambda demo: demo.__delitem__("actions"),
     "no observations": lambda demo: demo.__delitem__("obs"),
