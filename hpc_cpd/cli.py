@@ -122,7 +122,7 @@ def sweep(
         from hpc_cpd.report.results import write_results
 
         note_rows(plan)
-        copied = publish_sweep(plan, publish)
+        copied = publish_sweep(plan, rows, publish)
         Console().print(f"Runs copied: {len(copied)}. Page: {write_results(publish)}", soft_wrap=True)
         return
     code = run_sweep(plan, rows, cluster, at_once)

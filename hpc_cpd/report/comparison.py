@@ -12,7 +12,7 @@ import numpy as np
 from hpc_cpd.errors import UserError
 from hpc_cpd.evaluate.metrics import continual_metrics
 from hpc_cpd.report.differences import differing
-from hpc_cpd.report.gather import Facts, gather, name_tasks
+from hpc_cpd.report.gather import UNCOMMITTED, Facts, gather, name_tasks
 from hpc_cpd.run import Run, read_json, write_json
 
 SWEEP_FILE = "sweep.json"
@@ -138,7 +138,7 @@ def _tell_apart(groups: list[Group]) -> None:
         twice = [group for group in groups if names.count(group.name) > 1 and id(group) in parts]
         for group in twice:
             group.name = "/".join(parts[id(group)][-depth:])
-    names = [group.name for group in groups]
+    names = [group.name for group in groups if group.runs]  # rows without a run are only listed
     again = next((name for name in names if names.count(name) > 1), None)
     if again is not None:
         raise UserError(f"{again} is named twice; name every run once")
@@ -197,7 +197,10 @@ def _notes(comparison: Comparison) -> list[str]:
             )
     waiting = [group.name for group in comparison.groups if not group.runs]
     if waiting:
-        notes.append(f"Not begun: {', '.join(waiting)}.")
+        notes.append(f"No results yet: {', '.join(waiting)}.")
+    for group in comparison.begun:
+        of_row = dict.fromkeys(note for one in group.finished for note in one.notes if note != UNCOMMITTED)
+        notes += [f"{group.name}: {note}" for note in of_row]
     facts = [one for _, one in comparison.runs]
     if len({frozenset(one.tasks) for one in facts}) > 1:
         notes.append("The rows have different tasks, so their means are over different tasks.")

@@ -15,6 +15,10 @@ from hpc_cpd.report.template import PAGE, STYLE, picture
 from hpc_cpd.run import write_bytes, write_json
 
 SCHEMA_VERSION = 1
+ABOUT_INTERVALS = (
+    "With two or three seeds an interval shows how far apart these are: a new one falls outside more often than in 5% "
+    "of cases. Where every episode ended alike it has no width."
+)
 
 CAPTIONS = {
     "success_by_stage": (
@@ -104,8 +108,8 @@ def _table(comparison: Comparison) -> str:
         f'<section id="numbers"><h2>Every row</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         '<p class="small">Only finished runs count. Means over tasks have a stratified bootstrap over episodes, '
-        "and over seeds where there are several; stages: the wall-clock of all stages of one run, the "
-        "mean over its seeds, on whatever machine and beside whatever else ran there.</p>"
+        f"and over seeds where there are several. {ABOUT_INTERVALS} Stages: the wall-clock of all stages of one run, "
+        "evaluations included, the mean over its seeds, on whatever machine and beside whatever else ran there.</p>"
         + (f"<ul>{teaches}</ul>" if teaches else "")
         + "</section>"
     )

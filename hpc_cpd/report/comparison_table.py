@@ -12,6 +12,7 @@ from hpc_cpd.report.comparison import Comparison, Group
 from hpc_cpd.report.gather import short_names
 from hpc_cpd.report.table import percent, points
 
+_RATES = ("average_success", "recovery", "recovery_of_means")
 Cell = tuple[str, str]
 """A number, and its 95% interval or what else there is to say about it."""
 
@@ -19,7 +20,7 @@ Cell = tuple[str, str]
 def headings(comparison: Comparison) -> list[str]:
     forward = ["Forward transfer"] if _forward(comparison) else []
     untold = ["Task not told"] if _untold(comparison) else []
-    numbers = ["Success at the end", "Recovery", "Mean forgetting", "Worst forgetting"]
+    numbers = ["Success at the end", "Recovery", "Recovery of means", "Mean forgetting", "Worst forgetting"]
     return ["Row", "Seeds", *numbers, *untold, *forward, "Stages"]
 
 
@@ -28,12 +29,12 @@ def cells(comparison: Comparison, group: Group) -> list[Cell]:
     wanted, have = len(group.seeds), len(group.finished)
     m: dict[str, Any] = group.metrics or {}
     sure = m.get("intervals", {})
-    worst = m.get("forgetting_worst_task")
+    worst = m.get("forgetting_worst_task") if (m.get("forgetting_worst") or 0) > 0 else None
     name = "" if worst is None else dict(zip(comparison.tasks, short_names(comparison.tasks), strict=True))[worst]
     row = [
         (group.name, group.title),
         (str(have) if have == wanted else f"{have} of {wanted}", ""),
-        *((percent(m.get(key)), interval(sure.get(key), "%")) for key in ("average_success", "recovery")),
+        *((percent(m.get(key)), interval(sure.get(key), "%")) for key in _RATES),
         (points(m.get("forgetting_mean")), interval(sure.get("forgetting_mean"), " pp")),
         (points(m.get("forgetting_worst")), name),
     ]

@@ -15,6 +15,8 @@ from hpc_cpd.run import DONE, Run, is_done, read_json, read_metrics
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan
 
+UNCOMMITTED = "The source had changes that are in no commit, so the commit alone does not repeat this run."
+_AGAIN = "delete it and run the command that makes it again"
 Record = dict[str, Any]
 Row = dict[str, Any]
 
@@ -72,7 +74,7 @@ class Facts:
         path = self.run.stage(len(self.evaluations)) / "evaluation_inferred.json"
         if not self.finished or not path.is_file():
             return None
-        answer = _object(path).get("tasks", {})
+        answer = _records(_object(path), "tasks", path)
         records = [_record(answer.get(task), path) for task in self.tasks]
         return {
             "success": np.array([[_rate(record) for record in records]]),
@@ -101,7 +103,7 @@ class Facts:
     def memories(self) -> dict[int, Record]:
         """What each finished stage put into the replay memory."""
         paths = {k: self.run.stage(k) / "memory" / "selection.json" for k in range(1, len(self.evaluations) + 1)}
-        return {stage: _object(path) for stage, path in paths.items() if path.is_file()}
+        return {stage: _selection(path) for stage, path in paths.items() if path.is_file()}
 
 
 def gather(run: Run) -> Facts:
@@ -112,9 +114,7 @@ def gather(run: Run) -> Facts:
     if not provenance:
         facts.notes.append("provenance.json is missing, so versions and commit are unknown.")
     if provenance.get("uncommitted_changes"):
-        facts.notes.append(
-            "The source had changes that are in no commit, so the commit alone does not repeat this run."
-        )
+        facts.notes.append(UNCOMMITTED)
     _teachers(facts)
     _stages(facts)
     _numbers(facts)
@@ -144,8 +144,9 @@ def _teachers(facts: Facts) -> None:
             waiting.append(task)
             continue
         evaluation = _object(path)
-        if task in evaluation.get("tasks", {}):
-            facts.teachers[task] = _record(evaluation["tasks"][task], path)
+        records = _records(evaluation, "tasks", path)
+        if task in records:
+            facts.teachers[task] = records[task]
             if evaluation.get("seed") != facts.config.evaluation.seed:
                 strange.append(task)
         else:
@@ -175,13 +176,12 @@ def _stages(facts: Facts) -> None:
         if not path.is_file():
             facts.notes.append(f"Stage {stage} is finished but was not evaluated ({path.name} is missing).")
             return
-        evaluation = _object(path).get("tasks", {})
-        facts.evaluations.append({task: _record(record, path) for task, record in evaluation.items()})
+        facts.evaluations.append(_records(_object(path), "tasks", path))
         zero_shot = folder / "evaluation_before.json"
         if zero_shot.is_file():
             answer = _object(zero_shot)
-            facts.before |= {task: _record(r, zero_shot) for task, r in (answer.get("before") or {}).items()}
-            facts.untrained |= {task: _record(r, zero_shot) for task, r in (answer.get("untrained") or {}).items()}
+            facts.before |= _records(answer, "before", zero_shot)
+            facts.untrained |= _records(answer, "untrained", zero_shot)
         elif facts.config.evaluation.forward_transfer:
             facts.notes.append(
                 f"Stage {stage} has no {zero_shot.name}, so its tasks do not count for forward transfer."
@@ -222,18 +222,26 @@ def _numbers(facts: Facts) -> None:
 def _object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: expected a JSON object; delete it and run the command that makes it again")
+        raise UserError(f"{path} is damaged: expected a JSON object; {_AGAIN}")
     return value
 
 
+def _records(value: dict[str, Any], key: str, path: Path) -> dict[str, Record]:
+    """The records of all tasks under `key` of what `path` holds."""
+    found = value.get(key) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: '{key}' is no list of tasks by name; {_AGAIN}")
+    return {task: _record(record, path) for task, record in found.items()}
+
+
 def _record(record: Any, path: Path) -> Record:
-    fine = isinstance(record, dict) and all(isinstance(record.get(key), int) for key in ("successes", "episodes"))
-    if not fine or not 0 <= record["successes"] <= record["episodes"] or record["episodes"] < 1:
-        raise UserError(
-            f"{path} is damaged: every task needs whole numbers 0 <= successes <= episodes; "
-            "delete it and run the command that makes it again"
-        )
-    return dict(record)
+    values: Record = dict(record) if isinstance(record, dict) else {}
+    successes, episodes = values.get("successes"), values.get("episodes")
+    goals = values.get("goals", episodes)  # earlier versions did not count them
+    whole = all(type(number) is int for number in (successes, episodes, goals))
+    if not whole or not 0 <= successes <= episodes or not 1 <= goals <= episodes:  # type: ignore[operator]
+        raise UserError(f"{path} is damaged: every task needs whole numbers 0 <= successes <= episodes; {_AGAIN}")
+    return values | {"goals": goals}
 
 
 def _rate(record: Record | None) -> float:
@@ -241,12 +249,25 @@ def _rate(record: Record | None) -> float:
 
 
 def _episodes(record: Record | None) -> int:
-    return int(record["episodes"]) if record else 1
+    """The episodes that say something: on a goal played before, a policy that acts by its mean does the same again."""
+    return int(record["goals"]) if record else 1
 
 
 def _interval(record: Record) -> list[float]:
-    low, high = wilson(_rate(record), record["episodes"])
+    low, high = wilson(_rate(record), _episodes(record))
     return [float(low), float(high)]
+
+
+def _selection(path: Path) -> Record:
+    value = _object(path)
+    memories = value.get("memories")
+    names = ("budget_steps", "kept_steps", "total_steps")
+    fine = isinstance(memories, list) and all(
+        isinstance(memory, dict) and all(type(memory.get(name)) is int for name in names) for memory in memories
+    )
+    if not fine:
+        raise UserError(f"{path} is damaged: every memory needs whole numbers {', '.join(names)}; {_AGAIN}")
+    return value
 
 
 def _published_metrics(folder: Path) -> list[Record]:
@@ -262,9 +283,8 @@ def _wall_clock(folder: Path) -> float | None:
     before = 0.0 if attempt.get("number") == 1 else attempt.get("seconds_before")
     started, ended = attempt.get("started"), attempt.get("ended")
     ended = (folder / DONE).stat().st_mtime if ended is None else ended
-    if before is None or started is None or ended is None:
-        return None
-    return float(before + max(0.0, ended - started))
+    known = [float(number) for number in (before, started, ended) if isinstance(number, int | float)]
+    return known[0] + max(0.0, known[2] - known[1]) if len(known) == 3 else None
 
 
 def _names(tasks: list[str]) -> str:

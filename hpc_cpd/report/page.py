@@ -126,14 +126,17 @@ def _body(facts: Facts, drawn: list[str]) -> str:
 def _cards(facts: Facts) -> str:
     m = facts.metrics or {}
     one_stage = "nothing to forget after one stage"
-    worst = f"{points(m['forgetting_worst'])} on {m['forgetting_worst_task']}" if m["forgetting_worst_task"] else ""
+    old = m["forgetting_worst_task"] is not None
+    worst = points(m["forgetting_worst"])
+    if old and m["forgetting_worst"] > 0:
+        worst += f" on {m['forgetting_worst_task']}"
     later = m["forward_transfer_later_stages"]
     cards = (
         ("Average success", "average_success", f"teachers: {percent(m['teacher_success'])}"),
         ("Recovery of the teachers", "recovery", f"ratio of the means: {percent(m['recovery_of_means'])}"),
-        ("Mean forgetting", "forgetting_mean", f"worst: {worst}" if worst else one_stage),
-        ("Forgetting from the best", "forgetting_from_best_mean", "" if worst else one_stage),
-        ("Backward transfer", "backward_transfer", "minus the mean forgetting" if worst else one_stage),
+        ("Mean forgetting", "forgetting_mean", f"worst: {worst}" if old else one_stage),
+        ("Forgetting from the best", "forgetting_from_best_mean", "" if old else one_stage),
+        ("Backward transfer", "backward_transfer", "minus the mean forgetting" if old else one_stage),
         (
             "Forward transfer",
             "forward_transfer",
@@ -223,6 +226,8 @@ def _again(facts: Facts) -> str:
         f".venv/bin/python -m hpc_cpd.launch --stage all --config {shlex.quote(f'{folder}/config.yaml')} "
         f"--run {shlex.quote(f'{folder}-again')}",
     ]
+    if (facts.run.folder / "teachers").is_symlink():
+        lines.append("# (its teachers and trajectories are a sweep's, which makes them with one seed for all its rows)")
     finish = f".venv/bin/python -m hpc_cpd.launch --stage all --config {shlex.quote(f'{folder}/config.yaml')} "
     finish += f"--run {shlex.quote(folder)}"
     more = f"# this page once more\n.venv/bin/hpc-cpd report {shlex.quote(folder)}"
@@ -256,9 +261,8 @@ def _files(facts: Facts) -> str:
 
 def _memory(record: Mapping[str, Any]) -> dict[str, Any]:
     """Totals over the tasks of a ``selection.json``."""
-    memories = [memory for memory in record.get("memories") or [] if isinstance(memory, Mapping)]
     names = ("budget_steps", "kept_steps", "total_steps")
-    totals: dict[str, Any] = {name: sum(int(memory.get(name, 0)) for memory in memories) for name in names}
+    totals: dict[str, Any] = {name: sum(memory[name] for memory in record["memories"]) for name in names}
     return {**totals, "share": totals["kept_steps"] / totals["total_steps"] if totals["total_steps"] else None}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import Comparison, compare, is_sweep
 from hpc_cpd.report.comparison_figures import COMPARISON_FIGURES
-from hpc_cpd.report.comparison_page import CAPTIONS
+from hpc_cpd.report.comparison_page import ABOUT_INTERVALS, CAPTIONS
 from hpc_cpd.report.comparison_table import cells, headings
 from hpc_cpd.report.style import LIGHT, png
 from hpc_cpd.run import write_bytes
@@ -25,8 +25,8 @@ def results_page(folder: Path) -> str:
     parts = [
         "# Results\n\nWritten by `hpc-cpd results`; every number is computed from the files beside this page, which "
         "`hpc-cpd sweep FILE --publish` copied from the runs. In brackets: 95% intervals, a stratified bootstrap over "
-        "tasks' episodes, and over seeds where there are several. Success is Meta-World's flag at any step; "
-        "[metrics.md](metrics.md) explains every column.\n"
+        f"tasks' episodes, and over seeds where there are several. {ABOUT_INTERVALS} Success is Meta-World's flag at "
+        "any step; [metrics.md](metrics.md) explains every column.\n"
     ]
     parts += [_section(compare([sweep]), sweep, folder) for sweep in sweeps]
     return "\n".join(parts)
@@ -61,7 +61,9 @@ def _section(comparison: Comparison, sweep: Path, folder: Path) -> str:
     for group in comparison.begun:
         row = [f"{value} ({more})" if more else value for value, more in cells(comparison, group)]
         lines.append("| " + " | ".join(map(_cell, row)) + " |")
-    lines += ["", "Stages: wall-clock of all stages of one run, the mean over its seeds. " + _machines(comparison), ""]
+    about = "Stages: wall-clock of all stages of one run, evaluations included, the mean over its seeds. "
+    about += 'Rows with "Task not told" are evaluated twice. ' if "Task not told" in headings(comparison) else ""
+    lines += ["", about + _machines(comparison), ""]
     for group in comparison.begun:
         if group.teaches:
             lines.append(f"- **{group.name}**: {group.teaches}")
@@ -77,9 +79,10 @@ def _section(comparison: Comparison, sweep: Path, folder: Path) -> str:
 def _about(comparison: Comparison) -> str:
     configs = {facts.config.evaluation.episodes for _, facts in comparison.runs}
     stages = {len(facts.stages) for _, facts in comparison.runs}
+    tasks = {len(facts.tasks) for _, facts in comparison.runs}
     runs = sum(len(group.finished) for group in comparison.groups)
     return (
-        f"{len(comparison.tasks)} tasks in {_some(stages)} stage{'s' * (stages != {1})}, {_some(configs)} episodes per "
+        f"{_some(tasks)} tasks in {_some(stages)} stage{'s' * (stages != {1})}, {_some(configs)} episodes per "
         f"task, {runs} finished runs. Runs that ask for the same teachers and trajectories share them."
     )
 

@@ -59,7 +59,10 @@ def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> 
 
 
 def show_plan(sweep: Sweep, rows: Sequence[Row]) -> None:
-    """Print rows, seeds and commands; writes nothing."""
+    """Print rows, seeds and commands; writes nothing.
+
+    A launch shown here has the sweep's teachers only when the sweep made the links: ``--only ROW`` does both.
+    """
     entries = [entry for row in rows for entry in row.entries]
     shared = shared_by(sweep, entries)
     for one in dict.fromkeys(shared.values()):
@@ -67,7 +70,7 @@ def show_plan(sweep: Sweep, rows: Sequence[Row]) -> None:
         _say(f"# teachers and trajectories, seed {sweep.data_seed}{' (done)' * one.done}, for: {for_}")
         _say(shlex.join(one.command))
     for row in rows:
-        _say(f"\n# {row.name}{f': {row.title}' if row.title else ''}")
+        _say(f"\n# {row.name}{f': {row.title}' if row.title else ''} (teachers included: {sweep.command(row.name)})")
         for entry in row.entries:
             _say(f"{shlex.join(entry.command)}{'  # done' if finished(entry) else ''}")
 

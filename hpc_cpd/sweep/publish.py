@@ -7,33 +7,39 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.report.comparison import SWEEP_FILE
+from hpc_cpd.report.comparison import SWEEP_FILE, is_sweep
 from hpc_cpd.report.gather import gather
 from hpc_cpd.report.page import report_numbers
 from hpc_cpd.run import DONE, Run, atomic_folder, is_done, read_json, write_json
-from hpc_cpd.sweep.plan import Entry, Sweep
-from hpc_cpd.sweep.sharing import SHARED
+from hpc_cpd.sweep.plan import Entry, Row, Sweep
+from hpc_cpd.sweep.sharing import SHARED, link, shared_by
 
 _TEACHERS = "teachers"
 _OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_inferred.json", DONE)
 
 
-def publish_sweep(sweep: Sweep, folder: Path) -> list[Entry]:
-    """Copy what is finished of `sweep` into FOLDER/NAME, replacing earlier copies; returns the runs copied.
+def publish_sweep(sweep: Sweep, rows: Sequence[Row], folder: Path) -> list[Entry]:
+    """Copy what is finished of `rows` into FOLDER/NAME, replacing earlier copies; returns the runs copied.
 
-    Raises UserError when nothing is finished.
+    Titles and sentences are brought up to date, also of rows that were published before and are not here any more.
+    Raises UserError when nothing is finished nor was published, or a run has other data than the sweep's.
     """
-    done = [entry for entry in sweep.entries if entry.run.config_file.is_file() and gather(entry.run).finished]
-    if not done:
-        raise UserError(f"no run of {sweep.file} is finished, so there is nothing to publish; run the sweep first")
+    begun = [entry for row in rows for entry in row.entries if entry.run.config_file.is_file()]
+    done = [entry for entry in begun if gather(entry.run).finished]
     target = folder / sweep.name
+    if not done and not is_sweep(target):
+        raise UserError(f"no run of {sweep.file} is finished, so there is nothing to publish; run the sweep first")
+    shared = shared_by(sweep, done)
+    for entry in done:
+        link(entry, shared[entry.name])  # refuses a run that was made apart, with data of its own
     # the runs' links to their teachers must have something to point at
-    for shared in sorted({(entry.run.folder / _TEACHERS).resolve().parent for entry in done}):
-        with atomic_folder(target / SHARED / shared.name) as copy:
-            _copy_teachers(Run(shared), copy)
+    for source in sorted({(entry.run.folder / _TEACHERS).resolve().parent for entry in done}):
+        with atomic_folder(target / SHARED / source.name) as copy:
+            _copy_teachers(Run(source), copy)
     for entry in done:
         with atomic_folder(target / entry.row / entry.run.folder.name) as copy:
             _copy_run(entry.run, copy)

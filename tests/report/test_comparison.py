@@ -21,6 +21,7 @@ from hpc_cpd.report.gather import gather
 from hpc_cpd.report.results import results_page, write_results
 from hpc_cpd.report.table import percent
 from hpc_cpd.run import DONE, Run, read_json, write_json
+from hpc_cpd.sweep.plan import read_sweep
 from tests.report.synthetic import EPISODES, synthetic_run
 from tests.report.synthetic_sweep import SECONDS, synthetic_sweep
 from tests.report.test_report import Links
@@ -105,7 +106,7 @@ def test_success_of_a_student_that_is_not_told_its_task_is_a_column_of_its_own(o
 def test_rows_that_are_not_begun_are_named_and_take_no_room(own):
     shutil.rmtree(own / "other")
     comparison = compare([own])
-    assert comparison.notes[-1] == "Not begun: other."
+    assert comparison.notes[-1] == "No results yet: other."
     screen = StringIO()
     print_comparison(comparison, Console(file=screen, width=160))
     assert "ours" in screen.getvalue() and "other" not in screen.getvalue()
@@ -148,6 +149,30 @@ def test_runs_of_one_name_are_told_apart_by_their_folders_and_none_may_be_named_
         compare([sweep / "ours" / "seed-0", sweep / "ours" / "seed-0"])
 
 
+def test_rows_of_one_name_that_have_no_run_yet_do_not_clash(own, tmp_path):
+    for sweep in (own, Path(shutil.copytree(own, tmp_path / "again", symlinks=True))):
+        shutil.rmtree(sweep / "other")
+    names = [group.name for group in compare([own, tmp_path / "again"]).begun]
+    assert len(set(names)) == 2 and all(name.endswith("/ours/seed-0") for name in names)
+
+
+def test_what_the_numbers_of_a_row_leave_out_is_said(own):
+    run = Run(own / "other" / "seed-0")
+    path = run.teacher(gather(run).tasks[0]) / "evaluation.json"
+    evaluation = read_json(path)
+    next(iter(evaluation["tasks"].values()))["successes"] = 0
+    write_json(path, evaluation)
+    assert any(note.startswith("other: The teachers of") and "leaves them out" in note for note in compare([own]).notes)
+
+
+def test_where_nothing_is_forgotten_no_task_is_named(own):
+    comparison = compare([own])
+    group, place = comparison.groups[0], headings(comparison).index("Worst forgetting")
+    assert group.metrics["forgetting_worst"] > 0 and cells(comparison, group)[place][1]
+    group.metrics["forgetting_worst"] = 0.0
+    assert cells(comparison, group)[place] == ("0 pp", "")
+
+
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(UserError, match=f"{tmp_path} is not a run folder"):
         compare([tmp_path])
@@ -182,6 +207,14 @@ def test_the_committed_page_of_results_is_what_the_command_makes():
     if not folder.is_dir():
         pytest.skip("no results are committed yet")
     assert folder.with_name("results.md").read_text() == results_page(folder), "run: hpc-cpd results"
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "docs" / "results").glob("*/sweep.json")))
+def test_what_is_said_of_published_rows_is_what_their_sweep_says_today(name):
+    said = {row.name: (row.title, row.teaches) for row in read_sweep(ROOT / f"configs/sweeps/{name}.yaml").rows}
+    rows = read_json(ROOT / "docs" / "results" / name / "sweep.json")["rows"]
+    published = {row: (values["title"], values["teaches"]) for row, values in rows.items()}
+    assert published == said, f"run: hpc-cpd sweep configs/sweeps/{name}.yaml --publish docs/results"
 
 
 def test_a_comparison_does_not_import_torch(sweep, tmp_path):

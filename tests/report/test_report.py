@@ -21,6 +21,7 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from hpc_cpd.errors import UserError
+from hpc_cpd.evaluate.metrics import wilson
 from hpc_cpd.report.figures import FIGURES
 from hpc_cpd.report.gather import gather
 from hpc_cpd.report.page import build_report
@@ -201,6 +202,39 @@ def test_damaged_file_is_one_sentence(make_run: MakeRun, tmp_path: Path) -> None
         build_report(run)
     with pytest.raises(UserError, match="not a run folder"):
         final_table(Run(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [
+        ("evaluation.json", {"tasks": [1]}, "'tasks'"),
+        ("evaluation_before.json", {"before": [1]}, "'before'"),
+        ("evaluation.json", {"tasks": {PUSH: {"successes": 1, "episodes": 20, "goals": 21}}}, "whole numbers"),
+        ("memory/selection.json", {"memories": [{"kept_steps": "x"}]}, "whole numbers"),
+    ],
+)
+def test_a_file_of_the_wrong_form_is_named(make_run: MakeRun, name: str, value: object, word: str) -> None:
+    run = make_run([PUSH], 1)
+    write_json(run.stage(1) / name, value)
+    with pytest.raises(UserError, match=f"{name} is damaged.*{word}"):
+        build_report(run)
+
+
+def test_wall_clock_that_is_no_number_is_unknown(make_run: MakeRun) -> None:
+    run = make_run([PUSH], 1)
+    write_json(run.stage(1) / "attempt.json", {"number": 1, "started": "x", "ended": 2.0})
+    assert gather(run).wall_clock() == {1: None}
+
+
+def test_episodes_on_goals_that_were_played_before_do_not_narrow_an_interval(make_run: MakeRun) -> None:
+    run = make_run([PUSH], 1)
+    path = run.stage(1) / "evaluation.json"
+    record = read_json(path)["tasks"][PUSH] | {"successes": 10, "episodes": 20}
+    low = {}
+    for goals in (20, 10):
+        write_json(path, {"tasks": {PUSH: record | {"goals": goals}}})
+        low[goals] = gather(run).rows[0]["final_interval"][0]
+    assert [low[goals] for goals in (10, 20)] == pytest.approx([wilson(0.5, goals)[0] for goals in (10, 20)])
 
 
 def test_old_pictures_do_not_outlive_their_numbers(make_run: MakeRun) -> None:

@@ -120,8 +120,9 @@ def test_the_note_beside_the_runs_has_every_row_and_its_words(write):
 
 
 def test_nothing_is_published_before_a_run_is_finished(write):
+    sweep = read_sweep(write())
     with pytest.raises(UserError, match=r"no run of sweep\.yaml is finished"):
-        publish_sweep(read_sweep(write()), Path("docs/results"))
+        publish_sweep(sweep, sweep.rows, Path("docs/results"))
     assert not Path("docs").exists() and not Run("runs/two").folder.exists()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -135,6 +136,19 @@ def test_what_is_published_is_small_compares_the_same_and_makes_the_page(home):
     assert numbers[0] == numbers[1]
     door(home, "results")
     assert (home / "docs/results.md").read_bytes() == first
+
+
+def test_a_run_that_was_made_apart_is_not_published_as_one_of_the_sweep(home):
+    teachers = home / "runs/pair/wide/seed-0/teachers"
+    target = os.readlink(teachers)
+    teachers.unlink()
+    shutil.copytree(teachers.parent / target, teachers)
+    before = times(home, "../../docs")
+    output = door(home, "sweep", "pair.yaml", "--publish", "docs/results", expected=2)
+    assert "wide/seed-0/teachers is not the teachers that the sweep asks for" in " ".join(output.split())
+    assert times(home, "../../docs") == before
+    shutil.rmtree(teachers)
+    teachers.symlink_to(target)
 
 
 def wait_for(home: Path, pattern: str, process: subprocess.Popen[str]) -> Path:
