@@ -19,7 +19,6 @@ import gymnasium
 import metaworld
 import numpy as np
 import torch
-import torch.utils.tensorboard
 from metaworld.wrappers import RandomTaskSelectWrapper
 from torch import nn
 
@@ -210,7 +209,7 @@ def train_cleanrl(training: Training, file: Path) -> None:
 
     gymnasium.register("Stock-v0", lambda: next(makers)(), disable_env_checker=True, order_enforce=False)
     writer = SimpleNamespace(add_text=lambda *words: None, add_scalar=add_scalar)
-    torch.utils.tensorboard.SummaryWriter = lambda folder: writer
+    sys.modules["torch.utils.tensorboard"] = SimpleNamespace(SummaryWriter=lambda folder: writer)  # type: ignore[assignment]
     gymnasium.vector.SyncVectorEnv, nn.Linear = Environments, Linear
     wrappers.TransformObservation = lambda environment, function: transform(environment, function, None)
     wrappers.NormalizeReward = lambda environment, gamma: environment
