@@ -89,7 +89,12 @@ def config_as_yaml(config: Config) -> str:
 
 def changed_keys(old: Config, new: Config) -> list[str]:
     """Sentences naming each setting that differs and must not, when a run is resumed."""
-    return [f"{key} was {before!r} and is now {after!r}" for key, before, after in _differences(old, new, "")]
+    return [sentence for sentence, resumable in _differences(old, new, "") if not resumable]
+
+
+def taken_over(old: Config, new: Config) -> list[str]:
+    """Sentences naming each setting that differs and may, for it only says how the work is done."""
+    return [sentence for sentence, resumable in _differences(old, new, "") if resumable]
 
 
 def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
@@ -104,16 +109,16 @@ def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
         values[keys[-1]] = text
 
 
-def _differences(old: Settings, new: Settings, prefix: str) -> Iterable[tuple[str, Any, Any]]:
+def _differences(old: Settings, new: Settings, prefix: str) -> Iterable[tuple[str, bool]]:
+    """A sentence for each setting that differs, and whether it is resumable."""
     for name, field in type(old).model_fields.items():
         before, after = getattr(old, name), getattr(new, name)
         extra = field.json_schema_extra
-        if before == after or (isinstance(extra, dict) and extra.get("resumable")):
-            continue
         if isinstance(before, Settings):
             yield from _differences(before, after, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", before, after
+        elif before != after:
+            resumable = isinstance(extra, dict) and bool(extra.get("resumable"))
+            yield f"{prefix}{name} was {before!r} and is now {after!r}", resumable
 
 
 def _sentence(error: Mapping[str, Any]) -> str:

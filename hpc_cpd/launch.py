@@ -18,7 +18,7 @@ from rich.console import Console
 from hpc_cpd.cluster import allocation, local, schedule, slurm
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.work import Work
-from hpc_cpd.config import load_config
+from hpc_cpd.config import load_config, taken_over
 from hpc_cpd.errors import (
     EXIT_DONE,
     EXIT_FAULT,
@@ -33,7 +33,7 @@ from hpc_cpd.run import Run, is_done
 
 HERE = "python -m hpc_cpd.launch"
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-RETRY_LOCK_SECONDS = 300.0  # a caretaker waits for a person's launch to end
+SUBMISSION_SECONDS = 300.0  # most that another launch's submitting is waited for, as of two sbatch commands in a row
 
 
 _PLACES = {"local": "on this machine", "allocation": "in this allocation", "slurm": "through Slurm"}
@@ -49,6 +49,7 @@ def launch(arguments: argparse.Namespace) -> int:
     stop = StopFlag().install()
     work = _settle(arguments)
     where = _where(arguments)
+    _require_teachers(work)
     if arguments.dry_run:
         _announce(work, where)
         _dry_run(work, where)
@@ -56,9 +57,9 @@ def launch(arguments: argparse.Namespace) -> int:
     _make_folder(work.run.folder)
     if work.run.stop_file.exists():
         raise UserError(f"{work.run.stop_file} asks every job of this run to stop; delete it, then run this again")
-    wait = RETRY_LOCK_SECONDS if arguments.retry else 0.0
+    wait = SUBMISSION_SECONDS if where == "slurm" else 0.0
     with Lock(work.run.folder, f"the run {work.run.folder}", wait_seconds=wait, stop=stop):
-        work.run.open(work.config, _provenance(work))
+        _open(work)
         _announce(work, where)
         if where == "slurm":
             schedule.submit_all(work, arguments.retry, _say, stop)
@@ -137,6 +138,28 @@ def _settle(arguments: argparse.Namespace) -> Work:
     return Work(run, config, plan, asked, [], [int(asked)], arguments.allow_missing)
 
 
+def _require_teachers(work: Work) -> None:
+    from hpc_cpd.teachers.needs import require_teacher
+
+    settings = work.config.teachers
+    for task in work.todo_tasks if settings.source == "train" else ():
+        require_teacher(task, settings, settings.ranks)
+
+
+def _open(work: Work) -> None:
+    """Make the run, or tell in what this launch differs from the one before."""
+    from hpc_cpd.distill.needs import lengthens
+
+    old = work.run.config() if work.run.config_file.is_file() else None
+    shared = (work.run.folder / "teachers").is_symlink()  # another run's must not get teachers from here
+    longer = old is not None and not shared and lengthens(old, work.config)
+    work.run.open(work.config, _provenance(work), longer)
+    if old is not None and longer:
+        _say(f"{len(work.plan)} stages, there were fewer: {work.run.folder} goes on with further tasks")
+    for sentence in taken_over(old, work.config) if old is not None else ():
+        _say(f"From now on: {sentence} (jobs in the queue keep what they were submitted with)")
+
+
 def _require_same_sizes(tasks: Sequence[str]) -> None:
     """One student acts for all tasks of a stream, so their observations and actions must be of one size."""
     from hpc_cpd.tasks.registry import describe
@@ -211,7 +234,9 @@ def _run_here(work: Work, stop: StopFlag, where: str) -> None:
         teachers.append(local.Job(f"teacher {task}", words, ranks, mpi=True, logs=at, threads=share, srun=srun))
     _run_jobs(teachers, at_once, stop, work.allow_missing)
     ranks = config.distill.ranks
-    srun = allocation.stage_words(config) if where == "allocation" else ()
+    srun, threads = (), 0
+    if where == "allocation":
+        srun, threads = allocation.stage_words(config), config.cluster.cpus_of_stage_rank
     for stage in work.todo_stages:
         words = ["stage", "--run", folder, "--stage", str(stage)] + ["--allow-missing"] * work.allow_missing
         at, share = logs / f"stage-{stage}", threads or max(1, cores // ranks)

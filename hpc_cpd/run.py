@@ -88,15 +88,16 @@ class Run:
             )
         return load_config(self.config_file)
 
-    def open(self, config: Config, provenance: Mapping[str, Any]) -> None:
+    def open(self, config: Config, provenance: Mapping[str, Any], longer: bool = False) -> None:
         """Create the run with `config`, or check that it was made with the same settings.
 
-        Settings that only say how work is done (ranks, partitions) are taken over.
-        Raises UserError naming every key that differs.
+        Settings that only say how work is done (ranks, partitions) are taken over, and with `longer` its tasks: the
+        caller knows that they go on where the old ones end. Raises UserError naming every key that differs.
         """
         if self.config_file.is_file():
             old = self.config()
-            changed = changed_keys(old, config)
+            stream = {"stream": config.stream if longer else old.stream}
+            changed = changed_keys(old.model_copy(update=stream), config)
             if changed:
                 raise UserError(
                     f"{self.folder} was made with other settings: {'; '.join(changed)}. "

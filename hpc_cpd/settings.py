@@ -177,7 +177,9 @@ class StudentSettings(Settings):
 class MemorySettings(Settings):
     """The replay memory."""
 
-    budget_fraction: float = Field(0.05, gt=0, le=1, description="share of each task's steps that is kept")
+    budget_fraction: float = Field(
+        0.05, gt=0, le=1, description="share of each task's steps that is kept, in whole episodes, one at least"
+    )
     selection: Literal["dpp", "uniform"] = Field("dpp", description="determinantal point process, or at random")
 
 
@@ -267,11 +269,6 @@ class DistillSettings(Settings):
                 f"distill.expert_parallel_size is {self.expert_parallel_size}, which does not divide distill.ranks, "
                 f"{self.ranks}; choose a divisor, or 0 for all of them"
             )
-        if self.target == "executed" and self.relabelled_episodes:
-            raise UserError(
-                f"distill.relabelled_episodes is {self.relabelled_episodes}, in which the executed actions are the "
-                "student's own, so it must not imitate them; set distill.target=mean"
-            )
         asking = "gradient_projection" if self.gradient_projection else "replay_targets"
         asked = self.gradient_projection or self.replay_targets == "past_student"
         if asked and (not self.replay_fraction or self.anchor_fraction == 1):
@@ -307,6 +304,12 @@ class ClusterSettings(Settings):
     nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job", json_schema_extra=RESUMABLE)
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each", json_schema_extra=RESUMABLE)
     cpus_per_rank: int = Field(1, ge=1, description="cores per rank", json_schema_extra=RESUMABLE)
+    stage_cpus_per_rank: int | None = Field(
+        None,
+        ge=1,
+        description="cores per rank of a stage, where it has more than a teacher's",
+        json_schema_extra=RESUMABLE,
+    )
     memory_per_cpu: str | None = Field(None, description="for example 4G", json_schema_extra=RESUMABLE)
     time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job", json_schema_extra=RESUMABLE)
     signal_seconds_before_end: int = Field(
@@ -336,6 +339,10 @@ class ClusterSettings(Settings):
         description="times a failed teacher or stage is tried again without a human",
         json_schema_extra=RESUMABLE,
     )
+
+    @property
+    def cpus_of_stage_rank(self) -> int:
+        return self.stage_cpus_per_rank or self.cpus_per_rank
 
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {

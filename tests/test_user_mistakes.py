@@ -43,6 +43,8 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--stage", "all", *MT10, "stream.tasks=MT11"], ["MT11", "MT10, MT25, MT50"]),
         (["--stage", "all", *MT10, "distill.isolation=lora"], ["distill.isolation is 'lora'", "student.grow=false"]),
         (["--stage", "3", *MT10], ["--stage is '3'", "1 to 2"]),
+        (["--stage", "all", *MT10, "stream.tasks=[gymnasium/Pendulum-v1]"], ["no scripted policy", "start=scratch"]),
+        (["--stage", "teachers", *MT10, "--ranks", "32"], ["teachers.ppo.num_envs is 16", "32 ranks"]),
         (["--stage", "first", *MT10], ["'first'", "teachers, or all"]),
         (
             ["--stage", "all", *MT10, "stream.tasks=[metaworld/reach-v3, gymnasium/Pendulum-v1]"],
@@ -93,7 +95,7 @@ def test_other_settings_for_an_existing_run_are_refused_key_by_key(tmp_path):
         (["evaluation.seed=4294967295"], ["evaluation.seed", "4294967293"]),
         (["evaluation.infer_task=true", "student.task_embedding=one_hot"], ["infer_task", "one_hot"]),
         (["student.top_k=2", "distill.phase1_steps=0"], ["student.top_k is 2", "phase1_steps is 0"]),
-        (["trajectories.episodes=10", "memory.budget_fraction=0.05"], ["0.05 of 10 episodes", "less than one"]),
+        (["distill.penalty=ewc"], ["distill.penalty is 'ewc'", "nothing to hold", "student.grow=false"]),
     ],
 )
 def test_settings_that_could_only_fail_after_the_teachers_are_refused_before_them(words, parts):
@@ -103,9 +105,8 @@ def test_settings_that_could_only_fail_after_the_teachers_are_refused_before_the
         assert part in str(refusal.value)
 
 
-def test_one_stage_needs_neither_memory_nor_a_first_phase():
-    words = ["trajectories.episodes=10", "memory.budget_fraction=0.05", "student.top_k=2", "distill.phase1_steps=0"]
-    require_settings(load_config(None, words), stages=1)
+def test_one_stage_alone_may_begin_with_phase_2():
+    require_settings(load_config(None, ["student.top_k=2", "distill.phase1_steps=0"]), stages=1)
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,18 @@ def teacher_words(config: Config) -> tuple[str, ...]:
         "--nodes=1",
         f"--ntasks={config.teachers.ranks}",
         f"--mpi={config.cluster.mpi_plugin}",
-        *_common(config),
+        *_common(config.cluster.cpus_per_rank),
     )
 
 
 def stage_words(config: Config) -> tuple[str, ...]:
     """How srun starts the ranks of a stage: over all nodes of the allocation."""
-    return ("srun", f"--nodes={nodes()}", f"--ntasks={config.distill.ranks}", *_common(config))
+    return (
+        "srun",
+        f"--nodes={nodes()}",
+        f"--ntasks={config.distill.ranks}",
+        *_common(config.cluster.cpus_of_stage_rank),
+    )
 
 
 def nodes() -> int:
@@ -39,8 +44,8 @@ def teachers_at_once(config: Config) -> int:
     return max(1, cores // (config.teachers.ranks * config.cluster.cpus_per_rank))
 
 
-def _common(config: Config) -> tuple[str, ...]:
-    return (f"--cpus-per-task={config.cluster.cpus_per_rank}", "--kill-on-bad-exit=1", "--unbuffered")
+def _common(cpus: int) -> tuple[str, ...]:
+    return (f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1", "--unbuffered")
 
 
 def _expand(text: str) -> list[int]:

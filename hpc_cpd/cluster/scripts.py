@@ -46,7 +46,8 @@ def teachers_script(
 ) -> Script:
     """An array of `count` teachers, `at_once` at a time; element i trains the i-th task of the file `plan`."""
     command = f"{_worker(python)} teacher --run {_quote(run.folder)} --index $SLURM_ARRAY_TASK_ID --plan {_quote(plan)}"
-    parameters = _parameters(config, f"{config.name}-teachers", config.teachers.ranks, nodes=1)
+    cpus = config.cluster.cpus_per_rank
+    parameters = _parameters(config, f"{config.name}-teachers", config.teachers.ranks, nodes=1, cpus=cpus)
     parameters["srun_args"] = [f"--mpi={config.cluster.mpi_plugin}", *parameters["srun_args"]]
     parameters["map_count"] = count
     parameters["array_parallelism"] = at_once
@@ -70,7 +71,7 @@ def stage_script(
             f"cluster.gpus_per_node) take {nodes * gpus}, one rank per GPU; set distill.ranks={nodes * gpus}"
         )
     command = f"{_worker(python)} stage --run {_quote(run.folder)} --stage {stage}"
-    parameters = _parameters(config, f"{config.name}-stage-{stage}", ranks, nodes)
+    parameters = _parameters(config, f"{config.name}-stage-{stage}", ranks, nodes, cluster.cpus_of_stage_rank)
     special = {
         "partition": cluster.stage_partition,
         "constraint": cluster.constraint,
@@ -124,14 +125,14 @@ def _common(cluster: ClusterSettings, name: str) -> dict[str, Any]:
     }
 
 
-def _parameters(config: Config, name: str, ranks: int, nodes: int) -> dict[str, Any]:
+def _parameters(config: Config, name: str, ranks: int, nodes: int, cpus: int) -> dict[str, Any]:
     cluster = config.cluster
     if cluster.signal_seconds_before_end >= 60 * cluster.time_limit_minutes:
         raise UserError(
             f"cluster.signal_seconds_before_end is {cluster.signal_seconds_before_end}, which leaves nothing of "
             f"cluster.time_limit_minutes ({cluster.time_limit_minutes} min); make it smaller"
         )
-    exports = [f"OMP_NUM_THREADS={cluster.cpus_per_rank}", "OMP_WAIT_POLICY=passive", "HDF5_USE_FILE_LOCKING=FALSE"]
+    exports = [f"OMP_NUM_THREADS={cpus}", "OMP_WAIT_POLICY=passive", "HDF5_USE_FILE_LOCKING=FALSE"]
     if cluster.network_interface is not None:
         exports += [f"{name}_SOCKET_IFNAME={cluster.network_interface}" for name in ("GLOO", "NCCL")]
     common = _common(cluster, name)
@@ -140,11 +141,11 @@ def _parameters(config: Config, name: str, ranks: int, nodes: int) -> dict[str, 
         "time": cluster.time_limit_minutes,
         "nodes": nodes,
         "ntasks_per_node": ranks // nodes,
-        "cpus_per_task": cluster.cpus_per_rank,
+        "cpus_per_task": cpus,
         "signal_delay_s": cluster.signal_seconds_before_end,
         "setup": [f"export {' '.join(exports)}", *cluster.setup],
         # srun does not inherit the cores; its logs must outlive a requeue; a rank that fails must end the others
-        "srun_args": [f"--cpus-per-task={cluster.cpus_per_rank}", "--open-mode=append", "--kill-on-bad-exit=1"],
+        "srun_args": [f"--cpus-per-task={cpus}", "--open-mode=append", "--kill-on-bad-exit=1"],
     }
 
 

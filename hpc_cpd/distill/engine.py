@@ -43,8 +43,8 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
         os.environ.setdefault("MASTER_PORT", "0")
     backends = None  # DeepSpeed's choice, gloo
     if torch.cuda.is_available():
-        require_gpus(int(os.environ["LOCAL_RANK"]) + 1)
-        torch.cuda.set_device(device_of_rank())  # what NCCL takes the objects of a collective to
+        require_gpu()
+        torch.cuda.set_device(device_of_rank())  # before any collective asks for it
         backends = "cpu:gloo,cuda:nccl"  # results of the evaluation and errors of episodes are on the CPU
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -84,6 +84,16 @@ def finish_distributed() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+
+
+def require_gpu() -> None:
+    """Raise UserError when this machine has GPUs, but none for this rank."""
+    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if 0 < gpus <= rank:
+        raise UserError(
+            f"rank {rank} of this machine has no GPU: there are {gpus}, and every rank needs one of its own; start "
+            "fewer ranks per machine (distill.ranks), or set CUDA_VISIBLE_DEVICES= to learn on its cores"
+        )
 
 
 def require_gpus(ranks: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run, is_done, read_json, write_json
 from hpc_cpd.settings import Config
-from hpc_cpd.tasks.registry import run_plan
+from hpc_cpd.tasks.registry import run_plan, stage_plan
 
 MOST_PACKNET_STAGES = 255  # PackNet's owners are kept as uint8
 
@@ -24,17 +24,27 @@ def require_settings(config: Config, stages: int) -> None:
             f"student.top_k is {student.top_k}, so new experts get work in phase 1 alone, but distill.phase1_steps is "
             "0; give it steps, or set student.top_k=0"
         )
-    kept = config.memory.budget_fraction * (config.trajectories.episodes + settings.relabelled_episodes)
-    if stages > 1 and needs_memory(config) and kept < 1 - 1e-9:
+    if settings.target == "executed" and settings.relabelled_episodes:
         raise UserError(
-            f"memory.budget_fraction keeps {config.memory.budget_fraction} of {config.trajectories.episodes} episodes "
-            "(trajectories.episodes), less than one of each task, and later stages need one; raise either"
+            f"distill.relabelled_episodes is {settings.relabelled_episodes}, in which the executed actions are the "
+            "student's own, so it must not imitate them; set distill.target=mean"
+        )
+    if settings.penalty != "none" and student.grow and settings.freeze_shared and settings.freeze_old:
+        raise UserError(
+            f"distill.penalty is '{settings.penalty}', but what was learnt before a stage does not move in it, so "
+            "there is nothing to hold; set student.grow=false and distill.freeze_shared=false, as in "
+            "configs/sweeps/baselines.yaml"
         )
 
 
-def needs_memory(config: Config) -> bool:
-    """Whether a later stage looks at what the replay memory keeps."""
-    return config.distill.replay_fraction > 0 or config.student.task_embedding == "contrastive"
+def lengthens(old: Config, new: Config) -> bool:
+    """Whether `new` only adds stages behind those of `old`, so that a run may go on with it.
+
+    One-hot vectors have a place for every task, and PackNet shares its weights out among all stages: theirs may not.
+    """
+    before, after = stage_plan(old.stream), stage_plan(new.stream)
+    fixed = old.student.task_embedding == "one_hot" or old.distill.isolation == "packnet"
+    return len(after) > len(before) and after[: len(before)] == before and not fixed
 
 
 def require_isolation(config: Config, stages: int) -> None:

@@ -16,7 +16,6 @@ from hpc_cpd.distill.importance import Samples
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
-from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Config
 from hpc_cpd.student.checkpoint import together
 from hpc_cpd.student.policy import StudentPolicy, load_student
@@ -49,14 +48,10 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
     return store.episode_means(errors.numpy())
 
 
-def keep_memory(
-    folder: Path, config: Config, stage: int, store: TrajectoryStore, errors: np.ndarray, needed: bool = False
-) -> None:
+def keep_memory(folder: Path, config: Config, stage: int, store: TrajectoryStore, errors: np.ndarray) -> None:
     """Write ``stages/K/memory``: of each new task the episodes that fit its budget of steps.
 
-    `errors` float64 [episodes of the store]: the student's, the priority of the selection. `needed`: by later stages.
-
-    Raises UserError when it is needed and no episode of a task fits.
+    `errors` float64 [episodes of the store]: the student's, the priority of the selection.
     """
     settings = config.memory
     memories = [
@@ -70,14 +65,6 @@ def keep_memory(
         )
         for task in store.task_ids
     ]
-    for memory in memories if needed else ():
-        if not memory.episodes:
-            shortest = min(len(store.episode(number)) for number in store.task_episodes(memory.origin.task_id))
-            raise UserError(
-                f"the replay memory has room for {memory.budget_steps} of the {memory.total_steps} steps of "
-                f"{memory.origin.task_id} (memory.budget_fraction), but its shortest episode has {shortest}, and later "
-                "stages need one; start a run with a larger memory.budget_fraction or more trajectories.episodes"
-            )
     facts = {"stage": stage, "method": settings.selection, "budget_fraction": settings.budget_fraction}
     write_memory(folder / "memory", memories, **facts)
 

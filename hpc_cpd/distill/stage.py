@@ -19,7 +19,7 @@ from hpc_cpd.distill.beginning import begin_stage, load_beginning
 from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
 from hpc_cpd.distill.isolation import isolation_of_stage
 from hpc_cpd.distill.learn import learn_stage
-from hpc_cpd.distill.needs import do_without_missing, needs_memory, require_settings, require_stage
+from hpc_cpd.distill.needs import do_without_missing, require_settings, require_stage
 from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task, update_penalty
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.distill.phases import Phase, phases_of
@@ -89,8 +89,7 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     if lacks("memory"):
         say.update("choosing the replay memory")
         errors = episode_errors(folder / "student", new)
-        needed = stage < len(plan) and needs_memory(config)
-        together(lambda: keep_memory(folder, config, stage, new, errors, needed), on=0)
+        together(lambda: keep_memory(folder, config, stage, new, errors), on=0)
     if lacks("routing.json"):
         stores = [new] if memory is None else [new, memory]
         together(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)), on=0)

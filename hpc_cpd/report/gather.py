@@ -240,7 +240,10 @@ def _record(record: Any, path: Path) -> Record:
     goals = values.get("goals", episodes)  # earlier versions did not count them
     whole = all(type(number) is int for number in (successes, episodes, goals))
     if not whole or not 0 <= successes <= episodes or not 1 <= goals <= episodes:  # type: ignore[operator]
-        raise UserError(f"{path} is damaged: every task needs whole numbers 0 <= successes <= episodes; {_AGAIN}")
+        raise UserError(
+            f"{path} is damaged: every task needs whole numbers, successes (from 0) and goals (from 1) no more than "
+            f"episodes; {_AGAIN}"
+        )
     return values | {"goals": goals}
 
 

@@ -24,9 +24,11 @@ from typing import Any
 import yaml
 
 from hpc_cpd.config import load_config
+from hpc_cpd.distill.needs import require_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run import Run
 from hpc_cpd.settings import Config, Settings
+from hpc_cpd.tasks.registry import stage_plan
 
 ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
 FILE_KEYS = ("name", "config", "settings", "seeds", "rows")
@@ -140,6 +142,7 @@ def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, st
     settings = [f"seed={seed}", *(f"{key}={value}" for key, value in words.items())]
     try:
         checked = load_config(config, settings)
+        require_settings(checked, len(stage_plan(checked.stream)))
     except UserError as error:
         raise UserError(f"{file}: rows.{row}: {error}") from None
     run = Run(folder / row / f"seed-{seed}")

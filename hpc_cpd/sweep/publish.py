@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from hpc_cpd.config import changed_keys
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import SWEEP_FILE, is_sweep
 from hpc_cpd.report.gather import gather
 from hpc_cpd.report.page import report_numbers
 from hpc_cpd.run import DONE, Run, atomic_folder, is_done, read_json, write_json
 from hpc_cpd.sweep.plan import Entry, Row, Sweep
-from hpc_cpd.sweep.sharing import SHARED, link, shared_by
+from hpc_cpd.sweep.sharing import SHARED, link, shared_by, target_of
 
 _TEACHERS = "teachers"
 _OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_inferred.json", DONE)
@@ -36,6 +37,12 @@ def publish_sweep(sweep: Sweep, rows: Sequence[Row], folder: Path) -> list[Entry
     shared = shared_by(sweep, done)
     for entry in done:
         link(entry, shared[entry.name])  # refuses a run that was made apart, with data of its own
+        changed = changed_keys(entry.run.config(), entry.config)
+        if changed and os.readlink(entry.run.folder / _TEACHERS) != target_of(entry, shared[entry.name], _TEACHERS):
+            raise UserError(
+                f"{entry.run.folder} was made with other data than the sweep asks for now: {'; '.join(changed)}; take "
+                "that back, or make the run again"
+            )
     # the runs' links to their teachers must have something to point at
     for source in sorted({(entry.run.folder / _TEACHERS).resolve().parent for entry in done}):
         with atomic_folder(target / SHARED / source.name) as copy:

@@ -74,7 +74,7 @@ def link(entry: Entry, shared: Shared) -> None:
     folder = entry.run.folder
     begun = entry.run.config_file.is_file()
     for part in PARTS:
-        path, target = folder / part, os.path.relpath(shared.run.folder / part, folder)
+        path, target = folder / part, target_of(entry, shared, part)
         if path.is_symlink() and os.readlink(path) == target:
             continue
         if begun and changed_keys(entry.run.config(), entry.config):
@@ -90,6 +90,11 @@ def link(entry: Entry, shared: Shared) -> None:
         temporary = folder / f".{part}.{secrets.token_hex(4)}.tmp"
         os.symlink(target, temporary)
         os.replace(temporary, path)
+
+
+def target_of(entry: Entry, shared: Shared, part: str) -> str:
+    """Where the link `part` of the run of `entry` leads."""
+    return os.path.relpath(shared.run.folder / part, entry.run.folder)
 
 
 def _only_teachers(config: Config, seed: int) -> Config:

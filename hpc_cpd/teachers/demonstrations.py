@@ -22,6 +22,7 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import TaskSpec, make_batch
 from hpc_cpd.teachers.actors import Communicator
 from hpc_cpd.teachers.attempts import BLOCK, AttemptPlan, keep_successes, play_block
+from hpc_cpd.teachers.needs import SCRIPTED_PREFIX
 from hpc_cpd.teachers.seeds import generator
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import closed_shards, read_shard
@@ -32,7 +33,6 @@ STEPS_AFTER_SUCCESS = 15
 MAX_ATTEMPTS_FACTOR = 4
 BLOCKS_PER_GOAL_SET = 6
 """48 attempts: a seed has 50 goals, and a clone of more goals generalises better to others."""
-_SCRIPTED_PREFIX = "metaworld/"
 
 
 @dataclass
@@ -68,15 +68,6 @@ class ScriptedActor:
         return np.clip(actions, -1.0, 1.0)
 
 
-def check_demonstrations(task_id: str, settings: DemonstrationSettings) -> None:
-    """Raise UserError when `task_id` has neither a scripted policy nor a folder of trajectories to clone."""
-    if settings.folder is None and not task_id.startswith(_SCRIPTED_PREFIX):
-        raise UserError(
-            f"there is no scripted policy for {task_id}, so its teacher cannot start from demonstrations; set "
-            "teachers.start=scratch, or teachers.demonstrations.folder to a folder of trajectories to clone"
-        )
-
-
 def record_demonstrations(
     task: TaskSpec, settings: DemonstrationSettings, seed: int, communicator: Communicator
 ) -> Demonstrations:
@@ -90,7 +81,7 @@ def record_demonstrations(
         goal_seed = int(generator(seed, task.task_id, "demonstrated goals", goal_set).integers(2**31))
         return make_batch(task.task_id, BLOCK, goal_seed)
 
-    actor = ScriptedActor(task.skill.removeprefix(_SCRIPTED_PREFIX), task.action_size)
+    actor = ScriptedActor(task.skill.removeprefix(SCRIPTED_PREFIX), task.action_size)
     plan = AttemptPlan(seed, task.task_id, "demonstration", settings.action_noise, STEPS_AFTER_SUCCESS)
     mine: list[Episode] = []
     kept, attempts = keep_successes(

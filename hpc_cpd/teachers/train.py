@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_cpd.errors import UserError
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.progress import Progress
 from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done
@@ -32,11 +31,11 @@ from hpc_cpd.teachers.bounds import bounded_errors
 from hpc_cpd.teachers.checkpoint import Checkpoint, adam_tensors, load_checkpoint, restore_adam, save_checkpoint
 from hpc_cpd.teachers.demonstrations import (
     Demonstrations,
-    check_demonstrations,
     read_demonstrations,
     record_demonstrations,
 )
 from hpc_cpd.teachers.joint import take_from_student
+from hpc_cpd.teachers.needs import require_teacher
 from hpc_cpd.teachers.policy import SMALLEST_STD, TeacherPolicy
 from hpc_cpd.teachers.ppo import (
     adapted_step_size,
@@ -133,14 +132,7 @@ class _Training:
         )
         self.optimiser = self._new_optimiser()
         self._began = time.monotonic()
-        if self.warm:
-            check_demonstrations(task_id, self.settings.demonstrations)
-        for count, key in (
-            (self.settings.ppo.num_envs, "teachers.ppo.num_envs"),
-            (self.settings.demonstrations.batch_size, "teachers.demonstrations.batch_size"),
-        ):
-            if count < communicator.size:
-                raise UserError(f"{key} is {count}, but there are {communicator.size} ranks; give each at least one")
+        require_teacher(task_id, self.settings, communicator.size)
 
     def resume_or_begin(self) -> None:
         """Take up the newest checkpoint, or start from the beginning."""

@@ -45,14 +45,15 @@ def select_memory(
     method: Literal["dpp", "uniform"],
     seed: int,
 ) -> TaskMemory:
-    """Choose which episodes of a task are kept, at most `budget_fraction` of its steps.
+    """Choose which episodes of a task are kept: at most `budget_fraction` of its steps, but one episode at least.
 
+    Without one, nothing would tell later stages of the task: a teacher that rarely succeeds may leave a few episodes.
     `errors`: the student's mean error on each episode of the task, float [n], in the order of
     `store.task_episodes(task_id)`. The choice is a pure function of the arguments.
     """
     episodes = [store.episode(number) for number in store.task_episodes(task_id)]
     lengths = np.array([len(episode) for episode in episodes], np.int64)
-    budget = int(budget_fraction * lengths.sum())
+    budget = max(int(budget_fraction * lengths.sum()), int(lengths.min()))
     quality = episode_quality(errors)
     if len(quality) != len(episodes):
         raise ValueError(f"{len(quality)} errors were given for the {len(episodes)} episodes of {task_id}")

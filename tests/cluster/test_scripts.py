@@ -65,6 +65,15 @@ def test_what_must_hold_of_every_script_holds():
         assert "#SBATCH --reservation=course" in text and "#SBATCH --exclusive\n" in text
 
 
+def test_a_stage_may_have_more_cores_per_rank_than_a_teacher():
+    run, config = Run(FOLDER), site_config({"stage_cpus_per_rank": 7})
+    teachers = scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS)
+    stage = scripts.stage_script(run, config, 1).text(LOGS)
+    for text, cpus in ((teachers, 3), (stage, 7)):
+        assert f"#SBATCH --cpus-per-task={cpus}\n" in text and f"OMP_NUM_THREADS={cpus} " in text
+        assert text.count(f"--cpus-per-task={cpus} ") == 1  # of srun
+
+
 @pytest.mark.parametrize("way", ["resubmit", "chain"])
 def test_where_work_does_not_go_on_by_requeueing_slurm_is_told_not_to(way):
     text = scripts.stage_script(Run(FOLDER), site_config({"continuation": way}), 1).text(LOGS)

@@ -209,7 +209,7 @@ def test_damaged_file_is_one_sentence(make_run: MakeRun, tmp_path: Path) -> None
     [
         ("evaluation.json", {"tasks": [1]}, "'tasks'"),
         ("evaluation_before.json", {"before": [1]}, "'before'"),
-        ("evaluation.json", {"tasks": {PUSH: {"successes": 1, "episodes": 20, "goals": 21}}}, "whole numbers"),
+        ("evaluation.json", {"tasks": {PUSH: {"successes": 1, "episodes": 20, "goals": 21}}}, "goals"),
         ("memory/selection.json", {"memories": [{"kept_steps": "x"}]}, "whole numbers"),
     ],
 )

@@ -206,7 +206,7 @@ def test_a_failed_write_leaves_the_old_memory(store, tmp_path, monkeypatch):
 
 
 def test_an_empty_memory_is_none_and_a_missing_one_is_named(store, tmp_path):
-    write_memory(tmp_path / "empty", [select_memory(store, TASK, np.ones(30), 0.0, "dpp", 1)])
+    write_memory(tmp_path / "empty", [])
     write_memory(tmp_path / "memory", [select_memory(store, OTHER, np.ones(10), 0.3, "dpp", 1)])
     assert open_memory([tmp_path / "empty"]) is None
     assert open_memory([tmp_path / "empty", tmp_path / "memory"]).task_ids == [OTHER]
