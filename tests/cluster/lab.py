@@ -101,7 +101,8 @@ class Lab:
 
     def clear(self) -> None:
         """Cancel everything and wait until it is gone."""
-        self.cluster.run("scancel", "--user", "root" if not self.queue("%u") else self.queue("%u")[0])
+        for user in set(self.queue("%u")):
+            self.cluster.run("scancel", "--user", user)
         self.wait(lambda: not self.queue(), 30, "an empty queue")
 
     def preempt(self, seconds: int = 3, nodes: int = 4) -> None:
