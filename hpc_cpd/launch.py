@@ -49,7 +49,7 @@ def launch(arguments: argparse.Namespace) -> int:
     stop = StopFlag().install()
     work = _settle(arguments)
     where = _where(arguments)
-    _require_teachers(work)
+    _require_means(work, where)
     if arguments.dry_run:
         _announce(work, where)
         _dry_run(work, where)
@@ -59,7 +59,7 @@ def launch(arguments: argparse.Namespace) -> int:
         raise UserError(f"{work.run.stop_file} asks every job of this run to stop; delete it, then run this again")
     wait = SUBMISSION_SECONDS if where == "slurm" else 0.0
     with Lock(work.run.folder, f"the run {work.run.folder}", wait_seconds=wait, stop=stop):
-        _open(work)
+        _open(work, where)
         _announce(work, where)
         if where == "slurm":
             schedule.submit_all(work, arguments.retry, _say, stop)
@@ -138,15 +138,20 @@ def _settle(arguments: argparse.Namespace) -> Work:
     return Work(run, config, plan, asked, [], [int(asked)], arguments.allow_missing)
 
 
-def _require_teachers(work: Work) -> None:
+def _require_means(work: Work, where: str) -> None:
+    """Refuse what jobs would find out one by one, some of them after hours."""
     from hpc_cpd.teachers.needs import require_teacher
 
+    if where == "local" and work.todo_stages and NVIDIA_GPUS.is_dir():
+        from hpc_cpd.distill.engine import require_gpus  # brings torch, which takes seconds
+
+        require_gpus(work.config.distill.ranks)
     settings = work.config.teachers
     for task in work.todo_tasks if settings.source == "train" else ():
         require_teacher(task, settings, settings.ranks)
 
 
-def _open(work: Work) -> None:
+def _open(work: Work, where: str) -> None:
     """Make the run, or tell in what this launch differs from the one before."""
     from hpc_cpd.distill.needs import lengthens
 
@@ -157,7 +162,8 @@ def _open(work: Work) -> None:
     if old is not None and longer:
         _say(f"{len(work.plan)} stages, there were fewer: {work.run.folder} goes on with further tasks")
     for sentence in taken_over(old, work.config) if old is not None else ():
-        _say(f"From now on: {sentence} (jobs in the queue keep what they were submitted with)")
+        queued = " (jobs in the queue keep what they were submitted with)" if where == "slurm" else ""
+        _say(f"From now on: {sentence}{queued}")
 
 
 def _require_same_sizes(tasks: Sequence[str]) -> None:
@@ -216,10 +222,6 @@ def _run_here(work: Work, stop: StopFlag, where: str) -> None:
     """Teachers first, then one stage after another. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
     logs = (work.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
     folder, config, cores = str(work.run.folder), work.config, local.usable_cores()
-    if where == "local" and work.todo_stages and NVIDIA_GPUS.is_dir():
-        from hpc_cpd.distill.engine import require_gpus  # brings torch, which takes seconds
-
-        require_gpus(config.distill.ranks)  # now, and not when the teachers are trained
     ranks = config.teachers.ranks
     at_once, threads = max(1, cores // ranks), 0
     srun: tuple[str, ...] = ()

@@ -130,11 +130,8 @@ def test_a_word_that_looks_like_a_date_and_is_none_is_text():
 @pytest.mark.parametrize(("gpus", "ranks", "fits"), [(0, 8, True), (4, 4, True), (4, 2, True), (1, 2, False)])
 def test_more_ranks_than_gpus_are_refused(monkeypatch, gpus, ranks, fits):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    with (
-        nullcontext()
-        if fits
-        else pytest.raises(UserError, match=f"{ranks} ranks.*shows {gpus}; set distill.ranks={gpus}")
-    ):
+    refusal = pytest.raises(UserError, match=f"{ranks} ranks.*shows {gpus}; set distill.ranks={gpus}")
+    with nullcontext() if fits else refusal:
         require_gpus(ranks)
 
 

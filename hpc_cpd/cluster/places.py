@@ -109,11 +109,9 @@ def live_owner(folder: Path) -> Owner | None:
         pid, host, job = int(owner["pid"]), str(owner["host"]), owner.get("job")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
-    return (
-        None
-        if lives_here(owner) is False or age >= STALE_SECONDS
-        else Owner(pid, host, None if job is None else str(job))
-    )
+    if lives_here(owner) is False or age >= STALE_SECONDS:
+        return None
+    return Owner(pid, host, None if job is None else str(job))
 
 
 def _names(folder: Path) -> set[str]:

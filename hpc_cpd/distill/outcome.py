@@ -112,7 +112,7 @@ def update_penalty(
         return {name: (mean * (len(steps) / IMPORTANCE_SAMPLES)).cpu() for name, mean in found.items()}
 
     importance = together(of_my_samples)
-    for share in importance.values() if world_size > 1 else ():
+    for share in importance.values():
         torch.distributed.all_reduce(share)
     penalty = next_penalty(config.distill, previous, dict(state), importance)
     together(lambda: penalty.save(folder / "penalty.safetensors"), on=0)

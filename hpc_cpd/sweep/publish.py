@@ -10,14 +10,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from hpc_cpd.config import changed_keys
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import SWEEP_FILE, is_sweep
 from hpc_cpd.report.gather import gather
 from hpc_cpd.report.page import report_numbers
 from hpc_cpd.run import DONE, Run, atomic_folder, is_done, read_json, write_json
 from hpc_cpd.sweep.plan import Entry, Row, Sweep
-from hpc_cpd.sweep.sharing import SHARED, link, shared_by, target_of
+from hpc_cpd.sweep.sharing import SHARED, shared_by, target_of
 
 _TEACHERS = "teachers"
 _OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_inferred.json", DONE)
@@ -36,12 +35,11 @@ def publish_sweep(sweep: Sweep, rows: Sequence[Row], folder: Path) -> list[Entry
         raise UserError(f"no run of {sweep.file} is finished, so there is nothing to publish; run the sweep first")
     shared = shared_by(sweep, done)
     for entry in done:
-        link(entry, shared[entry.name])  # refuses a run that was made apart, with data of its own
-        changed = changed_keys(entry.run.config(), entry.config)
-        if changed and os.readlink(entry.run.folder / _TEACHERS) != target_of(entry, shared[entry.name], _TEACHERS):
+        path, shared_path = entry.run.folder / _TEACHERS, target_of(entry, shared[entry.name], _TEACHERS)
+        if not path.is_symlink() or os.readlink(path) != shared_path:
             raise UserError(
-                f"{entry.run.folder} was made with other data than the sweep asks for now: {'; '.join(changed)}; take "
-                "that back, or make the run again"
+                f"{path} is not the teachers that the sweep asks for ({shared_path}): the run was made apart, or with "
+                "other settings; choose another --run, or delete the run"
             )
     # the runs' links to their teachers must have something to point at
     for source in sorted({(entry.run.folder / _TEACHERS).resolve().parent for entry in done}):

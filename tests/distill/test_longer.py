@@ -25,6 +25,7 @@ def test_stages_that_are_added_later_give_the_bits_of_a_stream_that_had_them(tmp
     grown, whole = make_run(tmp_path / "grown", SHORT), make_run(tmp_path / "whole")
     finish(start_ranks(1, grown.folder, 1))
     first = student_of(grown, 1)
+    assert first
     with pytest.raises(UserError, match=r"stream\.tasks was"):
         grown.open(synthetic_config(), {})
     grown.open(synthetic_config(), {}, lengthens(grown.config(), synthetic_config()))
