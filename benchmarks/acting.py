@@ -30,8 +30,8 @@ import torch
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import run_command
 from hpc_cpd.settings import StudentSettings
+from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
-from hpc_cpd.student.transformer import Student, StudentShape
 
 OBSERVATION, ACTION, EXPERTS = 39, 4, 25
 SIZES = {

@@ -45,13 +45,16 @@ from torch import Tensor
 from torch import distributed as dist
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.distill.engine import PhaseEngine, all_ranks_max, finish_distributed, start_distributed
+from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distill.learn import _Saver, position_of
+from hpc_cpd.distributed.torch import all_ranks_max, finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
-from hpc_cpd.run import Run, SaveDue, publish_folder
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import publish_folder
+from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import DistillSettings, StudentSettings
 from hpc_cpd.student.checkpoint import load_checkpoint
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
 SIZES = {
     "default": StudentSettings(),

@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import run_command
-from hpc_cpd.trajectories.dpp import greedy_map
 from hpc_cpd.trajectories.memory import select_episodes
+from hpc_cpd.trajectories.selection.dpp import greedy_map
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 FEATURES, PICKS = 256, 1_000

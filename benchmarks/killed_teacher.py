@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.run import Run, is_done, read_json, read_metrics
+from hpc_cpd.run.metrics_log import read_metrics
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 
 TASK = "metaworld/window-open-v3"
 KILLS, KILL_SECONDS = 10, (6.0, 20.0)

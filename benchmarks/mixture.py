@@ -43,10 +43,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.distill.engine import finish_distributed, start_distributed
+from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
-from hpc_cpd.student.gate import seeded_generator
-from hpc_cpd.student.mixture import Expert
+from hpc_cpd.student.moe.gate import seeded_generator
+from hpc_cpd.student.moe.mixture import Expert
 from tests.rank_environments import rank_environments
 
 DENSE, ALONE, OURS, DEEPSPEED = "dense", "experts alone", "ours", "DeepSpeed"
@@ -99,7 +99,7 @@ def make_tokens(count: int, width: int, routing: str, rank: int) -> Tensor:
 
 
 def make_ours(width: int, hidden: int, experts: int, k: int, routing: str, ranks: int) -> Any:
-    from hpc_cpd.student.experts import MixtureOfExperts
+    from hpc_cpd.student.moe.deepspeed import MixtureOfExperts
 
     old = -(-experts // 2) if routing == "newborn" else experts
     stages = [list(range(old)), list(range(old, experts))]

@@ -22,13 +22,19 @@ import torch
 from metaworld.wrappers import RandomTaskSelectWrapper
 from torch import nn
 
-from hpc_cpd.evaluate.rollouts import Policy, evaluate_policy
+from hpc_cpd.distributed.mpi import open_communicator
+from hpc_cpd.evaluation.rollouts import Policy, evaluate_policy
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.actors import open_communicator
+from hpc_cpd.teachers.algorithms.ppo import (
+    adapted_step_size,
+    collect_rollout,
+    environments_of,
+    update,
+    update_normaliser,
+)
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.ppo import adapted_step_size, collect_rollout, environments_of, update, update_normaliser
 from hpc_cpd.teachers.seeds import generator
 from hpc_cpd.teachers.train import NORMALISER_STEPS
 
@@ -109,7 +115,7 @@ def train_ours(training: Training, ranks: int, fixed_step_size: bool) -> None:
     log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
     policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", log_std, weights, smallest_std)
     communicator.broadcast_parameters(policy.parameters())
-    optimiser = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
+    optimizer = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
     mine = environments_of(SETTINGS, communicator)
     envs = make_batch(task_id, len(mine), GOALS_SEED)
     training.begin()
@@ -118,11 +124,11 @@ def train_ours(training: Training, ranks: int, fixed_step_size: bool) -> None:
     training.steps = NORMALISER_STEPS * SETTINGS.num_envs
     for iteration in itertools.count():
         rollout = collect_rollout(envs, policy, SETTINGS, seed, 1 + iteration, mine.start)
-        measured = update(policy, optimiser, rollout, SETTINGS, seed, iteration, communicator)
+        measured = update(policy, optimizer, rollout, SETTINGS, seed, iteration, communicator)
         update_normaliser(policy, rollout.observations, communicator)
         if SETTINGS.desired_kl is not None and not fixed_step_size:
             step_size = adapted_step_size(step_size, measured["kl_met"], SETTINGS.desired_kl)
-            optimiser.param_groups[0]["lr"] = step_size
+            optimizer.param_groups[0]["lr"] = step_size
         if communicator.on_root(lambda: training.round_over(policy)):
             break
     communicator.on_root(lambda: training.tell(policy))

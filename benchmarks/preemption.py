@@ -21,7 +21,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.run import Run, is_done
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
 from tests.cluster.lab import Lab, job_of, merged, settings, student_hash
 from tests.cluster.slurm_cluster import SlurmCluster, install
 

@@ -43,7 +43,7 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.metaworld import NAMES
 from hpc_cpd.tasks.metaworld_batch import _STATE, MetaWorldBatch
 from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.demonstrations import ScriptedActor
+from hpc_cpd.teachers.starts.demonstrations import ScriptedActor
 
 SEED, NOISE, PIECE = 1, 0.2, 5
 FRAMES = 5

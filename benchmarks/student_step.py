@@ -38,12 +38,13 @@ from torch import distributed as dist
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distill.batches import Batch
-from hpc_cpd.distill.engine import PhaseEngine, finish_distributed, learning_rate, start_distributed
+from hpc_cpd.distill.engine import PhaseEngine, learning_rate
 from hpc_cpd.distill.learn import batch_loss
 from hpc_cpd.distill.losses import action_mean_error
+from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
 from hpc_cpd.settings import DistillSettings, StudentSettings
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.network import Student, StudentShape
 
 OBSERVATION, ACTION, EXPERTS = 39, 4, 10
 SIZES = {

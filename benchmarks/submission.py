@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 from tests.cluster.lab import Lab, merged, settings
 from tests.cluster.slurm_cluster import SlurmCluster, install
 

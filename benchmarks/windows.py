@@ -34,8 +34,8 @@ from numpy.typing import NDArray
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import run_command
-from hpc_cpd.run import mark_done
-from hpc_cpd.trajectories.interop import OBSERVATION_KEY, export_robomimic
+from hpc_cpd.run.publish import mark_done
+from hpc_cpd.trajectories.formats.robomimic import OBSERVATION_KEY, export_robomimic
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories

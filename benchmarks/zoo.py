@@ -17,14 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.evaluate.rollouts import evaluate_policy
-from hpc_cpd.run import Run, is_done, read_json
-from hpc_cpd.tasks.episodes import EpisodeResult
+from hpc_cpd.evaluation.episodes import EpisodeResult
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.metaworld import NAMES
 from hpc_cpd.tasks.registry import run_plan
-from hpc_cpd.teachers.demonstrations import ScriptedActor
 from hpc_cpd.teachers.policy import ZOO, load_teacher
-from hpc_cpd.teachers.zoo import add_to_zoo
+from hpc_cpd.teachers.sources.zoo import add_to_zoo
+from hpc_cpd.teachers.starts.demonstrations import ScriptedActor
 
 DOCS = Path(__file__).parents[1] / "docs"
 EPISODES, SEED = 50, 10_000

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_cpd.errors import UserError, run_command
-from hpc_cpd.run import Run, atomic_folder, is_done
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import atomic_folder, is_done
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")]
@@ -70,11 +71,11 @@ def evaluate(
     settings = at.config().evaluation
     number = _published_stage(at, stage)
 
-    from hpc_cpd.evaluate.rollouts import evaluate_policy
-    from hpc_cpd.student.policy import Untold, load_student  # imports torch: only once there is a student
+    from hpc_cpd.evaluation.rollouts import evaluate_policy
+    from hpc_cpd.student.policy import TaskAgnosticPolicy, load_student
 
     policy = load_student(at.stage(number) / "student")
-    player = Untold(policy) if infer_task else policy
+    player = TaskAgnosticPolicy(policy) if infer_task else policy
     count, goals = episodes or settings.episodes, settings.seed if seed is None else seed
     table = Table(
         title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}"
@@ -109,9 +110,9 @@ def sweep(
     ] = None,
 ) -> None:
     """Run every row of a sweep with every seed, then compare them. Run it again at any time: it goes on."""
-    from hpc_cpd.sweep.door import note_rows, run_sweep, show_plan
     from hpc_cpd.sweep.plan import choose, read_sweep
     from hpc_cpd.sweep.publish import publish_sweep
+    from hpc_cpd.sweep.runner import note_rows, run_sweep, show_plan
 
     plan = read_sweep(file, run)
     rows = choose(plan, only or [])
@@ -175,7 +176,7 @@ def export(
 ) -> None:
     """Copy a published student out of its run: OUT/student (and OUT/trajectories/TASK.hdf5)."""
     from hpc_cpd.tasks.registry import run_plan
-    from hpc_cpd.trajectories.interop import export_robomimic
+    from hpc_cpd.trajectories.formats.robomimic import export_robomimic
 
     at = Run(run)
     number = _published_stage(at, stage)
@@ -200,7 +201,7 @@ def verify(run: RunFolder) -> None:
     plan = run_plan(at)
 
     from hpc_cpd.student.policy import load_student  # imports torch: only once there is a run
-    from hpc_cpd.teachers.joint import load_any_teacher
+    from hpc_cpd.teachers.sources.student import load_any_teacher
     from hpc_cpd.trajectories.store import verify_folder
 
     problems: list[str] = []

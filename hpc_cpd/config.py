@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.settings import METHODS, ClusterSettings, Config, Settings
+from hpc_cpd.settings import METHODS, Choice, ClusterSettings, Config, PluginSettings, Settings, choice_of, mistake
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
@@ -79,7 +79,7 @@ def parse_config(values: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(filled)
     except ValidationError as failure:
-        raise UserError(_sentence(failure.errors()[0])) from None
+        raise UserError(mistake(failure.errors()[0], Config)) from None
 
 
 def config_as_yaml(config: Config) -> str:
@@ -98,10 +98,15 @@ def taken_over(old: Config, new: Config) -> list[str]:
 
 
 def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
+    group: type[BaseModel] | None = Config
     for key in keys[:-1]:
+        chosen = choice_of(group, key) if group is not None else None
         inner = values.setdefault(key, {})
+        if chosen is not None and isinstance(inner, str):  # "method: ewc" in the file, "method.coefficient=10" here
+            inner = values[key] = {"name": inner}
         if not isinstance(inner, dict):
             raise UserError(f"'{key}' is a single value, so '{'.'.join(keys)}' is not a setting")
+        group = _group_of(group, key, chosen, inner)
         values = inner
     try:
         values[keys[-1]] = yaml.safe_load(text)
@@ -109,35 +114,26 @@ def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
         values[keys[-1]] = text
 
 
+def _group_of(
+    group: type[BaseModel] | None, key: str, chosen: Choice | None, values: Mapping[str, Any]
+) -> type[BaseModel] | None:
+    """The settings that stand under `key`; None: unknown, which is told when all is validated."""
+    if chosen is not None:
+        settings: type[BaseModel] = plugins.load(chosen.kind, str(values.get("name", chosen.default))).Settings
+        return settings
+    annotation = group.model_fields[key].annotation if group is not None and key in group.model_fields else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
 def _differences(old: Settings, new: Settings, prefix: str) -> Iterable[tuple[str, bool]]:
     """A sentence for each setting that differs, and whether it is resumable."""
     for name, field in type(old).model_fields.items():
         before, after = getattr(old, name), getattr(new, name)
         extra = field.json_schema_extra
-        if isinstance(before, Settings):
-            yield from _differences(before, after, f"{prefix}{name}.")
+        resumable = isinstance(extra, dict) and bool(extra.get("resumable"))
+        if isinstance(before, Settings) and type(before) is type(after):
+            for sentence, inner in _differences(before, after, f"{prefix}{name}."):
+                yield sentence, resumable or inner
         elif before != after:
-            resumable = isinstance(extra, dict) and bool(extra.get("resumable"))
-            yield f"{prefix}{name} was {before!r} and is now {after!r}", resumable
-
-
-def _sentence(error: Mapping[str, Any]) -> str:
-    location = [str(part) for part in error["loc"]]
-    key = ".".join(location)
-    group: type[BaseModel] = Config
-    for part in location[:-1]:
-        annotation = group.model_fields[part].annotation if part in group.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        group = annotation
-    if error["type"] == "extra_forbidden":
-        names = list(group.model_fields)
-        near = difflib.get_close_matches(location[-1], names, n=1) or difflib.get_close_matches(
-            location[-1], names, n=1, cutoff=0.3
-        )
-        hint = f"did you mean '{'.'.join([*location[:-1], near[0]])}'? " if near else ""
-        return f"unknown setting '{key}'; {hint}Known here: {', '.join(names)}"
-    name = next((part for part in reversed(location) if part in group.model_fields), None)
-    about = f" ({group.model_fields[name].description})" if name and group.model_fields[name].description else ""
-    text = error["msg"][0].lower() + error["msg"][1:]
-    return f"setting '{key}'{about}: {text}, but it is {error['input']!r}"
+            told = (one.name if isinstance(one, PluginSettings) else one for one in (before, after))
+            yield "{}{} was {!r} and is now {!r}".format(prefix, name, *told), resumable

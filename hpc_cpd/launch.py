@@ -15,9 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from hpc_cpd.cluster import allocation, local, schedule, slurm
+from hpc_cpd.cluster import submit
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.cluster.work import Work
+from hpc_cpd.cluster.schedulers import local, slurm, slurm_allocation
+from hpc_cpd.cluster.units import LaunchRequest
 from hpc_cpd.config import load_config, taken_over
 from hpc_cpd.errors import (
     EXIT_DONE,
@@ -28,8 +29,9 @@ from hpc_cpd.errors import (
     UserError,
     run_command,
 )
-from hpc_cpd.lock import Lock
-from hpc_cpd.run import Run, is_done
+from hpc_cpd.run.lock import Lock
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
 
 HERE = "python -m hpc_cpd.launch"
 NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
@@ -62,15 +64,15 @@ def launch(arguments: argparse.Namespace) -> int:
         _open(work, where)
         _announce(work, where)
         if where == "slurm":
-            schedule.submit_all(work, arguments.retry, _say, stop)
+            submit.submit_all(work, arguments.retry, _say, stop)
         else:
-            schedule.require_one_stage(work, set())
+            submit.require_one_stage(work, set())
             _run_here(work, stop, where)
     if where == "slurm":
         if not arguments.wait:
             _say(f"\nNext: hpc-cpd status {work.run.folder}")
             return EXIT_DONE
-        schedule.wait_for(work, stop)
+        submit.wait_for(work, stop)
         if stop():
             raise StopRequested("the jobs stay in the queue; the same command with --wait waits for them again")
         if work.todo_units():
@@ -106,9 +108,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _settle(arguments: argparse.Namespace) -> Work:
+def _settle(arguments: argparse.Namespace) -> LaunchRequest:
     """Settings, run folder and tasks, all checked before anything is written."""
-    from hpc_cpd.distill.needs import require_settings
+    from hpc_cpd.distill.validation import require_settings
     from hpc_cpd.tasks.registry import run_plan
 
     overrides = list(arguments.settings)
@@ -128,22 +130,22 @@ def _settle(arguments: argparse.Namespace) -> Work:
     require_settings(config, len(plan))
     asked: str = arguments.stage
     if asked == "teachers":
-        return Work(run, config, plan, asked, tasks, [], arguments.allow_missing)
+        return LaunchRequest(run, config, plan, asked, tasks, [], arguments.allow_missing)
     if asked == "all":
-        return Work(run, config, plan, asked, tasks, list(range(1, len(plan) + 1)), arguments.allow_missing)
+        return LaunchRequest(run, config, plan, asked, tasks, list(range(1, len(plan) + 1)), arguments.allow_missing)
     if not asked.isdecimal() or not 1 <= int(asked) <= len(plan):
         raise UserError(
             f"--stage is '{asked}', but this stream has the stages 1 to {len(plan)}; or say teachers, or all"
         )
-    return Work(run, config, plan, asked, [], [int(asked)], arguments.allow_missing)
+    return LaunchRequest(run, config, plan, asked, [], [int(asked)], arguments.allow_missing)
 
 
-def _require_means(work: Work, where: str) -> None:
+def _require_means(work: LaunchRequest, where: str) -> None:
     """Refuse what jobs would find out one by one, some of them after hours."""
-    from hpc_cpd.teachers.needs import require_teacher
+    from hpc_cpd.teachers.validation import require_teacher
 
     if where == "local" and work.todo_stages and NVIDIA_GPUS.is_dir():
-        from hpc_cpd.distill.engine import require_gpus  # brings torch, which takes seconds
+        from hpc_cpd.distributed.torch import require_gpus
 
         require_gpus(work.config.distill.ranks)
     settings = work.config.teachers
@@ -151,9 +153,9 @@ def _require_means(work: Work, where: str) -> None:
         require_teacher(task, settings, settings.ranks)
 
 
-def _open(work: Work, where: str) -> None:
+def _open(work: LaunchRequest, where: str) -> None:
     """Make the run, or tell in what this launch differs from the one before."""
-    from hpc_cpd.distill.needs import lengthens
+    from hpc_cpd.distill.validation import lengthens
 
     old = work.run.config() if work.run.config_file.is_file() else None
     shared = (work.run.folder / "teachers").is_symlink()  # another run's must not get teachers from here
@@ -181,12 +183,12 @@ def _require_same_sizes(tasks: Sequence[str]) -> None:
 
 
 def _where(arguments: argparse.Namespace) -> str:
-    """``local``, ``slurm``, or ``allocation``: inside one the work runs at once, it is not submitted again."""
+    """``local``, ``slurm``, or ``slurm_allocation``: inside one the work runs at once, it is not submitted again."""
     cluster: str = arguments.cluster
     inside = "SLURM_JOB_ID" in os.environ
     if cluster == "auto":
         if inside:
-            return "allocation" if allocation.nodes() > 1 else "local"
+            return "allocation" if slurm_allocation.nodes() > 1 else "local"
         return "slurm" if slurm.slurm_answers() else "local"
     if cluster == "slurm" and not arguments.dry_run and not slurm.slurm_answers():
         raise UserError("sbatch does not answer here; log in to a node of the cluster, or use --cluster local")
@@ -200,7 +202,7 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another with --run") from None
 
 
-def _announce(work: Work, where: str) -> None:
+def _announce(work: LaunchRequest, where: str) -> None:
     def part(what: str, total: int, left: int) -> str:
         return f"{what}: {total - left} of {total} done" + (f", {left} to do" if left else "")
 
@@ -218,7 +220,7 @@ def _announce(work: Work, where: str) -> None:
 # ---- on this machine
 
 
-def _run_here(work: Work, stop: StopFlag, where: str) -> None:
+def _run_here(work: LaunchRequest, stop: StopFlag, where: str) -> None:
     """Teachers first, then one stage after another. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
     logs = (work.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
     folder, config, cores = str(work.run.folder), work.config, local.usable_cores()
@@ -226,8 +228,8 @@ def _run_here(work: Work, stop: StopFlag, where: str) -> None:
     at_once, threads = max(1, cores // ranks), 0
     srun: tuple[str, ...] = ()
     if where == "allocation":
-        at_once, threads = allocation.teachers_at_once(config), config.cluster.cpus_per_rank
-        srun = allocation.teacher_words(config)
+        at_once, threads = slurm_allocation.teachers_at_once(config), config.cluster.cpus_per_rank
+        srun = slurm_allocation.teacher_words(config)
     teachers = []
     for task in work.todo_tasks:
         words = ["teacher", "--run", folder, "--task", task]
@@ -238,7 +240,7 @@ def _run_here(work: Work, stop: StopFlag, where: str) -> None:
     ranks = config.distill.ranks
     srun, threads = (), 0
     if where == "allocation":
-        srun, threads = allocation.stage_words(config), config.cluster.cpus_of_stage_rank
+        srun, threads = slurm_allocation.stage_words(config), config.cluster.cpus_of_stage_rank
     for stage in work.todo_stages:
         words = ["stage", "--run", folder, "--stage", str(stage)] + ["--allow-missing"] * work.allow_missing
         at, share = logs / f"stage-{stage}", threads or max(1, cores // ranks)
@@ -273,7 +275,7 @@ def _run_jobs(jobs: Sequence[local.Job], at_once: int, stop: StopFlag, go_on: bo
         raise StopRequested("the same command goes on from here")
 
 
-def _dry_run(work: Work, where: str) -> None:
+def _dry_run(work: LaunchRequest, where: str) -> None:
     tasks = work.todo_tasks
     for index, task in enumerate(tasks):
         _say(f"  teacher {index}: {task}")
@@ -283,16 +285,16 @@ def _dry_run(work: Work, where: str) -> None:
         _say(f"  {work.config.teachers.ranks} ranks per teacher, {work.config.distill.ranks} per stage")
         return
     site = slurm.ask_site() if slurm.slurm_answers() else slurm.Site()
-    logs = schedule.slurm_logs(work.run)
-    for plan in schedule.plan_jobs(work, tasks, site):
-        after = schedule.dependency_of(work, {unit: f"<job of {unit}>" for unit in plan.needs})
+    logs = submit.slurm_logs(work.run)
+    for plan in submit.plan_jobs(work, tasks, site):
+        after = submit.dependency_of(work, {unit: f"<job of {unit}>" for unit in plan.needs})
         _say(f"\n# ---- {plan.script.name}\n{plan.script.text(logs, after)}")
 
 
 # ---- before and after
 
 
-def _provenance(work: Work) -> dict[str, object]:
+def _provenance(work: LaunchRequest) -> dict[str, object]:
     """Written once, when the run begins."""
     from hpc_cpd.cluster.provenance import describe_origin
     from hpc_cpd.tasks.registry import describe
@@ -308,7 +310,7 @@ def _provenance(work: Work) -> dict[str, object]:
     }
 
 
-def _finish(work: Work) -> None:
+def _finish(work: LaunchRequest) -> None:
     """The table, the report, and what to run next."""
     from hpc_cpd.report.page import build_report
     from hpc_cpd.report.table import print_table

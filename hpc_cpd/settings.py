@@ -1,15 +1,20 @@
-"""Every setting of a run: typed, documented, validated.
+"""Every setting of a run that does not belong to a plug-in: typed, documented, validated.
 
 Units stand in the names. A field marked :data:`RESUMABLE` says only *how* the work is done, never what comes out, so it
-may differ when a run is resumed.
+may differ when a run is resumed. What a plug-in alone understands stands in the plug-in's own file, in its
+:class:`PluginSettings`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PositiveInt, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 
 RESUMABLE: dict[str, Any] = {"resumable": True}
@@ -19,6 +24,71 @@ class Settings(BaseModel):
     """Base of every group of settings: unknown keys are errors, values are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PluginSettings(Settings):
+    """The settings of one plug-in: a subclass gives ``name: Literal["its_name"] = "its_name"`` and its own fields."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Marks a setting that names a plug-in: ``ewc``, or ``{name: ewc, coefficient: 100}``.
+
+    The value becomes the plug-in's own ``Settings``. Without a name, as in ``{coefficient: 100}``, it is `default`.
+    """
+
+    kind: str
+    default: str
+
+    def resolve(self, value: Any) -> PluginSettings:
+        """The settings that `value` means. Raises UserError: no such plug-in, or a mistake in its settings."""
+        key = plugins.KINDS[self.kind].key
+        if isinstance(value, PluginSettings):
+            value = value.model_dump()
+        given = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, Mapping) else None
+        if given is None or not isinstance(given.setdefault("name", self.default), str):
+            raise UserError(
+                f"setting '{key}' must be a name, or a mapping with a name and settings, but it is {value!r}"
+            )
+        settings: type[PluginSettings] = plugins.load(self.kind, given["name"]).Settings
+        try:
+            return settings.model_validate(given)
+        except ValidationError as failure:
+            raise UserError(mistake(failure.errors()[0], settings, f"{key}.")) from None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_plain_validator_function(
+            self.resolve,
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda chosen: chosen.model_dump()),
+        )
+
+
+def choice_of(settings: type[BaseModel], name: str) -> Choice | None:
+    """The :class:`Choice` that the field `name` is marked with; None: it is an ordinary field."""
+    field = settings.model_fields.get(name)
+    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None) if field is not None else None
+
+
+def mistake(error: Mapping[str, Any], settings: type[BaseModel], prefix: str = "") -> str:
+    """One sentence for an error of pydantic in `settings`, whose keys begin with `prefix`."""
+    location = [str(part) for part in error["loc"]]
+    group = settings
+    for part in location[:-1]:
+        annotation = group.model_fields[part].annotation if part in group.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        group = annotation
+    key = prefix + ".".join(location)
+    if error["type"] == "extra_forbidden":
+        within = prefix + "".join(f"{part}." for part in location[:-1])
+        near = plugins.hint(location[-1], group.model_fields, within, (0.6, 0.3))
+        return f"unknown setting '{key}'; {near}Known here: {', '.join(group.model_fields)}"
+    name = next((part for part in reversed(location) if part in group.model_fields), None)
+    about = f" ({group.model_fields[name].description})" if name and group.model_fields[name].description else ""
+    text = error["msg"][0].lower() + error["msg"][1:]
+    return f"setting '{key}'{about}: {text}, but it is {error['input']!r}"
 
 
 class StreamSettings(Settings):
@@ -194,7 +264,7 @@ class DistillSettings(Settings):
         0,
         ge=0,
         le=2,
-        description="ZeRO: 1 shares the optimiser's state over the ranks, 2 the gradients too (memory, not speed)",
+        description="ZeRO: 1 shares the optimizer's state over the ranks, 2 the gradients too (memory, not speed)",
         json_schema_extra=RESUMABLE,
     )
     batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
@@ -235,7 +305,7 @@ class DistillSettings(Settings):
     replay_targets: Literal["teacher", "past_student"] = Field("teacher", description="whose actions memory asks for")
     gradient_projection: bool = Field(False, description="A-GEM (arXiv 1812.00420): replay corrects gradients")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the student's products while it learns; weights, gate and optimiser stay float32"
+        "float32", description="of the student's products while it learns; weights, gate and optimizer stay float32"
     )
     in_memory_gigabytes: float = Field(
         8.0,

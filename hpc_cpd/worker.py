@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from hpc_cpd.cluster.attempt import begin_attempt, end_attempt
-from hpc_cpd.cluster.leftovers import remove_leftovers
-from hpc_cpd.cluster.lifelines import hold_lifeline
-from hpc_cpd.cluster.local import PORTS, free_port
+from hpc_cpd.cluster.exit_order import hold_lifeline
+from hpc_cpd.cluster.job_record import begin_job, end_job
+from hpc_cpd.cluster.mpich_cleanup import remove_leftovers
 from hpc_cpd.cluster.preemption import StopFlag, Watch, die_with_parent
-from hpc_cpd.cluster.slurm import requeue_this_job, seconds_left, this_job
+from hpc_cpd.cluster.schedulers.local import PORTS, free_port
+from hpc_cpd.cluster.schedulers.slurm import requeue_this_job, seconds_left, this_job
 from hpc_cpd.errors import (
     EXIT_DONE,
     EXIT_FAULT,
@@ -39,8 +39,9 @@ from hpc_cpd.errors import (
     disk_error_sentence,
     run_command,
 )
-from hpc_cpd.lock import Lock
-from hpc_cpd.run import Run, is_done, read_json
+from hpc_cpd.run.lock import Lock
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 
 FIRST_RANK_SPEAKS_SECONDS = 2.0
 LOCK_WAIT_SECONDS = 120.0
@@ -109,8 +110,8 @@ def rendezvous(place: Place, environment: dict[str, str]) -> dict[str, str]:
 
 def train(run: Run, task_id: str, place: Place, stop: Stop) -> None:
     """One rank of one teacher: train it, then record its trajectories."""
-    from hpc_cpd.evaluate.rollouts import evaluate_policy
-    from hpc_cpd.teachers.actors import open_communicator
+    from hpc_cpd.distributed.mpi import open_communicator
+    from hpc_cpd.evaluation.rollouts import evaluate_policy
     from hpc_cpd.teachers.collect import collect_trajectories
     from hpc_cpd.teachers.train import train_teacher
 
@@ -130,7 +131,7 @@ def train(run: Run, task_id: str, place: Place, stop: Stop) -> None:
 def _enter(lock: Lock, log: Path) -> None:
     """Take the lock, and note who works here. The lock itself must not travel to the other ranks."""
     lock.__enter__()
-    begin_attempt(lock.path.parent, log)
+    begin_job(lock.path.parent, log)
 
 
 def _lock(folder: Path, what: str, place: Place, stop: Stop, also: Sequence[Path] = ()) -> Lock:
@@ -149,7 +150,7 @@ def learn(run: Run, stage: int, place: Place, stop: Stop, allow_missing: bool) -
     """One rank of one stage. The other ranks wait in the first collective until rank 0 holds the lock."""
     os.environ.update(rendezvous(place, dict(os.environ)))
     from hpc_cpd.distill.stage import run_stage
-    from hpc_cpd.evaluate.rollouts import evaluate_policy
+    from hpc_cpd.evaluation.rollouts import evaluate_policy
 
     if place.rank != 0:
         run_stage(run, stage, evaluate_policy, stop, allow_missing)
@@ -191,7 +192,7 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
                     return
                 if place.rank == 0:
                     if not (unit.folder / "lock.json").exists():  # else whoever works there has the word
-                        begin_attempt(unit.folder, _log_of(place, unit.run))
+                        begin_job(unit.folder, _log_of(place, unit.run))
                     left = _time_left if place.slurm else lambda: None
                     stop = Watch(flag, unit.run.stop_file, left, settings.signal_seconds_before_end)
             work(stop)
@@ -216,7 +217,7 @@ def run_rank(work: Callable[[Stop], None], place: Place, unit: Unit | None = Non
             traceback.print_exc()
     if unit is not None and (place.rank == 0 or code not in (EXIT_DONE, EXIT_STOPPED)):
         with suppress(OSError, UserError):  # news only
-            end_attempt(unit.folder, _log_of(place, unit.run), code, sentence)
+            end_job(unit.folder, _log_of(place, unit.run), code, sentence)
     speak({"outcome": code, "rank": place.rank, "sentence": sentence[:2000], "lost": lost})
     if code == EXIT_STOPPED and place.own_job:
         _leave_mpi()  # requeueing kills what is left of this job

@@ -43,7 +43,7 @@ def test_a_process_that_learns_imports_neither_torchs_compiler_nor_sympy() -> No
     script = f"""
 import sys, torch
 from hpc_cpd import optimizers
-from hpc_cpd.student.gate import seeded_generator, seeded_linear
+from hpc_cpd.student.moe.gate import seeded_generator, seeded_linear
 from hpc_cpd.teachers.policy import TeacherPolicy
 from tests.test_optimizers import learnt
 for name, words in {WORDS}.items():

@@ -53,8 +53,8 @@ def test_python_names():
     assert set(hpc_cpd.__all__) == {"__version__", "load_student", "load_teacher", "make_batch", "open_trajectories"}
     for name in hpc_cpd.__all__:
         assert getattr(hpc_cpd, name)
-    from hpc_cpd.evaluate.metrics import continual_metrics
-    from hpc_cpd.trajectories.dpp import greedy_map
+    from hpc_cpd.evaluation.metrics import continual_metrics
+    from hpc_cpd.trajectories.selection.dpp import greedy_map
 
     assert callable(continual_metrics) and callable(greedy_map)
 

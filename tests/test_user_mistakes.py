@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from hpc_cpd.config import load_config
-from hpc_cpd.distill.engine import require_gpus
-from hpc_cpd.distill.needs import require_settings
+from hpc_cpd.distill.validation import require_settings
+from hpc_cpd.distributed.torch import require_gpus
 from hpc_cpd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -165,7 +165,7 @@ def test_a_read_only_folder_is_one_sentence(tmp_path):
 
 
 def test_two_launches_of_one_run_do_not_fight(tmp_path):
-    from hpc_cpd.lock import Lock
+    from hpc_cpd.run.lock import Lock
 
     with Lock(tmp_path / "run", "the run"):
         done = call("hpc_cpd.launch", "--stage", "all", *MT10, "--cluster", "local", "--run", str(tmp_path / "run"))

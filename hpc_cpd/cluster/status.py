@@ -12,15 +12,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hpc_cpd.cluster.attempt import Attempt
-from hpc_cpd.cluster.ledger import Ledger, Submission
-from hpc_cpd.cluster.places import Place, Rates, foreign, live_owner, place_of, said_last, tail
-from hpc_cpd.cluster.schedule import judge, slurm_logs
-from hpc_cpd.cluster.slurm import JobState, job_states
-from hpc_cpd.cluster.work import stage_unit, teacher_unit
+from hpc_cpd.cluster.job_record import JobRecord
+from hpc_cpd.cluster.schedulers.slurm import JobState, job_states
+from hpc_cpd.cluster.snapshot import Rates, UnitSnapshot, foreign, live_owner, said_last, snapshot_of, tail
+from hpc_cpd.cluster.submissions import Submission, Submissions
+from hpc_cpd.cluster.submit import judge, slurm_logs
+from hpc_cpd.cluster.units import stage_unit, teacher_unit
 from hpc_cpd.errors import EXIT_FAULT, EXIT_USER_ERROR, UserError
-from hpc_cpd.report.status_table import Progress, RunStatus, Unit
-from hpc_cpd.run import Run
+from hpc_cpd.report.status_table import RunStatus, UnitProgress, UnitStatus
+from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan
 
@@ -43,18 +43,18 @@ _TOLD = {"CANCELLED", "NODE_FAIL", "BOOT_FAIL"}  # no failures of the work, but 
 class Queue:
     """What Slurm said. `answered`: whether it was asked and did; `written`: when the ledger last changed."""
 
-    ledger: Ledger
+    ledger: Submissions
     states: Mapping[str, JobState]
     answered: bool
     written: float
 
-    def last(self, place: Place) -> Submission | None:
+    def last(self, place: UnitSnapshot) -> Submission | None:
         """The newest job of a unit; None where something that was started here is newer."""
         last, attempt = self.ledger.units.get(place.unit), place.attempt
         newer = attempt is not None and attempt.job is None and attempt.started > self.written
         return None if newer else last
 
-    def over(self, place: Place) -> bool:
+    def over(self, place: UnitSnapshot) -> bool:
         """Whether Slurm knows the job of an unfinished unit, and that it has ended."""
         last = self.ledger.units.get(place.unit)
         state = None if last is None or place.done else self.states.get(last.job)
@@ -72,11 +72,11 @@ def look(run: Run, rates: Rates | None = None) -> RunStatus:
     config = run.config()
     plan = run_plan(run, config)
     names = [unit for stage, tasks in enumerate(plan, 1) for unit in [*map(teacher_unit, tasks), stage_unit(stage)]]
-    places = [place_of(run, unit, config) for unit in names]
+    places = [snapshot_of(run, unit, config) for unit in names]
     notes: list[str] = []
     queue, slurm = _ask(run, places, notes)
     # a job may have ended between the look at its folder and the question
-    places = [place_of(run, place.unit, config) if queue.over(place) else place for place in places]
+    places = [snapshot_of(run, place.unit, config) if queue.over(place) else place for place in places]
     rates = rates or Rates()
     units = [_unit(run, place, queue, config, rates) for place in places]
     tasks = [place for place in places if place.unit.startswith("teacher ")]
@@ -95,14 +95,14 @@ def look(run: Run, rates: Rates | None = None) -> RunStatus:
 # ---- what Slurm tells
 
 
-def _ask(run: Run, places: Sequence[Place], notes: list[str]) -> tuple[Queue, str | None]:
+def _ask(run: Run, places: Sequence[UnitSnapshot], notes: list[str]) -> tuple[Queue, str | None]:
     """The ledger and the states of the jobs that matter, with who was asked. What went wrong becomes a note."""
     try:
-        ledger = Ledger.read(run)
+        ledger = Submissions.read(run)
         written = (run.logs / "submitted.json").stat().st_mtime if ledger.units else 0.0
     except (UserError, OSError) as error:
         notes.append(str(error))
-        return Queue(Ledger(run), {}, False, 0.0), None
+        return Queue(Submissions(run), {}, False, 0.0), None
     left = [place.unit for place in places if not place.done and place.unit in ledger.units]
     if not left:
         return Queue(ledger, {}, False, written), None
@@ -115,10 +115,10 @@ def _ask(run: Run, places: Sequence[Place], notes: list[str]) -> tuple[Queue, st
     return Queue(ledger, states, True, written), "sacct" if ledger.site.accounting else "squeue"
 
 
-def _unit(run: Run, place: Place, queue: Queue, config: Config, rates: Rates) -> Unit:
+def _unit(run: Run, place: UnitSnapshot, queue: Queue, config: Config, rates: Rates) -> UnitStatus:
     """Put the two together. What Slurm says about a job outweighs the lock that the job left behind."""
     last, attempt, owner = queue.last(place), place.attempt, place.owner
-    unit = Unit(
+    unit = UnitStatus(
         place.unit,
         "done",
         job=last.job if last is not None else attempt.job if attempt is not None else None,
@@ -144,14 +144,16 @@ def _unit(run: Run, place: Place, queue: Queue, config: Config, rates: Rates) ->
     return _ended(run, unit, place, last, state, config)
 
 
-def _running(unit: Unit, place: Place, rates: Rates) -> Unit:
+def _running(unit: UnitStatus, place: UnitSnapshot, rates: Rates) -> UnitStatus:
     doing, rate = said_last(place)
     if doing is not None:
-        return replace(unit, state="running", progress=Progress(doing))
+        return replace(unit, state="running", progress=UnitProgress(doing))
     return replace(unit, state="running", steps_per_second=rate if rate is not None else rates.of(place))
 
 
-def _ended(run: Run, unit: Unit, place: Place, last: Submission, state: JobState | None, config: Config) -> Unit:
+def _ended(
+    run: Run, unit: UnitStatus, place: UnitSnapshot, last: Submission, state: JobState | None, config: Config
+) -> UnitStatus:
     """A unit whose job is over, as the scheduler judges it; a job that Slurm forgot may never have started."""
     attempt = place.attempt if place.attempt is not None and place.attempt.job == last.job else None
     log = Path(attempt.log) if attempt is not None else slurm_logs(run) / f"{last.job}_0_log.out"
@@ -170,20 +172,20 @@ def _ended(run: Run, unit: Unit, place: Place, last: Submission, state: JobState
     return replace(unit, reason=None) if word == "FAILED" else unit  # it saved and left, for which Slurm has no word
 
 
-def _ended_alone(unit: Unit, attempt: Attempt | None, last: Submission | None, config: Config) -> Unit:
+def _ended_alone(unit: UnitStatus, attempt: JobRecord | None, last: Submission | None, config: Config) -> UnitStatus:
     """A unit nobody works on, as its own last words tell."""
     if attempt is None or attempt.code not in (EXIT_FAULT, EXIT_USER_ERROR):
         return unit
     return _failed(replace(unit, error=_error("FAILED", attempt, Path(attempt.log))), last, config)
 
 
-def _failed(unit: Unit, last: Submission | None, config: Config) -> Unit:
+def _failed(unit: UnitStatus, last: Submission | None, config: Config) -> UnitStatus:
     failures = unit.failures + 1
     gave_up = last is not None and failures > config.cluster.max_retries
     return replace(unit, state="given up" if gave_up else "failed", failures=failures)
 
 
-def _error(word: str, attempt: Attempt | None, log: Path) -> str:
+def _error(word: str, attempt: JobRecord | None, log: Path) -> str:
     """One line: what only Slurm knows comes first, then what the job itself said."""
     spoke = attempt is not None and attempt.code in (EXIT_FAULT, EXIT_USER_ERROR)
     said = (attempt.sentence.strip().splitlines() or [""])[-1].strip() if attempt is not None and spoke else ""
@@ -196,7 +198,7 @@ def _error(word: str, attempt: Attempt | None, log: Path) -> str:
     return said or f"{word}: killed without a word; its log {end}"
 
 
-def _next(run: Run, units: Sequence[Unit], queue: Queue) -> str | None:
+def _next(run: Run, units: Sequence[UnitStatus], queue: Queue) -> str | None:
     """The next command: a launch, unless all that is left is in hand already, by jobs or by a launcher."""
     if all(unit.state == "done" for unit in units):
         return None
@@ -207,7 +209,7 @@ def _next(run: Run, units: Sequence[Unit], queue: Queue) -> str | None:
     return f"python -m hpc_cpd.launch --stage all --run {folder}"
 
 
-def _in_hand(unit: Unit, queue: Queue, launcher: bool) -> bool:
+def _in_hand(unit: UnitStatus, queue: Queue, launcher: bool) -> bool:
     if unit.state in ("done", "running", "waiting"):
         return True
     if unit.unit in queue.ledger.units:

@@ -7,12 +7,8 @@ the mixture layer, the averaging of gradients and the checkpoints are ours (here
 from __future__ import annotations
 
 import gc
-import importlib
-import logging
 import math
-import os
-from collections.abc import Callable, Mapping
-from datetime import timedelta
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,97 +16,13 @@ from torch import Tensor
 
 from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.distill.projection import project_gradients, take_gradients
-from hpc_cpd.errors import StopRequested, UserError
+from hpc_cpd.distributed.torch import device_of_rank
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.checkpoint import Moments
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
-COLLECTIVE_TIMEOUT_SECONDS = 300.0
 BUCKET = 5_000_000  # numbers that ZeRO reduces at once; DeepSpeed's own default holds 2 GB
-
-
-def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tuple[int, int]:
-    """Join the ranks named by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; return (rank, world size).
-
-    Without these variables the process is alone. A second call returns the same answer. Raises UserError when this
-    machine has GPUs, but none for this rank.
-    """
-    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1":
-        os.environ.setdefault("MASTER_PORT", "0")
-    backends = None  # DeepSpeed's choice, gloo
-    if torch.cuda.is_available():
-        require_gpu()
-        torch.cuda.set_device(device_of_rank())  # before any collective asks for it
-        backends = "cpu:gloo,cuda:nccl"  # results of the evaluation and errors of episodes are on the CPU
-    else:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # None of its ops is used here. To ask which would work starts compilers, and one of them (shm_comm, for inference
-    # alone) would be compiled at start-up.
-    deepspeed.ops.__compatible_ops__ = {}
-    if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # ZeRO knows an optimizer by its very type
-        ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
-    _import_muon_uncompiled()
-    if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(backends, timeout=timedelta(seconds=timeout_seconds), verbose=False)
-        gc.freeze()  # what the imports made lives as long as the rank: collecting after every phase need not look at it
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _import_muon_uncompiled() -> None:
-    """ZeRO asks of every optimizer whether it is Muon, whose kernels are compiled when it is imported.
-
-    To import torch's compiler for them takes more than two seconds of every rank's start, and nothing here is Muon.
-    """
-    from deepspeed.runtime import compiler
-
-    compiling = compiler.compile
-    compiler.compile = lambda: lambda kernel: kernel
-    try:
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
-    finally:
-        compiler.compile = compiling
-
-
-def finish_distributed() -> None:
-    """Leave together: a process that ends while its groups live can abort at exit."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def require_gpu() -> None:
-    """Raise UserError when this machine has GPUs, but none for this rank."""
-    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if 0 < gpus <= rank:
-        raise UserError(
-            f"rank {rank} of this machine has no GPU: there are {gpus}, and every rank needs one of its own; start "
-            "fewer ranks per machine (distill.ranks), or set CUDA_VISIBLE_DEVICES= to learn on its cores"
-        )
-
-
-def require_gpus(ranks: int) -> None:
-    """Raise UserError when this machine has GPUs, but fewer than the `ranks` of a stage that are to run on it."""
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks:
-        raise UserError(
-            f"a stage is to run {ranks} ranks here (distill.ranks), each on a GPU of its own, but this machine shows "
-            f"{gpus}; set distill.ranks={gpus}, or CUDA_VISIBLE_DEVICES= to learn on its cores"
-        )
-
-
-def device_of_rank() -> torch.device:
-    """The GPU of this local rank, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-    return torch.device("cpu")
 
 
 class PhaseEngine:
@@ -273,18 +185,3 @@ def learning_rate(settings: DistillSettings, step: int, total_steps: int) -> flo
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
-
-
-def all_ranks_max(values: list[float]) -> list[float]:
-    """Element-wise maximum over ranks: how flags are agreed upon at a step boundary."""
-    if torch.distributed.get_world_size() == 1:  # an exchange with nobody takes a millisecond on a busy machine
-        return values
-    tensor = torch.tensor(values, device=device_of_rank())
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
-    return [float(value) for value in tensor]
-
-
-def stop_together(stop: Callable[[], bool], what: str) -> None:
-    """Raise StopRequested on all ranks when any was asked to stop (a collective)."""
-    if all_ranks_max([float(stop())])[0]:
-        raise StopRequested(f"{what}; run it again to go on")

@@ -16,8 +16,8 @@ from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hpc_cpd.student.attention import rotation
-from hpc_cpd.student.mixture import Mixture
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.moe.mixture import Mixture
+from hpc_cpd.student.network import Student
 
 NUMBERS_AT_ONCE = 2**25  # of gradients that are held together, 128 MB of float32; more is no faster
 Samples = tuple[Tensor, Tensor, Tensor]

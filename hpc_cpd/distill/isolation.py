@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hpc_cpd.distill.phases import Phase, freeze
+from hpc_cpd.distributed.torch import run_on_rank
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run, write_bytes
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import write_bytes
 from hpc_cpd.settings import Config
-from hpc_cpd.student.checkpoint import together
 from hpc_cpd.student.isolation import Adapters, Isolation, Owners, add_adapters, is_adapter
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
 
 class SharedWeights:
@@ -69,7 +70,7 @@ class PackNetStage(SharedWeights):
             return state
         owners, state = self.before.pruned(state, self.stage, self.stages)
         # before the checkpoint of the pruned student: whoever goes on from that one finds it
-        together(lambda: write_bytes(self.file, save(owners.tensors())), on=0)
+        run_on_rank(lambda: write_bytes(self.file, save(owners.tensors())))
         student.load_canonical(state)
         return state
 

@@ -11,18 +11,27 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.distill.batches import Batch, StageBatches
-from hpc_cpd.distill.engine import COLLECTIVE_TIMEOUT_SECONDS, PhaseEngine, all_ranks_max, device_of_rank
+from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distill.isolation import SharedWeights
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.distill.phases import Phase, phases_of
-from hpc_cpd.distill.rollcall import naming_lost_ranks, patience
+from hpc_cpd.distributed.failures import collective_timeout, naming_lost_ranks
+from hpc_cpd.distributed.torch import (
+    COLLECTIVE_TIMEOUT_SECONDS,
+    all_ranks_max,
+    device_of_rank,
+    gather,
+    run_on_rank,
+)
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.progress import Progress
-from hpc_cpd.run import MetricsLog, Run, SaveDue
+from hpc_cpd.run.metrics_log import MetricsLog
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import Config
-from hpc_cpd.student.checkpoint import PendingCheckpoint, gather, gather_state, load_checkpoint, together
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.checkpoint import PendingCheckpoint, gather_state, load_checkpoint
+from hpc_cpd.student.network import Student, StudentShape
 
 LOG_EVERY_STEPS = 50
 
@@ -57,7 +66,7 @@ def learn_stage(
     folder = run.stage(stage)
     checkpoints = folder / "checkpoints"
     first_rank = torch.distributed.get_rank() == 0
-    newest = together(lambda: _newest_alone(checkpoints), on=0)
+    newest = run_on_rank(lambda: _newest_alone(checkpoints))
     reached = position_of(newest) if newest is not None else (0, 0)
     if reached[0] < phases[0].number:
         newest, reached = None, (phases[0].number, 0)
@@ -157,7 +166,7 @@ def _run_phase(
     for step in range(start, phase.steps):
         # the first step may have to wait for a rank that begins late
         seconds = COLLECTIVE_TIMEOUT_SECONDS if step == start else config.distill.patience_seconds
-        with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), patience(seconds):
+        with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), collective_timeout(seconds):
             save.if_due(phase.number, step)
             try:
                 norm, record = _step(engine, phase, step, config, batches, penalty, name)
@@ -268,8 +277,8 @@ class _Saver:
     def begin(self, phase: int, step: int) -> None:
         """Begin to write a checkpoint (a collective). A phase begins without moments."""
         target = self.folder / f"phase-{phase}-step-{step:08d}"
-        with patience(COLLECTIVE_TIMEOUT_SECONDS):  # a shared disk may be slow
-            if together(lambda: not target.exists(), on=0):
+        with collective_timeout(COLLECTIVE_TIMEOUT_SECONDS):  # a shared disk may be slow
+            if run_on_rank(lambda: not target.exists()):
                 moments = self.engine.moments() if step else {}
                 position = {"phase": phase, "step": step}
                 self.pending = PendingCheckpoint(target, self.engine.student, moments, position)
@@ -279,7 +288,7 @@ class _Saver:
         """Publish the checkpoint that is under way, if one is (a collective), and drop the older ones."""
         if self.pending is None:
             return
-        with patience(COLLECTIVE_TIMEOUT_SECONDS):
+        with collective_timeout(COLLECTIVE_TIMEOUT_SECONDS):
             self.pending.publish()
         if self.first_rank:
             for old in self.folder.glob("phase-*-step-*"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.student.checkpoint import MOMENTS, Moments
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
 _OF_PARAMETERS = [name for name in MOMENTS if name != "step"]
 

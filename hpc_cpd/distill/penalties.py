@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hpc_cpd.distill.importance import Samples, fisher_diagonal, output_sensitivity
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import write_bytes
+from hpc_cpd.run.publish import write_bytes
 from hpc_cpd.settings import DistillSettings
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
 
 class Penalty:

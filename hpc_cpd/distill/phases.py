@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Config
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
 RELABELLED_PHASE = 3
 

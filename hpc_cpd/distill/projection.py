@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 
 
 def take_gradients(student: Student) -> list[Tensor]:

@@ -15,26 +15,32 @@ from typing import Any
 import torch
 
 from hpc_cpd.distill.batches import StageBatches, require_replay
-from hpc_cpd.distill.beginning import begin_stage, load_beginning
-from hpc_cpd.distill.engine import device_of_rank, finish_distributed, start_distributed, stop_together
+from hpc_cpd.distill.dagger import open_new, relabel
+from hpc_cpd.distill.finalize import episode_errors, keep_memory, routing_by_task, update_penalty
+from hpc_cpd.distill.initialize import begin_stage, load_beginning
 from hpc_cpd.distill.isolation import isolation_of_stage
 from hpc_cpd.distill.learn import learn_stage
-from hpc_cpd.distill.needs import do_without_missing, require_settings, require_stage
-from hpc_cpd.distill.outcome import episode_errors, keep_memory, routing_by_task, update_penalty
 from hpc_cpd.distill.penalties import Penalty
 from hpc_cpd.distill.phases import Phase, phases_of
-from hpc_cpd.distill.relabelling import open_new, relabel
+from hpc_cpd.distill.validation import do_without_missing, require_settings, require_stage
+from hpc_cpd.distributed.torch import (
+    device_of_rank,
+    finish_distributed,
+    run_on_rank,
+    start_distributed,
+    stop_together,
+)
+from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
 from hpc_cpd.progress import Progress
-from hpc_cpd.run import Run, is_done, mark_done, read_json, write_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import Config
-from hpc_cpd.student.checkpoint import together
-from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student
-from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
+from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.trajectories.memory import open_memory
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-Evaluate = Callable[[StudentPolicy | Untold, str, int, int, list[int]], list[EpisodeResult]]
+Evaluate = Callable[[StudentPolicy | TaskAgnosticPolicy, str, int, int, list[int]], list[EpisodeResult]]
 """(policy, task id, episodes, seed, episode numbers of this rank) -> their results."""
 Stop = Callable[[], bool]
 """Whether this rank was asked to stop."""
@@ -51,7 +57,7 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     config = run.config()
     if allow_missing:
         start_distributed()
-        together(lambda: do_without_missing(run, stage), on=0)
+        run_on_rank(lambda: do_without_missing(run, stage))
     plan = run_plan(run, config)
     require_stage(run, plan, stage)
     require_settings(config, len(plan))
@@ -68,11 +74,11 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     def lacks(name: str) -> bool:
         """Whether a step is to be done, as rank 0 sees it: a slower rank may look when its result is there already."""
         stop_together(stop, f"stage {stage} stops between two steps")
-        return together(lambda: not (folder / name).exists(), on=0)
+        return run_on_rank(lambda: not (folder / name).exists())
 
     if lacks("start"):
         say.update("task embeddings and growth")
-        together(lambda: begin_stage(run, config, plan, stage, new, memory), on=0)
+        run_on_rank(lambda: begin_stage(run, config, plan, stage, new, memory))
     if config.evaluation.forward_transfer and lacks("evaluation_before.json"):
         say.update("evaluating the new tasks before they are learnt")
         _evaluate_before(run, config, stage, plan[stage - 1], evaluate, stop)
@@ -85,25 +91,25 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
             relabel(run, stage, tasks, folder / "draft", stop)
             beginning, phases, new = "draft", phases[-1:], open_new(run, stage, tasks)
         _learn(run, config, plan, stage, new, memory, phases, (beginning, "student"), stop)
-        together(lambda: shutil.rmtree(folder / "draft", ignore_errors=True), on=0)
+        run_on_rank(lambda: shutil.rmtree(folder / "draft", ignore_errors=True))
     if lacks("memory"):
         say.update("choosing the replay memory")
         errors = episode_errors(folder / "student", new)
-        together(lambda: keep_memory(folder, config, stage, new, errors), on=0)
+        run_on_rank(lambda: keep_memory(folder, config, stage, new, errors))
     if lacks("routing.json"):
         stores = [new] if memory is None else [new, memory]
-        together(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)), on=0)
+        run_on_rank(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)))
     if lacks("evaluation.json"):
         say.update(f"evaluating {len(seen)} tasks")
         records = _evaluate_all(load_student(folder / "student"), seen, config, evaluate, stop)
         evaluation = evaluation_json(stage, config.evaluation, records)
-        together(lambda: write_json(folder / "evaluation.json", evaluation), on=0)
+        run_on_rank(lambda: write_json(folder / "evaluation.json", evaluation))
     if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
         say.update(f"evaluating {len(seen)} tasks that the student is not told")
-        records = _evaluate_all(Untold(load_student(folder / "student")), seen, config, evaluate, stop)
+        records = _evaluate_all(TaskAgnosticPolicy(load_student(folder / "student")), seen, config, evaluate, stop)
         inferred = evaluation_json(stage, config.evaluation, records)
-        together(lambda: write_json(folder / "evaluation_inferred.json", inferred), on=0)
-    together(lambda: mark_done(folder, {"stage": stage, "tasks": seen}), on=0)
+        run_on_rank(lambda: write_json(folder / "evaluation_inferred.json", inferred))
+    run_on_rank(lambda: mark_done(folder, {"stage": stage, "tasks": seen}))
     finish_distributed()
 
 
@@ -157,7 +163,7 @@ def _learn(
             kept,
         )
 
-    together(publish, on=0)
+    run_on_rank(publish)
 
 
 def _teacher_success(run: Run, plan: list[list[str]]) -> dict[str, float]:
@@ -180,11 +186,11 @@ def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], eva
         records["before"] = records["untrained"]
     else:
         records["before"] = _evaluate_all(StudentPolicy(start), tasks, config, evaluate, stop)
-    together(lambda: write_json(folder / "evaluation_before.json", {"stage": stage - 1, **records}), on=0)
+    run_on_rank(lambda: write_json(folder / "evaluation_before.json", {"stage": stage - 1, **records}))
 
 
 def _evaluate_all(
-    policy: StudentPolicy | Untold, tasks: list[str], config: Config, evaluate: Evaluate, stop: Stop
+    policy: StudentPolicy | TaskAgnosticPolicy, tasks: list[str], config: Config, evaluate: Evaluate, stop: Stop
 ) -> dict[str, dict[str, Any]]:
     """The record of every task; the episodes are shared out over the ranks (a collective)."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()

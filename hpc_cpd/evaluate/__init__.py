@@ -1,1 +1,1 @@
-"""How good is a policy: seeded, batched rollouts, and the numbers of continual learning."""
+"""The former name of `hpc_cpd.evaluation`."""

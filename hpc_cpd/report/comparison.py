@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluate.metrics import continual_metrics
+from hpc_cpd.evaluation.metrics import continual_metrics
 from hpc_cpd.report.differences import differing
-from hpc_cpd.report.gather import UNCOMMITTED, Facts, gather, name_tasks
-from hpc_cpd.run import Run, read_json, write_json
+from hpc_cpd.report.run_results import UNCOMMITTED, RunResults, name_tasks, read_results
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import read_json, write_json
 
 SWEEP_FILE = "sweep.json"
 SCHEMA_VERSION = 1
@@ -29,7 +30,7 @@ class Group:
 
     name: str
     seeds: list[int]
-    runs: list[Facts]
+    runs: list[RunResults]
     title: str = ""
     teaches: str = ""
     command: str = ""
@@ -37,7 +38,7 @@ class Group:
     untold: dict[str, Any] | None = None
 
     @property
-    def finished(self) -> list[Facts]:
+    def finished(self) -> list[RunResults]:
         return [facts for facts in self.runs if facts.finished]
 
     @property
@@ -62,7 +63,7 @@ class Comparison:
         return [group for group in self.groups if group.runs]
 
     @property
-    def runs(self) -> list[tuple[Group, Facts]]:
+    def runs(self) -> list[tuple[Group, RunResults]]:
         return [(group, facts) for group in self.groups for facts in group.runs]
 
     @property
@@ -120,13 +121,13 @@ def _rows_of_sweep(folder: Path) -> list[Group]:
     groups = []
     for name, row in read_sweep_file(folder)["rows"].items():
         runs = [Run(folder / name / f"seed-{seed}") for seed in row["seeds"]]
-        facts = [gather(run) for run in runs if run.config_file.is_file()]
+        facts = [read_results(run) for run in runs if run.config_file.is_file()]
         groups.append(Group(name, row["seeds"], facts, row["title"], row["teaches"], row["command"]))
     return groups
 
 
 def _row_of_run(folder: Path) -> Group:
-    facts = gather(Run(folder))
+    facts = read_results(Run(folder))
     return Group(folder.resolve().name, [facts.config.seed], [facts], title=facts.config.name)
 
 
@@ -178,7 +179,7 @@ def _untold(group: Group) -> dict[str, Any] | None:
     return continual_metrics(success, np.ones(tasks, np.int64), np.full(tasks, np.nan), episodes=episodes)
 
 
-def _teachers(runs: Sequence[Facts]) -> set[Path]:
+def _teachers(runs: Sequence[RunResults]) -> set[Path]:
     return {(facts.run.folder / "teachers").resolve() for facts in runs}
 
 

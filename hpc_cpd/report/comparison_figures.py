@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator
 
 from hpc_cpd.report.comparison import Comparison
 from hpc_cpd.report.figures import PERCENT, POINTS
-from hpc_cpd.report.gather import short_names
+from hpc_cpd.report.run_results import short_names
 from hpc_cpd.report.style import ROW_INCHES, Theme, legend, new_figure, tiles
 
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))

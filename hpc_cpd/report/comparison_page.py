@@ -12,7 +12,7 @@ from hpc_cpd.report.comparison_figures import COMPARISON_FIGURES
 from hpc_cpd.report.comparison_table import cells, headings
 from hpc_cpd.report.style import THEMES, png
 from hpc_cpd.report.template import PAGE, STYLE, picture
-from hpc_cpd.run import write_bytes, write_json
+from hpc_cpd.run.publish import write_bytes, write_json
 
 SCHEMA_VERSION = 1
 ABOUT_INTERVALS = (

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hpc_cpd.report.comparison import Comparison, Group
-from hpc_cpd.report.gather import short_names
+from hpc_cpd.report.run_results import short_names
 from hpc_cpd.report.table import percent, points
 
 _RATES = ("average_success", "recovery", "recovery_of_means")

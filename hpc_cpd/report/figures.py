@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from hpc_cpd.report.gather import Facts, Record, short_names
+from hpc_cpd.report.run_results import Record, RunResults, short_names
 from hpc_cpd.report.style import ROW_INCHES, Theme, legend, new_figure, outline, task_axis, tiles
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
@@ -17,7 +17,7 @@ MAX_NUMBERED_COLUMNS = 30
 _NAMES_INCHES = 2.6
 
 
-def success_matrix(facts: Facts, theme: Theme) -> Figure | None:
+def success_matrix(facts: RunResults, theme: Theme) -> Figure | None:
     """Success per task (rows) after each stage (columns), the teacher beside it; own stages outlined."""
     if not facts.evaluations and not facts.teachers:
         return None
@@ -47,7 +47,7 @@ def success_matrix(facts: Facts, theme: Theme) -> Figure | None:
     return figure
 
 
-def teacher_and_student(facts: Facts, theme: Theme) -> Figure | None:
+def teacher_and_student(facts: RunResults, theme: Theme) -> Figure | None:
     """Per task: the teacher, the student after the task's own stage, and at the end."""
     rows = [row for row in facts.rows if row["teacher"] is not None or row.get("final") is not None]
     if not rows:
@@ -82,7 +82,7 @@ def teacher_and_student(facts: Facts, theme: Theme) -> Figure | None:
     return figure
 
 
-def forgetting(facts: Facts, theme: Theme) -> Figure | None:
+def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
     """Per old task: success lost since its own stage, in percentage points, with 95% intervals."""
     rows = [row for row in facts.rows if row.get("forgetting") is not None]
     if not rows or not facts.metrics:
@@ -116,7 +116,7 @@ def forgetting(facts: Facts, theme: Theme) -> Figure | None:
     return figure
 
 
-def stage_curves(facts: Facts, theme: Theme) -> Figure | None:
+def stage_curves(facts: RunResults, theme: Theme) -> Figure | None:
     """Loss of the student over all stages, one after the other; colours tell the phases."""
     curves = {
         stage: [line for line in lines if isinstance(line.get("loss"), int | float)]
@@ -169,7 +169,7 @@ def stage_curves(facts: Facts, theme: Theme) -> Figure | None:
     return figure
 
 
-def teacher_curves(facts: Facts, theme: Theme) -> Figure | None:
+def teacher_curves(facts: RunResults, theme: Theme) -> Figure | None:
     """Evaluated success of every teacher against its environment steps, one small plot each.
 
     A teacher that never succeeded has the mean return instead, which tells whether it learns at all.
@@ -209,7 +209,7 @@ def teacher_curves(facts: Facts, theme: Theme) -> Figure | None:
     return figure
 
 
-def routing(facts: Facts, theme: Theme) -> Figure | None:
+def routing(facts: RunResults, theme: Theme) -> Figure | None:
     """Mean gate probability of every expert (columns) for every task (rows); a task's own experts outlined."""
     record = facts.routing()
     experts: list[Record] = (record or {}).get("experts") or []
@@ -242,7 +242,7 @@ def routing(facts: Facts, theme: Theme) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[Facts, Theme], Figure | None]] = {
+FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {
     "success_matrix": success_matrix,
     "teacher_and_student": teacher_and_student,
     "forgetting": forgetting,
@@ -256,7 +256,7 @@ def _height(rows: int) -> float:
     return ROW_INCHES * rows + 0.8
 
 
-def _stages(facts: Facts) -> list[int]:
+def _stages(facts: RunResults) -> list[int]:
     return [number for number, tasks in enumerate(facts.stages, 1) for _ in tasks]
 
 

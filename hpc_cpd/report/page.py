@@ -12,11 +12,12 @@ from typing import Any
 
 from hpc_cpd.config import config_as_yaml
 from hpc_cpd.report.figures import FIGURES
-from hpc_cpd.report.gather import Facts, Row, gather
+from hpc_cpd.report.run_results import Row, RunResults, read_results
 from hpc_cpd.report.style import THEMES, png
 from hpc_cpd.report.table import HEADINGS, percent, points, print_table
 from hpc_cpd.report.template import PAGE, STYLE, picture
-from hpc_cpd.run import Run, write_bytes, write_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import write_bytes, write_json
 
 __all__ = ["build_report", "print_table"]
 
@@ -58,7 +59,7 @@ def build_report(run: Run) -> Path:
     Works on a partly finished run: what is missing is left out and named on the page. Raises UserError
     when `run` is not a run folder or one of its files is damaged.
     """
-    facts = gather(run)
+    facts = read_results(run)
     drawn = _pictures(facts, run.report)
     write_json(run.report / "metrics.json", report_numbers(facts))
     page = PAGE.format(title=_text(f"{facts.config.name}: report"), style=STYLE, body=_body(facts, drawn))
@@ -66,7 +67,7 @@ def build_report(run: Run) -> Path:
     return run.report / "index.html"
 
 
-def _pictures(facts: Facts, folder: Path) -> list[str]:
+def _pictures(facts: RunResults, folder: Path) -> list[str]:
     drawn = []
     for name, draw in FIGURES.items():
         for theme in THEMES:
@@ -80,7 +81,7 @@ def _pictures(facts: Facts, folder: Path) -> list[str]:
     return list(dict.fromkeys(drawn))
 
 
-def report_numbers(facts: Facts) -> dict[str, Any]:
+def report_numbers(facts: RunResults) -> dict[str, Any]:
     """What ``report/metrics.json`` holds (docs/metrics.md)."""
     return {
         "schema_version": SCHEMA_VERSION,
@@ -97,7 +98,7 @@ def report_numbers(facts: Facts) -> dict[str, Any]:
     }
 
 
-def _body(facts: Facts, drawn: list[str]) -> str:
+def _body(facts: RunResults, drawn: list[str]) -> str:
     finished, total = len(facts.evaluations), len(facts.stages)
     state = "finished" if finished == total else f"{finished} of {total} finished"
     stages = "1 stage" if total == 1 else f"{total} stages"
@@ -123,7 +124,7 @@ def _body(facts: Facts, drawn: list[str]) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def _cards(facts: Facts) -> str:
+def _cards(facts: RunResults) -> str:
     m = facts.metrics or {}
     one_stage = "nothing to forget after one stage"
     old = m["forgetting_worst_task"] is not None
@@ -154,7 +155,7 @@ def _cards(facts: Facts) -> str:
     return "".join(cells)
 
 
-def _table(facts: Facts) -> str:
+def _table(facts: RunResults) -> str:
     finished, total = len(facts.evaluations), len(facts.stages)
     headings = [h if h != "At the end" or finished in (0, total) else f"After stage {finished}" for h in HEADINGS]
     rows, stage = [], 0
@@ -184,7 +185,7 @@ def _table(facts: Facts) -> str:
     )
 
 
-def _memories(facts: Facts) -> str:
+def _memories(facts: RunResults) -> str:
     records = {stage: _memory(record) for stage, record in facts.memories().items()}
     if not records:
         return ""
@@ -201,7 +202,7 @@ def _memories(facts: Facts) -> str:
     )
 
 
-def _settings(facts: Facts) -> str:
+def _settings(facts: RunResults) -> str:
     c = facts.config
     short = {
         "seed": c.seed,
@@ -217,7 +218,7 @@ def _settings(facts: Facts) -> str:
     )
 
 
-def _again(facts: Facts) -> str:
+def _again(facts: RunResults) -> str:
     folder = _shown(facts.run.folder)
     commit = facts.provenance.get("commit")
     lines = [f"git checkout {shlex.quote(commit)}"] if isinstance(commit, str) and commit.isalnum() else []
@@ -240,7 +241,7 @@ def _again(facts: Facts) -> str:
     )
 
 
-def _files(facts: Facts) -> str:
+def _files(facts: RunResults) -> str:
     run = facts.run
     paths = [run.report / "metrics.json", run.config_file, run.provenance_file]
     for stage in range(1, len(facts.evaluations) + 1):

@@ -13,7 +13,7 @@ from hpc_cpd.report.comparison_figures import COMPARISON_FIGURES
 from hpc_cpd.report.comparison_page import ABOUT_INTERVALS, CAPTIONS
 from hpc_cpd.report.comparison_table import cells, headings
 from hpc_cpd.report.style import LIGHT, png
-from hpc_cpd.run import write_bytes
+from hpc_cpd.run.publish import write_bytes
 
 PICTURES = ("success_by_stage", "final_success")
 _CHECK = {"episodes": 50, "seed": 123}

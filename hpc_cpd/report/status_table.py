@@ -40,7 +40,7 @@ _LEAST_PROGRESS = len("DependencyNeverSatisfied")
 
 
 @dataclass(frozen=True)
-class Progress:
+class UnitProgress:
     """How far a unit is: `step` of `total` of a phase, or a phase alone, such as ``evaluating 10 tasks``."""
 
     phase: str
@@ -56,7 +56,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Unit:
+class UnitStatus:
     """One line of the table; ``hpc-cpd status --help`` tells what the fields mean."""
 
     unit: str
@@ -66,7 +66,7 @@ class Unit:
     node: str | None = None
     restarts: int = 0
     failures: int = 0
-    progress: Progress | None = None
+    progress: UnitProgress | None = None
     steps_per_second: float | None = None
     success: float | None = None
     seconds_left: float | None = None
@@ -80,7 +80,7 @@ class RunStatus:
 
     run: str
     slurm: str | None
-    units: list[Unit]
+    units: list[UnitStatus]
     done: dict[str, int]
     total: dict[str, int]
     next: str | None
@@ -189,17 +189,17 @@ def _without_clocks(status: RunStatus) -> dict[str, Any]:
     return replace(status, units=units).document()
 
 
-def _error_lines(unit: Unit) -> tuple[str, str]:
+def _error_lines(unit: UnitStatus) -> tuple[str, str]:
     return f"- {unit.unit}: {unit.error}", f"  log: {unit.log or 'none'}"
 
 
-def _rows(units: Sequence[Unit]) -> list[Row]:
+def _rows(units: Sequence[UnitStatus]) -> list[Row]:
     tasks = [unit.unit.partition(" ")[2] for unit in units if unit.unit.startswith("teacher ")]
     families = {task.partition("/")[0] for task in tasks}
     return [_row(unit, len(families) == 1) for unit in units]
 
 
-def _row(unit: Unit, one_family: bool) -> Row:
+def _row(unit: UnitStatus, one_family: bool) -> Row:
     kind, _, name = unit.unit.partition(" ")
     task = unit.unit if kind == "stage" else name.partition("/")[2] if one_family and "/" in name else name
     at_work = unit.state != "done"

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.typing import ColorType
 
-from hpc_cpd.report.gather import short_names
+from hpc_cpd.report.run_results import short_names
 
 DPI = 150
 ROW_INCHES = 0.24

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hpc_cpd.report.gather import Facts, Row, gather, short_names
-from hpc_cpd.run import Run
+from hpc_cpd.report.run_results import Row, RunResults, read_results, short_names
+from hpc_cpd.run.paths import Run
 
 HEADINGS = ("Task", "Stage", "Teacher", "After its stage", "At the end", "Forgetting")
 
@@ -20,12 +20,12 @@ def final_table(run: Run) -> list[Row]:
     Keys: task, stage, episodes, teacher, after_own_stage, final, forgetting (rates, None where not known
     yet), each rate with a NAME_interval. Raises UserError when `run` is not a run folder.
     """
-    return gather(run).rows
+    return read_results(run).rows
 
 
 def print_table(run: Run, console: Console | None = None) -> None:
     """Print the table of `run`, with the means below."""
-    facts = gather(run)
+    facts = read_results(run)
     (console or Console()).print(_rich(facts))
 
 
@@ -46,7 +46,7 @@ def _hundredfold(value: float) -> str:
     return f"{rounded:.0f}" if rounded == int(rounded) else f"{rounded:.1f}"
 
 
-def _rich(facts: Facts) -> Table:
+def _rich(facts: RunResults) -> Table:
     finished, total = len(facts.evaluations), len(facts.stages)
     end = HEADINGS[4] if finished == total else f"After stage {finished}" if finished else HEADINGS[4]
     table = Table(

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_cpd.student.attention import Block, rotation
-from hpc_cpd.student.mixture import Expert, Mixture
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.moe.mixture import Expert, Mixture
+from hpc_cpd.student.network import Student
 
 FEW_ROWS = 64
 """Up to so many, one product for all experts is faster than one for each; beyond, their results leave the cache."""

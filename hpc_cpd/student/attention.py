@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_cpd.student.gate import seeded_linear
+from hpc_cpd.student.moe.gate import seeded_linear
 
 FEED_FORWARD_FACTOR = 4
 ROTARY_BASE = 100.0

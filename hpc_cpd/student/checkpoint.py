@@ -4,7 +4,7 @@
     FOLDER/mixture-0-expert-0007.safetensors    one expert, written by the rank of the first group that holds it
     FOLDER/index.json                           sizes, position and the SHA-256 of each file, written last
 
-Keys are parameter names; the optimiser's state of a parameter stands beside it as ``NAME|exp_avg`` and so on.
+Keys are parameter names; the optimizer's state of a parameter stands beside it as ``NAME|exp_avg`` and so on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,9 +24,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
+from hpc_cpd.distributed.torch import gather, is_distributed, run_on_all_ranks, run_on_rank
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import atomic_folder, read_json, write_json
-from hpc_cpd.student.transformer import Student, StudentShape, expert_of, expert_place
+from hpc_cpd.run.publish import atomic_folder, read_json, write_json
+from hpc_cpd.student.network import Student, StudentShape, expert_of, expert_place
 
 CHECKPOINT_SCHEMA_VERSION = 2
 DENSE_FILE = "dense.safetensors"
@@ -36,17 +37,15 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 Moments = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> MOMENTS: AdamW's state of the parameters that this rank holds and that learn."""
 
-Result = TypeVar("Result")
-
 
 class PendingCheckpoint:
     """A checkpoint whose files are being written by a thread of every rank, while training goes on."""
 
     def __init__(self, folder: Path, student: Student, moments: Moments, position: Mapping[str, Any]) -> None:
-        """Copy `student`, its optimiser's `moments` and `position` (plain JSON), and begin to write. A collective."""
+        """Copy `student`, its optimizer's `moments` and `position` (plain JSON), and begin to write. A collective."""
         self.folder = folder
         self._stack = ExitStack()
-        self._temporary = Path(together(lambda: str(self._stack.enter_context(atomic_folder(folder))), on=0))
+        self._temporary = Path(run_on_rank(lambda: str(self._stack.enter_context(atomic_folder(folder)))))
         self._index = {
             "schema_version": CHECKPOINT_SCHEMA_VERSION,
             "shape": student.shape.as_json(),
@@ -68,11 +67,11 @@ class PendingCheckpoint:
         When any rank cannot write, every rank raises and nothing is left.
         """
         with self._stack as stack:
-            mine = together(self._written.result)
+            mine = run_on_all_ranks(self._written.result)
             hashes = {name: digest for part in gather(mine) for name, digest in part.items()}
             index = {**self._index, "files": dict(sorted(hashes.items()))}
-            together(lambda: write_json(self._temporary / INDEX_FILE, index), on=0)
-            together(stack.pop_all().close, on=0)  # rank 0 fsyncs and renames; the others see it published
+            run_on_rank(lambda: write_json(self._temporary / INDEX_FILE, index))
+            run_on_rank(stack.pop_all().close)  # rank 0 fsyncs and renames; the others see it published
 
 
 def save_checkpoint(folder: Path, student: Student, moments: Moments, position: Mapping[str, Any]) -> None:
@@ -85,7 +84,7 @@ def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Mom
 
     Raises UserError on every rank when the checkpoint is damaged, has another schema, or holds another student.
     """
-    return together(lambda: _load(folder, student))
+    return run_on_all_ranks(lambda: _load(folder, student))
 
 
 def gather_state(student: Student) -> dict[str, Tensor]:
@@ -109,57 +108,6 @@ def gather_state(student: Student) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
-def together(work: Callable[[], Result], on: int | None = None) -> Result:
-    """Run `work` on every rank (or on rank `on` alone, whose result all get); if it fails anywhere, raise everywhere.
-
-    A rank that failed raises its own error. The others raise UserError or OSError with the same text when that is what
-    it was, RuntimeError otherwise; nobody is left waiting.
-    """
-    if not _distributed():
-        return work()
-    result: Any = None
-    failure: Exception | None = None
-    if on is None or dist.get_rank() == on:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    outcomes: list[tuple[Any, Any]] = gather((result if on is not None else None, _describe(failure)))
-    if failure is not None:
-        raise failure
-    for rank, (_, failed) in enumerate(outcomes):
-        if failed is not None:
-            raise _again(rank, *failed)
-    return result if on is None else outcomes[on][0]
-
-
-def _describe(failure: Exception | None) -> tuple[str, int | None, str] | None:
-    if failure is None:
-        return None
-    return type(failure).__name__, getattr(failure, "errno", None), str(failure)
-
-
-def _again(rank: int, kind: str, number: int | None, text: str) -> Exception:
-    if kind == UserError.__name__:
-        return UserError(text)
-    if number is not None:
-        return OSError(number, f"{os.strerror(number)} (on rank {rank}: {text})")
-    return RuntimeError(f"rank {rank} failed: {kind}: {text}")
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather(value: Result) -> list[Result]:
-    """Every rank's `value`, on every rank."""
-    if not _distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def _file_of(name: str) -> str:
     place = expert_place(name)
     return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
@@ -167,7 +115,7 @@ def _file_of(name: str) -> str:
 
 def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]]:
     """Copies of what this rank has to write: dense things on rank 0, experts in the first group that holds them."""
-    rank = dist.get_rank() if _distributed() else 0
+    rank = dist.get_rank() if is_distributed() else 0
     files: dict[str, dict[str, Tensor]] = {}
     for name, tensor in student.state_dict().items():
         spread = expert_of(name) is not None

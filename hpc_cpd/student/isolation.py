@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_cpd.student.gate import Gate, seeded_generator
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.moe.gate import Gate, seeded_generator
+from hpc_cpd.student.network import Student
 
 _UP, _DOWN = "_up", "_down"
 

@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import atomic_folder, read_json, sha256, write_bytes, write_json
+from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, write_json
 from hpc_cpd.student.acting import Actor
 from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
-from hpc_cpd.student.inference import EpisodeFacts, TaskInference, remember
 from hpc_cpd.student.isolation import Isolation, isolation_from
+from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.task_encoder import TaskEncoder
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.task_inference import EpisodeStatistics, TaskInference, remember
 
 STUDENT_SCHEMA_VERSION = 2
 MODEL_FILE = "model.safetensors"
@@ -41,7 +41,7 @@ class StudentParts:
     task_vectors: dict[str, np.ndarray]  # float32 [D] each, in the order learnt
     task_encoder_state: dict[str, Tensor] | None
     metadata: dict[str, Any]
-    episode_facts: dict[str, EpisodeFacts]  # of every task, for the student that is not told which it is
+    episode_facts: dict[str, EpisodeStatistics]  # of every task, for the student that is not told which it is
     isolation: Isolation | None = None  # weights that stages have to themselves
 
     def normaliser(self) -> tuple[np.ndarray, np.ndarray]:
@@ -57,7 +57,7 @@ def save_student(
     task_vectors: Mapping[str, np.ndarray],
     task_encoder_state: Mapping[str, Tensor] | None,
     metadata: Mapping[str, Any],
-    episode_facts: Mapping[str, EpisodeFacts],
+    episode_facts: Mapping[str, EpisodeStatistics],
     isolation: Isolation | None = None,
 ) -> None:
     """Write a student folder atomically. `state` is canonical; `metadata` is plain JSON without NaN.
@@ -112,7 +112,7 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         if f"task_vector/{task}" not in tensors or f"task_start/{task}" not in tensors:
             raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
         vectors[task] = tensors[f"task_vector/{task}"].numpy()
-        facts[task] = EpisodeFacts(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
+        facts[task] = EpisodeStatistics(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
     method = description.get("isolation")
     try:
         isolation = isolation_from(method, tensors) if method is not None else None
@@ -275,7 +275,7 @@ class StudentPolicy:
         self.actor.ages = now
 
 
-class Untold:
+class TaskAgnosticPolicy:
     """A student that is never told its task: it infers it from what it sees, and `evaluate_policy` need not know."""
 
     def __init__(self, policy: StudentPolicy) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.settings import TaskEncoderSettings
-from hpc_cpd.student.gate import seeded_generator, seeded_linear
-from hpc_cpd.student.transformer import OBSERVATION_CLIP
+from hpc_cpd.student.moe.gate import seeded_generator, seeded_linear
+from hpc_cpd.student.network import OBSERVATION_CLIP
 
 POOL_WINDOWS = 1024
 """Windows drawn once per task; the steps sample from them, and their mean encoding is the task's vector."""

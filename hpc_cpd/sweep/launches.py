@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_cpd.cluster.local import tethered
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
+from hpc_cpd.cluster.schedulers.local import tethered
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED
 
 POLL_SECONDS = 0.1

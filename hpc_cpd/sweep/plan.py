@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from hpc_cpd.config import load_config
-from hpc_cpd.distill.needs import require_settings
+from hpc_cpd.distill.validation import require_settings
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config, Settings
 from hpc_cpd.tasks.registry import stage_plan
 

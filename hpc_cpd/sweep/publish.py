@@ -12,9 +12,10 @@ from pathlib import Path
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import SWEEP_FILE, is_sweep
-from hpc_cpd.report.gather import gather
 from hpc_cpd.report.page import report_numbers
-from hpc_cpd.run import DONE, Run, atomic_folder, is_done, read_json, write_json
+from hpc_cpd.report.run_results import read_results
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import DONE, atomic_folder, is_done, read_json, write_json
 from hpc_cpd.sweep.plan import Entry, Row, Sweep
 from hpc_cpd.sweep.sharing import SHARED, shared_by, target_of
 
@@ -29,7 +30,7 @@ def publish_sweep(sweep: Sweep, rows: Sequence[Row], folder: Path) -> list[Entry
     Raises UserError when nothing is finished nor was published, or a run has other data than the sweep's.
     """
     begun = [entry for row in rows for entry in row.entries if entry.run.config_file.is_file()]
-    done = [entry for entry in begun if gather(entry.run).finished]
+    done = [entry for entry in begun if read_results(entry.run).finished]
     target = folder / sweep.name
     if not done and not is_sweep(target):
         raise UserError(f"no run of {sweep.file} is finished, so there is nothing to publish; run the sweep first")
@@ -65,7 +66,7 @@ def _copy_teachers(shared: Run, copy: Path) -> None:
 
 
 def _copy_run(run: Run, copy: Path) -> None:
-    facts = gather(run)
+    facts = read_results(run)
     os.symlink(os.readlink(run.folder / _TEACHERS), copy / _TEACHERS)
     for path in (run.config_file, run.provenance_file):
         shutil.copyfile(path, copy / path.name)

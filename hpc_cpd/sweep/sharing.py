@@ -16,7 +16,8 @@ from pathlib import Path
 from hpc_cpd.config import changed_keys, config_as_yaml, parse_config
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.differences import flat_settings
-from hpc_cpd.run import Run, is_done, write_bytes
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, write_bytes
 from hpc_cpd.settings import Config
 from hpc_cpd.sweep.plan import LAUNCHER, Entry, Sweep, shown
 from hpc_cpd.tasks.registry import resolve_tasks

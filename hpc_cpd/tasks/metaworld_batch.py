@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_cpd.tasks.family import Steps
-from hpc_cpd.tasks.lifted import Mixed, norm
 from hpc_cpd.tasks.metaworld_classes import environment_class
 from hpc_cpd.tasks.metaworld_program import REWARD_VERSION, rows_class
+from hpc_cpd.tasks.vector_ops import Mixed, norm
 
 Floats = NDArray[np.float64]
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION

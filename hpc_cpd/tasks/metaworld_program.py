@@ -16,8 +16,8 @@ import metaworld
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.tasks.lifted import OPERATIONS, Deferred, Matrices
-from hpc_cpd.tasks.lifting import LiftError, lift
+from hpc_cpd.tasks.vector_ops import OPERATIONS, Deferred, Matrices
+from hpc_cpd.tasks.vectorize import LiftError, lift
 
 _ROOTS = ("evaluate_state", "_get_pos_objects", "_get_quat_objects")
 REWARD_VERSION = "v2"

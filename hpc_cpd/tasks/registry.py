@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run, read_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import read_json
 from hpc_cpd.settings import Config, StreamSettings
 from hpc_cpd.tasks.family import OneByOne, Simulator, Step, TaskFamily, TaskSpec
 

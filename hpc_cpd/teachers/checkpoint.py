@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import atomic_folder, read_json, sha256, write_bytes, write_json
+from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, write_json
 
 SCHEMA_VERSION = 1
 TENSORS = "tensors.safetensors"
@@ -65,21 +65,21 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def adam_tensors(optimiser: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
+def adam_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """Adam's moments and step counts as tensors named after the parameters of `module`."""
     return {
         f"{name}/{key}": value
         for name, parameter in module.named_parameters()
-        for key, value in optimiser.state.get(parameter, {}).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
     }
 
 
-def restore_adam(optimiser: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def restore_adam(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a fresh Adam the moments that `adam_tensors` took."""
     parameters = dict(module.named_parameters())
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
-        optimiser.state[parameters[name]][moment] = value.clone()
+        optimizer.state[parameters[name]][moment] = value.clone()
 
 
 def _checkpoints(folder: Path) -> list[Path]:

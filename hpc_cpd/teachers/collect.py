@@ -7,15 +7,17 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator
 from hpc_cpd.errors import UserError
 from hpc_cpd.progress import Progress
-from hpc_cpd.run import Run, SaveDue, is_done, mark_done, sha256
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, mark_done, sha256
+from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.actors import Boundary, Communicator
-from hpc_cpd.teachers.attempts import BLOCK, AttemptPlan, keep_successes, play_block
-from hpc_cpd.teachers.joint import load_any_teacher, weights_of
 from hpc_cpd.teachers.publish import Teacher
+from hpc_cpd.teachers.rollouts import BLOCK, AttemptPlan, keep_successes, play_block
+from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, load_shard, next_part, write_manifest
 
@@ -52,7 +54,7 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     envs = make_batch(task_id, BLOCK, config.seed)
     shards = _Shards(envs, run, communicator, teacher)
     due = SaveDue(run, config.checkpoint_every_seconds)
-    boundary = Boundary(communicator, stop, due, f"the trajectories of {task_id}")
+    boundary = CheckpointBoundary(communicator, stop, due, f"the trajectories of {task_id}")
     progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0)
     plan = AttemptPlan(config.seed, task_id, "trajectory", settings.action_noise, settings.steps_after_success)
 

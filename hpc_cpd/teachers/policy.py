@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.layers import empty_linear
-from hpc_cpd.run import is_done, read_json, sha256, write_bytes, write_json
+from hpc_cpd.run.publish import is_done, read_json, sha256, write_bytes, write_json
 
 SCHEMA_VERSION = 1
 WEIGHTS = "policy.safetensors"

@@ -8,9 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.run import Run, mark_done, write_json
-from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
-from hpc_cpd.teachers.actors import Communicator
+from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done, write_json
 from hpc_cpd.teachers.policy import TeacherPolicy, save_teacher
 
 

@@ -19,34 +19,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator
+from hpc_cpd.evaluation.episodes import task_record
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.progress import Progress
-from hpc_cpd.run import MetricsLog, Run, SaveDue, is_done
+from hpc_cpd.run.metrics_log import MetricsLog
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
+from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.episodes import task_record
 from hpc_cpd.tasks.registry import TaskSpec, describe, make_batch
-from hpc_cpd.teachers.actors import Boundary, Communicator
-from hpc_cpd.teachers.bounds import bounded_errors
-from hpc_cpd.teachers.checkpoint import Checkpoint, adam_tensors, load_checkpoint, restore_adam, save_checkpoint
-from hpc_cpd.teachers.demonstrations import (
-    Demonstrations,
-    read_demonstrations,
-    record_demonstrations,
-)
-from hpc_cpd.teachers.joint import take_from_student
-from hpc_cpd.teachers.needs import require_teacher
-from hpc_cpd.teachers.policy import SMALLEST_STD, TeacherPolicy
-from hpc_cpd.teachers.ppo import (
+from hpc_cpd.teachers.algorithms.ppo import (
     adapted_step_size,
     collect_rollout,
     environments_of,
     update,
     update_normaliser,
 )
+from hpc_cpd.teachers.bounds import bounded_errors
+from hpc_cpd.teachers.checkpoint import Checkpoint, adam_tensors, load_checkpoint, restore_adam, save_checkpoint
+from hpc_cpd.teachers.policy import SMALLEST_STD, TeacherPolicy
 from hpc_cpd.teachers.publish import Evaluate, evaluate_together, publish_teacher
 from hpc_cpd.teachers.seeds import generator
-from hpc_cpd.teachers.zoo import take_from_zoo
+from hpc_cpd.teachers.sources.student import take_from_student
+from hpc_cpd.teachers.sources.zoo import take_from_zoo
+from hpc_cpd.teachers.starts.demonstrations import Demonstrations, read_demonstrations, record_demonstrations
+from hpc_cpd.teachers.validation import require_teacher
 
 CLONE_STEPS_BETWEEN_BOUNDARIES = 20
 CLONE_LOG_EVERY = 50
@@ -115,7 +114,7 @@ class _Training:
         self.evaluate = evaluate
         self.warm = self.settings.start == "demonstrations"
         due = SaveDue(run, self.config.checkpoint_every_seconds)
-        self.boundary = Boundary(communicator, stop, due, what=f"the teacher of {task_id}")
+        self.boundary = CheckpointBoundary(communicator, stop, due, what=f"the teacher of {task_id}")
         self.progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0)
         self.log: MetricsLog | None = None
         self.state = _State()
@@ -130,7 +129,7 @@ class _Training:
             generator(self.config.seed, task_id, "weights"),
             SMALLEST_STD if self.warm else self.settings.ppo.smallest_std,
         )
-        self.optimiser = self._new_optimiser()
+        self.optimizer = self._new_optimizer()
         self._began = time.monotonic()
         require_teacher(task_id, self.settings, communicator.size)
 
@@ -149,8 +148,8 @@ class _Training:
                 group, _, rest = name.partition("/")
                 groups[group][rest] = tensor
             self.policy.set_tensors(groups["policy"])
-            self.optimiser = self._new_optimiser()
-            restore_adam(self.optimiser, self.policy, groups["adam"])
+            self.optimizer = self._new_optimizer()
+            restore_adam(self.optimizer, self.policy, groups["adam"])
             if not self.warm:
                 self._set_step_size()
             self.best = groups["best"]
@@ -179,13 +178,13 @@ class _Training:
             )
             mine = torch.tensor(rows[part])
             rate = 0.5 * (1.0 + math.cos(math.pi * state.clone_step / settings.gradient_steps))
-            for group in self.optimiser.param_groups:
+            for group in self.optimizer.param_groups:
                 group["lr"] = settings.learning_rate * rate
-            self.optimiser.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad(set_to_none=True)
             loss = bounded_errors(self.policy.action_mean(observations[mine]), targets[mine]).square().sum() * scale
             loss.backward()
             summed = self.communicator.sum_gradients(parameters, [loss])[0]
-            self.optimiser.step()
+            self.optimizer.step()
             state.clone_step += 1
             state.step += 1
             last = state.clone_step == settings.gradient_steps
@@ -195,7 +194,7 @@ class _Training:
                 self.progress.update(f"cloning {at}, loss {summed:.4f}", step=state.step)
             if last:
                 state.phase = "improve"
-                self.optimiser = self._new_optimiser()
+                self.optimizer = self._new_optimizer()
                 self._consider()
                 if state.streak == 1:  # a clone may be good already: other goals say so before PPO spends its time
                     self._consider(goals=2)
@@ -225,7 +224,7 @@ class _Training:
                 fits_critic = self.warm and state.iteration < settings.warm_value_iterations
                 measured = update(
                     self.policy,
-                    self.optimiser,
+                    self.optimizer,
                     rollout,
                     settings,
                     self.config.seed,
@@ -306,7 +305,7 @@ class _Training:
         seed = int(generator(self.config.seed, task_id, "goals", self._goal_set).integers(2**31))
         return make_batch(task_id, count, seed)
 
-    def _new_optimiser(self) -> torch.optim.Optimizer:
+    def _new_optimizer(self) -> torch.optim.Optimizer:
         rules = self.settings.ppo
         actor = [*self.policy.actor.parameters(), self.policy.log_std]
         groups = [
@@ -316,7 +315,7 @@ class _Training:
         return Adam(groups, eps=1e-5, fused=True)  # fused: all weights in one pass, a third of the time
 
     def _set_step_size(self) -> None:
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = self.state.step_size
 
     def _consider(self, goals: int = 1) -> None:
@@ -349,7 +348,7 @@ class _Training:
     def _save(self) -> None:
         def write() -> None:
             tensors = {f"policy/{name}": value for name, value in self.policy.tensors().items()}
-            tensors |= {f"adam/{name}": value for name, value in adam_tensors(self.optimiser, self.policy).items()}
+            tensors |= {f"adam/{name}": value for name, value in adam_tensors(self.optimizer, self.policy).items()}
             tensors |= {f"best/{name}": value for name, value in self.best.items()}
             state = {**asdict(self.state), "seconds": self._seconds()}
             save_checkpoint(self.folder / "checkpoints", self.state.step, Checkpoint(tensors, state))

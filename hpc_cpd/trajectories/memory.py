@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from hpc_cpd.run import atomic_folder, is_done, load_done, mark_done, write_json
-from hpc_cpd.trajectories.dpp import greedy_map
+from hpc_cpd.run.publish import atomic_folder, is_done, load_done, mark_done, write_json
 from hpc_cpd.trajectories.schema import Episode, Origin
+from hpc_cpd.trajectories.selection.dpp import greedy_map
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import is_done
+from hpc_cpd.run.publish import is_done
 
 SCHEMA_VERSION = 1
 TARGETS = ("teacher_mean", "teacher_logits")

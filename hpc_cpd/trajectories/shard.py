@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import read_json, sha256, write_bytes, write_json
+from hpc_cpd.run.publish import read_json, sha256, write_bytes, write_json
 from hpc_cpd.trajectories.schema import (
     KINDS,
     SCHEMA_VERSION,

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import DONE, is_done
+from hpc_cpd.run.publish import DONE, is_done
 from hpc_cpd.trajectories.columns import joined
 from hpc_cpd.trajectories.schema import Episode, Origin, broken
 from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest

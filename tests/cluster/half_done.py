@@ -10,12 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.cluster.ledger import Ledger, Submission
-from hpc_cpd.cluster.slurm import Site
+from hpc_cpd.cluster.schedulers.slurm import Site
 from hpc_cpd.cluster.status import look
+from hpc_cpd.cluster.submissions import Submission, Submissions
 from hpc_cpd.config import config_as_yaml, load_config
-from hpc_cpd.report.status_table import Unit
-from hpc_cpd.run import Run, mark_done, write_json
+from hpc_cpd.report.status_table import UnitStatus
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done, write_json
 
 ONE, TWO, THREE = (f"metaworld/{name}-v3" for name in ("reach", "push", "button-press-topdown"))
 
@@ -29,7 +30,7 @@ def new_run(folder: Path) -> Run:
     return made
 
 
-def units(run: Run) -> dict[str, Unit]:
+def units(run: Run) -> dict[str, UnitStatus]:
     return {unit.unit: unit for unit in look(run).units}
 
 
@@ -72,7 +73,7 @@ def submitted(run: Run, caretaker: str | None = None, accounting: bool = False, 
     names = {"one": f"teacher {ONE}", "two": f"teacher {TWO}", "three": f"teacher {THREE}"}
     names |= {"stage_1": "stage 1", "stage_2": "stage 2"}
     units = {names[key]: job if isinstance(job, Submission) else Submission(job) for key, job in jobs.items()}
-    Ledger(run, Site(accounting=accounting), units, caretaker).write()
+    Submissions(run, Site(accounting=accounting), units, caretaker).write()
 
 
 def lock_of_another(folder: Path, job: str | None, host: str = "node7") -> None:

@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from hpc_cpd.run import Run, is_done
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
 from tests.cluster.slurm_cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[2]

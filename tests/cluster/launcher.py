@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from hpc_cpd.cluster.local import Job, run_jobs
 from hpc_cpd.cluster.preemption import StopFlag
+from hpc_cpd.cluster.schedulers.local import Job, run_jobs
 
 
 def main() -> int:

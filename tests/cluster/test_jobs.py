@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.run import Run, is_done
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
 from tests.cluster.lab import ROOT, Lab, job_of, merged, settings, student_hash
 from tests.cluster.slurm_cluster import SlurmCluster
 

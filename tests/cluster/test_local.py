@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster import local
 from hpc_cpd.cluster.preemption import StopFlag
+from hpc_cpd.cluster.schedulers import local
 
 ROOT = Path(__file__).parents[2]
 KINDS = [pytest.param([], id="ranks"), pytest.param(["mpi"], id="mpiexec")]

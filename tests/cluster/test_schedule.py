@@ -5,22 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster import schedule, slurm
-from hpc_cpd.cluster.ledger import Ledger
-from hpc_cpd.cluster.work import Work
+from hpc_cpd.cluster import submit
+from hpc_cpd.cluster.schedulers import slurm
+from hpc_cpd.cluster.submissions import Submissions
+from hpc_cpd.cluster.units import LaunchRequest
 from hpc_cpd.config import parse_config
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 from tests.cluster.lab import merged, settings
 
 TASKS = ["toy/a", "toy/b"]
 
 
-def work_of(folder: Path, allow_missing: bool = False, **more: object) -> Work:
+def work_of(folder: Path, allow_missing: bool = False, **more: object) -> LaunchRequest:
     config = parse_config(merged(settings(TASKS), **more))
     run = Run(folder / "run")
     run.open(config, {})
-    return Work(run, config, [TASKS], "all", TASKS, [1], allow_missing)
+    return LaunchRequest(run, config, [TASKS], "all", TASKS, [1], allow_missing)
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return submitted
 
 
-def submit_all(work: Work) -> None:
-    schedule.submit_all(work, retry=False, say=lambda text: None, stop=lambda: False)
+def submit_all(work: LaunchRequest) -> None:
+    submit.submit_all(work, retry=False, say=lambda text: None, stop=lambda: False)
 
 
 def test_links_that_were_submitted_before_a_refusal_are_known(tmp_path, scripts, monkeypatch):
@@ -53,7 +54,7 @@ def test_links_that_were_submitted_before_a_refusal_are_known(tmp_path, scripts,
     monkeypatch.setattr(slurm, "submit", at_most_two)
     with pytest.raises(UserError, match="QOSMax"):
         submit_all(work)
-    assert Ledger.read(work.run).units["teacher toy/a"].job == "2_0"
+    assert Submissions.read(work.run).units["teacher toy/a"].job == "2_0"
 
 
 def test_what_no_script_can_be_made_for_is_refused_before_any_job_is_submitted(tmp_path, scripts):
@@ -84,8 +85,8 @@ def answering(*answers: bool) -> Callable[..., dict[str, slurm.JobState]]:
 def test_a_controller_that_is_away_for_a_while_does_not_end_the_waiting(tmp_path, monkeypatch):
     work = work_of(tmp_path)
     monkeypatch.setattr(slurm, "job_states", answering(False, True, False, True))
-    schedule.wait_for(work, lambda: False, every_seconds=0.0)  # until it said twice that no job is left
+    submit.wait_for(work, lambda: False, every_seconds=0.0)  # until it said twice that no job is left
     monkeypatch.setattr(slurm, "job_states", answering(False))
-    monkeypatch.setattr(schedule, "MOST_UNHEARD_SECONDS", -1.0)
+    monkeypatch.setattr(submit, "MOST_UNHEARD_SECONDS", -1.0)
     with pytest.raises(UserError, match="contact"):
-        schedule.wait_for(work, lambda: False, every_seconds=0.0)
+        submit.wait_for(work, lambda: False, every_seconds=0.0)

@@ -1,4 +1,4 @@
-"""The job scripts, word for word, and the settings that cannot become one."""
+"""The job slurm_scripts, word for word, and the settings that cannot become one."""
 
 import os
 import subprocess
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster import scripts
-from hpc_cpd.cluster.schedule import dependency
+from hpc_cpd.cluster.schedulers import slurm_scripts
+from hpc_cpd.cluster.submit import dependency
 from hpc_cpd.config import parse_config
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 
 GOLDEN = Path(__file__).with_name("golden_scripts.txt")
 FOLDER = Path("/site/runs/mt")
@@ -41,9 +41,9 @@ def site_config(cluster=(), **more):
 
 def test_the_scripts_are_word_for_word_those_of_the_golden_file():
     run, config = Run(FOLDER), site_config()
-    teachers = scripts.teachers_script(run, config, FOLDER / "logs/teachers-1.json", 12, 5, PYTHON)
-    stage = scripts.stage_script(run, config, 2, python=PYTHON)
-    caretaker = scripts.caretaker_script(run, config, python=PYTHON)
+    teachers = slurm_scripts.teachers_script(run, config, FOLDER / "logs/teachers-1.json", 12, 5, PYTHON)
+    stage = slurm_scripts.stage_script(run, config, 2, python=PYTHON)
+    caretaker = slurm_scripts.caretaker_script(run, config, python=PYTHON)
     after = dependency({"teacher a": "7_1", "teacher b": "7_2", "stage 1": "9"}, any_end=False)
     texts = [teachers.text(LOGS, avoid=["n3"]), stage.text(LOGS, after), caretaker.text(LOGS, "afternotok:7_1")]
     text = "\n=====\n".join(texts)
@@ -54,8 +54,8 @@ def test_the_scripts_are_word_for_word_those_of_the_golden_file():
 
 def test_what_must_hold_of_every_script_holds():
     run, config = Run(FOLDER), site_config()
-    teachers = scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS, avoid=["n3", "n4"])
-    stage = scripts.stage_script(run, config, 1).text(LOGS)
+    teachers = slurm_scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS, avoid=["n3", "n4"])
+    stage = slurm_scripts.stage_script(run, config, 1).text(LOGS)
     for line in ("--requeue", "--open-mode=append", "--signal=USR2@300", "--array=0-11%5", "--kill-on-bad-exit=1"):
         assert line in teachers
     assert "--mpi=pmix" in teachers and "--exclude=n3,n4" in teachers and "gpu" not in teachers
@@ -67,8 +67,8 @@ def test_what_must_hold_of_every_script_holds():
 
 def test_a_stage_may_have_more_cores_per_rank_than_a_teacher():
     run, config = Run(FOLDER), site_config({"stage_cpus_per_rank": 7})
-    teachers = scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS)
-    stage = scripts.stage_script(run, config, 1).text(LOGS)
+    teachers = slurm_scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS)
+    stage = slurm_scripts.stage_script(run, config, 1).text(LOGS)
     for text, cpus in ((teachers, 3), (stage, 7)):
         assert f"#SBATCH --cpus-per-task={cpus}\n" in text and f"OMP_NUM_THREADS={cpus} " in text
         assert text.count(f"--cpus-per-task={cpus} ") == 1  # of srun
@@ -76,12 +76,12 @@ def test_a_stage_may_have_more_cores_per_rank_than_a_teacher():
 
 @pytest.mark.parametrize("way", ["resubmit", "chain"])
 def test_where_work_does_not_go_on_by_requeueing_slurm_is_told_not_to(way):
-    text = scripts.stage_script(Run(FOLDER), site_config({"continuation": way}), 1).text(LOGS)
+    text = slurm_scripts.stage_script(Run(FOLDER), site_config({"continuation": way}), 1).text(LOGS)
     assert "--no-requeue" in text and "--requeue" not in text
 
 
 def test_a_folder_with_blanks_and_quotes_is_one_word_of_the_command():
-    command = scripts.stage_script(Run("/site/my runs/it's"), site_config(), 1, python="/py").command
+    command = slurm_scripts.stage_script(Run("/site/my runs/it's"), site_config(), 1, python="/py").command
     done = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
     words = done.stdout.split("\n")
     assert words[words.index("--run") + 1] == "/site/my runs/it's"
@@ -105,4 +105,4 @@ def test_the_mere_end_of_teachers_may_be_waited_for_but_of_the_stage_before_its_
 def test_ranks_nodes_and_times_that_do_not_fit_are_refused(more, words):
     cluster = more.pop("cluster", {})
     with pytest.raises(UserError, match=words):
-        scripts.stage_script(Run(FOLDER), site_config(cluster, **more), 1)
+        slurm_scripts.stage_script(Run(FOLDER), site_config(cluster, **more), 1)

@@ -13,14 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.ledger import Submission
-from hpc_cpd.cluster.places import Rates, live_owner, place_of
+from hpc_cpd.cluster.snapshot import Rates, live_owner, snapshot_of
 from hpc_cpd.cluster.status import look
+from hpc_cpd.cluster.submissions import Submission
 from hpc_cpd.config import config_as_yaml, parse_config
-from hpc_cpd.lock import STALE_SECONDS, Lock, process_space
-from hpc_cpd.progress import Progress as Reporter
-from hpc_cpd.report.status_table import Progress
-from hpc_cpd.run import Run, write_json
+from hpc_cpd.progress import UnitProgress as Reporter
+from hpc_cpd.report.status_table import UnitProgress
+from hpc_cpd.run.lock import STALE_SECONDS, Lock, process_space
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import write_json
 from tests.cluster.half_done import (
     ONE,
     THREE,
@@ -99,15 +100,15 @@ def test_progress_is_the_last_whole_line_within_its_phase(run):
     folder, stage = run.teacher(ONE), run.stage(1)
     clone = [{"step": step, "phase": "clone", "loss": 0.5 / step} for step in range(50, 3001, 50)]
     write_metrics(folder, *clone[:-1], end='{"step": 3000, "lo')
-    assert units(run)[f"teacher {ONE}"].progress == Progress("cloning", 2950, 3000, 0.5 / 2950)
+    assert units(run)[f"teacher {ONE}"].progress == UnitProgress("cloning", 2950, 3000, 0.5 / 2950)
     improve = {"phase": "improve", "success": 0.25}
     write_metrics(folder, *clone, {"step": 3000, "phase": "evaluation", "success": 0.5}, {"step": 3007, **improve})
     unit = units(run)[f"teacher {ONE}"]
-    assert (unit.progress, unit.success) == (Progress("PPO", 7, 40), 0.25)
+    assert (unit.progress, unit.success) == (UnitProgress("PPO", 7, 40), 0.25)
     write_metrics(stage, {"step": 1950, "phase": 1, "loss": 0.2}, {"step": 2900, "phase": 2, "loss": 0.1})
-    assert units(run)["stage 1"].progress == Progress("phase 2", 900, 2000, 0.1)
+    assert units(run)["stage 1"].progress == UnitProgress("phase 2", 900, 2000, 0.1)
     write_metrics(stage, {"step": 1950, "phase": 1, "loss": 0.2})
-    assert units(run)["stage 1"].progress == Progress("phase 1", 1950, 2000, 0.2)
+    assert units(run)["stage 1"].progress == UnitProgress("phase 1", 1950, 2000, 0.2)
     (stage / "metrics.jsonl").write_bytes(b"\xff not json\n[1]\n")
     assert units(run)["stage 1"].progress is None
 
@@ -141,10 +142,10 @@ def test_the_log_tells_how_fast_it_goes_and_what_it_does_between(run, capsys, mo
         log.write_text(f"{first}\n{second}\na warning: 1/2\n")
         unit = units(run)["stage 1"]
         assert unit.steps_per_second is not None and 390 < unit.steps_per_second <= 410
-        assert unit.progress == Progress("phase 2", 900, 2000, 0.1)
+        assert unit.progress == UnitProgress("phase 2", 900, 2000, 0.1)
         log.write_text(f"{second}\nstage 1: evaluating 10 tasks\n")
         unit = units(run)["stage 1"]
-        assert (unit.progress, unit.steps_per_second) == (Progress("evaluating 10 tasks"), None)
+        assert (unit.progress, unit.steps_per_second) == (UnitProgress("evaluating 10 tasks"), None)
 
 
 def test_between_two_looks_the_growth_of_the_metrics_tells_how_fast_it_goes(run):
@@ -153,7 +154,7 @@ def test_between_two_looks_the_growth_of_the_metrics_tells_how_fast_it_goes(run)
     def seen(step: int, at: float) -> float | None:
         write_metrics(file.parent, {"step": step, "phase": "clone"})
         os.utime(file, (at, at))
-        return rates.of(place_of(run, f"teacher {ONE}", config))
+        return rates.of(snapshot_of(run, f"teacher {ONE}", config))
 
     assert seen(100, 1000.0) is None
     assert seen(150, 1010.0) == 5.0

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.ledger import Submission
 from hpc_cpd.cluster.status import look
-from hpc_cpd.run import Run
+from hpc_cpd.cluster.submissions import Submission
+from hpc_cpd.run.paths import Run
 from tests.cluster.half_done import (
     ONE,
     TWO,

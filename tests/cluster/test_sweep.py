@@ -2,7 +2,8 @@
 
 import sys
 
-from hpc_cpd.run import Run, is_done, read_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 from tests.cluster.lab import Lab, settings
 
 TASKS = ["toy/a", "toy/b"]  # one stage

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_cpd.distill.engine import PhaseEngine, finish_distributed, start_distributed
+from hpc_cpd.distill.engine import PhaseEngine
+from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.worker import leave

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from hpc_cpd.distill import engine as engines
 from hpc_cpd.distill.batches import Batch
-from hpc_cpd.distill.engine import PhaseEngine, finish_distributed, start_distributed
+from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distill.learn import _step
 from hpc_cpd.distill.phases import Phase
+from hpc_cpd.distributed.torch import finish_distributed, gather, start_distributed
 from hpc_cpd.errors import run_command
 from hpc_cpd.settings import Config, DistillSettings
-from hpc_cpd.student.checkpoint import gather, gather_state
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.checkpoint import gather_state
+from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.worker import leave
 
 NEW, REPLAYED = 9, 1  # the second rank has no replayed row

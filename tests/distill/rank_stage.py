@@ -13,18 +13,18 @@ from itertools import groupby
 from pathlib import Path
 
 from hpc_cpd.distill import stage as distill_stage
-from hpc_cpd.distill.engine import finish_distributed
+from hpc_cpd.distributed.torch import finish_distributed
 from hpc_cpd.errors import EXIT_DONE, run_command
-from hpc_cpd.run import Run
-from hpc_cpd.student.policy import StudentPolicy, Untold
-from hpc_cpd.tasks.episodes import EpisodeResult
+from hpc_cpd.evaluation.episodes import EpisodeResult
+from hpc_cpd.run.paths import Run
+from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy
 from hpc_cpd.worker import leave
 
 
 def evaluate(
-    policy: StudentPolicy | Untold, task_id: str, episodes: int, seed: int, indices: list[int]
+    policy: StudentPolicy | TaskAgnosticPolicy, task_id: str, episodes: int, seed: int, indices: list[int]
 ) -> list[EpisodeResult]:
-    return [EpisodeResult(i, i, not isinstance(policy, Untold), 1.0, 1, 1) for i in indices]
+    return [EpisodeResult(i, i, not isinstance(policy, TaskAgnosticPolicy), 1.0, 1, 1) for i in indices]
 
 
 def learn(folder: str, stage: str, stop_after: str = "-1") -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from hpc_cpd.config import load_config
-from hpc_cpd.run import Run, mark_done
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done
 from hpc_cpd.settings import Config
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest

@@ -11,10 +11,10 @@ import torch
 
 from hpc_cpd.distill.batches import StageBatches, require_replay
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import DistillSettings
+from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
-from hpc_cpd.student.transformer import Student, StudentShape
 from hpc_cpd.trajectories.store import open_trajectories
 from tests.distill.synthetic import ACTION_SIZE, OBSERVATION_SIZE, TASKS, make_run
 

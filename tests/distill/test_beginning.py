@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_cpd.distill.beginning import begin_stage
-from hpc_cpd.distill.outcome import keep_memory
+from hpc_cpd.distill.finalize import keep_memory
+from hpc_cpd.distill.initialize import begin_stage
 from hpc_cpd.student.policy import load_student_parts
 from hpc_cpd.trajectories.memory import open_memory
 from hpc_cpd.trajectories.store import open_trajectories

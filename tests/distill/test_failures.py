@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.local import GRACE_SECONDS
+from hpc_cpd.cluster.schedulers.local import GRACE_SECONDS
 from hpc_cpd.distill.learn import newest_checkpoint
-from hpc_cpd.distill.rollcall import ROLL_CALL_SECONDS
-from hpc_cpd.run import Run, is_done
+from hpc_cpd.distributed.failures import ROLL_CALL_SECONDS
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import DistillSettings
 from tests.distill.ranks import finish, start_ranks
 from tests.distill.synthetic import make_run

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.config import load_config
-from hpc_cpd.distill.outcome import routing_by_task
-from hpc_cpd.run import Run, mark_done, read_json
+from hpc_cpd.distill.finalize import routing_by_task
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done, read_json
 from hpc_cpd.student.policy import load_student
 from hpc_cpd.tasks.registry import run_plan, task_set
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories

@@ -9,7 +9,7 @@ import torch
 
 from hpc_cpd.distill import importance
 from hpc_cpd.distill.importance import Samples, fisher_diagonal, output_sensitivity
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.network import Student, StudentShape
 
 SHAPE = StudentShape(
     observation_size=5,

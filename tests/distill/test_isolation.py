@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from hpc_cpd.distill.finalize import routing_by_task
 from hpc_cpd.distill.learn import newest_checkpoint, position_of
-from hpc_cpd.distill.needs import require_isolation
-from hpc_cpd.distill.outcome import routing_by_task
+from hpc_cpd.distill.validation import require_isolation
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 from hpc_cpd.student.isolation import Owners
 from hpc_cpd.student.policy import StudentParts, load_student, load_student_parts
 from hpc_cpd.trajectories.memory import open_memory

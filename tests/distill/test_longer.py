@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from hpc_cpd.config import load_config
-from hpc_cpd.distill.needs import lengthens
+from hpc_cpd.distill.validation import lengthens
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run, sha256
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import sha256
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import SETTINGS, TASKS, make_run, synthetic_config
 

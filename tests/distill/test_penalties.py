@@ -10,8 +10,8 @@ import torch
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import DistillSettings
+from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import load_student_parts
-from hpc_cpd.student.transformer import Student, StudentShape
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import make_run
 

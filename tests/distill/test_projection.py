@@ -17,8 +17,9 @@ from torch import Tensor
 from hpc_cpd.config import load_config
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run, read_metrics
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.run.metrics_log import read_metrics
+from hpc_cpd.run.paths import Run
+from hpc_cpd.student.network import Student
 from tests.distill.rank_projection import shape_of, whole_batch, with_small_actions
 from tests.distill.ranks import finish, start_ranks
 from tests.distill.synthetic import make_run

@@ -10,14 +10,16 @@ import pytest
 import torch
 
 from hpc_cpd.cli import verify
-from hpc_cpd.distill.outcome import _predictions
-from hpc_cpd.distill.relabelling import FIRST_INDEX, open_new
+from hpc_cpd.distill.dagger import FIRST_INDEX, open_new
+from hpc_cpd.distill.finalize import _predictions
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run, is_done, mark_done, read_metrics, sha256
+from hpc_cpd.run.metrics_log import read_metrics
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, mark_done, sha256
 from hpc_cpd.student.policy import load_student
 from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.joint import weights_of
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher, save_teacher
+from hpc_cpd.teachers.sources.student import weights_of
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 from tests.distill.ranks import finish, start_ranks
 from tests.distill.synthetic import OBSERVATION_SIZE, TASKS, make_run, record_task

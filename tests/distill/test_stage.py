@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from hpc_cpd.distill.learn import newest_checkpoint
 from hpc_cpd.distill.stage import run_stage
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import Run, is_done, read_json, read_metrics
+from hpc_cpd.run.metrics_log import read_metrics
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.student.policy import load_student, load_student_parts
 from tests.distill.rank_stage import evaluate
 from tests.distill.ranks import finish, in_turn, start_ranks

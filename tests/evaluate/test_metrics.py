@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_cpd.evaluate.metrics import continual_metrics, newcombe, wilson
+from hpc_cpd.evaluation.metrics import continual_metrics, newcombe, wilson
 
 NAN = float("nan")
 

@@ -11,7 +11,7 @@ import pytest
 from metaworld.policies import ENV_POLICY_MAP
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluate.rollouts import EpisodeResult, evaluate_policy
+from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluate_policy
 from hpc_cpd.tasks.batch import BatchEnv
 
 SEED = 10_000

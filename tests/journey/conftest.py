@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 
 TASKS = [f"metaworld/{name}-v3" for name in ("reach", "drawer-close", "window-open", "button-press-topdown")]
 CONFIG = """\

@@ -19,8 +19,9 @@ import metaworld
 import pytest
 
 import hpc_cpd
-from hpc_cpd.evaluate.rollouts import evaluate_policy
-from hpc_cpd.run import Run, is_done, read_json
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 from tests.journey.conftest import TASKS, launch, run_command
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from hpc_cpd import lock as lock_module
+from hpc_cpd.run import lock as lock_module
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.lock import process_space
-from hpc_cpd.run import read_json
+from hpc_cpd.run.lock import process_space
+from hpc_cpd.run.publish import read_json
 
 HOUR = 3600.0
 ANSWERS = nullcontext()

@@ -8,10 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
-from hpc_cpd import lock as lock_module
 from hpc_cpd.errors import LockLost, UserError
-from hpc_cpd.lock import Lock
-from hpc_cpd.run import MetricsLog, atomic_folder, mark_done, publish_folder, read_json, write_bytes, write_json
+from hpc_cpd.run import lock as lock_module
+from hpc_cpd.run.lock import Lock
+from hpc_cpd.run.metrics_log import MetricsLog
+from hpc_cpd.run.publish import atomic_folder, mark_done, publish_folder, read_json, write_bytes, write_json
 from tests.lock.owners import as_job, eventually, owning, write_lock
 
 

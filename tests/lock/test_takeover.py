@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd import lock as lock_module
 from hpc_cpd.errors import StopRequested, UserError
-from hpc_cpd.lock import Lock
-from hpc_cpd.run import read_json
+from hpc_cpd.run import lock as lock_module
+from hpc_cpd.run.lock import Lock
+from hpc_cpd.run.publish import read_json
 from tests.lock.owners import (
     HOUR,
     beating,

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from hpc_cpd.config import parse_config
-from hpc_cpd.run import Run, mark_done, write_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done, write_json
 from hpc_cpd.tasks.registry import stage_plan
 
 EPISODES = 20

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from hpc_cpd.config import config_as_yaml, load_config
 from hpc_cpd.report.comparison import write_sweep_file
-from hpc_cpd.run import Run, read_json, write_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import read_json, write_json
 from tests.report.synthetic import synthetic_run
 
 SEEDS = {"ours": [0, 1], "other": [0]}

@@ -17,10 +17,11 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import compare
 from hpc_cpd.report.comparison_page import build_comparison
 from hpc_cpd.report.comparison_table import cells, headings, print_comparison
-from hpc_cpd.report.gather import gather
 from hpc_cpd.report.results import results_page, write_results
+from hpc_cpd.report.run_results import read_results
 from hpc_cpd.report.table import percent
-from hpc_cpd.run import DONE, Run, read_json, write_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import DONE, read_json, write_json
 from hpc_cpd.sweep.plan import read_sweep
 from tests.report.synthetic import EPISODES, synthetic_run
 from tests.report.synthetic_sweep import SECONDS, synthetic_sweep
@@ -44,13 +45,13 @@ def own(sweep: Path, tmp_path: Path) -> Path:
 def test_a_row_of_one_run_has_the_numbers_of_its_report(sweep):
     folder = sweep / "other" / "seed-0"
     (group,) = compare([folder]).groups
-    alone = gather(Run(folder)).metrics
+    alone = read_results(Run(folder)).metrics
     assert {key: value for key, value in group.metrics.items() if key != "per_task"} == alone
 
 
 def test_a_row_of_two_seeds_has_their_mean_and_an_interval_over_both(sweep):
     ours, other = compare([sweep]).groups
-    means = [gather(Run(sweep / "ours" / f"seed-{seed}")).metrics["average_success"] for seed in (0, 1)]
+    means = [read_results(Run(sweep / "ours" / f"seed-{seed}")).metrics["average_success"] for seed in (0, 1)]
     assert ours.metrics["average_success"] == pytest.approx(sum(means) / 2) and means[0] > means[1]
     low, high = ours.metrics["intervals"]["average_success"]
     assert low <= min(means) + 0.02 and high >= max(means) - 0.02  # the seeds are drawn again too
@@ -80,7 +81,7 @@ def test_shared_teachers_count_their_episodes_once(own):
 def test_only_finished_runs_count_and_the_others_are_named(own):
     (own / "ours" / "seed-1" / "stages" / "2" / DONE).unlink()
     comparison = compare([own])
-    alone = gather(Run(own / "ours" / "seed-0")).metrics
+    alone = read_results(Run(own / "ours" / "seed-0")).metrics
     assert comparison.groups[0].metrics["average_success"] == alone["average_success"]
     assert comparison.notes[0] == "ours: 1 of 2 runs are finished (seed 1: 1 of 2 stages)."
     shutil.rmtree(own / "other")
@@ -88,7 +89,7 @@ def test_only_finished_runs_count_and_the_others_are_named(own):
 
 
 def test_success_of_a_student_that_is_not_told_its_task_is_a_column_of_its_own(own):
-    told = gather(Run(own / "other" / "seed-0"))
+    told = read_results(Run(own / "other" / "seed-0"))
     assert compare([own]).groups[1].untold is None
     assert "Task not told" not in headings(compare([own]))
     stage = told.run.stage(len(told.stages))
@@ -158,7 +159,7 @@ def test_rows_of_one_name_that_have_no_run_yet_do_not_clash(own, tmp_path):
 
 def test_what_the_numbers_of_a_row_leave_out_is_said(own):
     run = Run(own / "other" / "seed-0")
-    path = run.teacher(gather(run).tasks[0]) / "evaluation.json"
+    path = run.teacher(read_results(run).tasks[0]) / "evaluation.json"
     evaluation = read_json(path)
     next(iter(evaluation["tasks"].values()))["successes"] = 0
     write_json(path, evaluation)

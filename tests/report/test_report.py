@@ -21,13 +21,14 @@ from matplotlib.text import Text
 from rich.console import Console
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluate.metrics import wilson
+from hpc_cpd.evaluation.metrics import wilson
 from hpc_cpd.report.figures import FIGURES
-from hpc_cpd.report.gather import gather
 from hpc_cpd.report.page import build_report
+from hpc_cpd.report.run_results import read_results
 from hpc_cpd.report.style import DARK, LIGHT
 from hpc_cpd.report.table import final_table, percent, points, print_table
-from hpc_cpd.run import DONE, Run, read_json, write_json
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import DONE, read_json, write_json
 from tests.report.synthetic import synthetic_run
 
 MakeRun = Callable[..., Run]
@@ -134,7 +135,7 @@ def test_a_teacher_that_never_succeeded_shows_its_return(make_run: MakeRun) -> N
     path = run.teacher(PUSH) / "metrics.jsonl"
     lines = [{**json.loads(line), "success": 0.0} for line in path.read_text().splitlines()]
     path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    facts = gather(run)
+    facts = read_results(run)
     figure = FIGURES["teacher_curves"](facts, LIGHT)
     assert figure is not None
     drawn = {ax.get_title(loc="left"): ax.lines[0].get_ydata() for ax in figure.axes if ax.get_visible()}
@@ -149,14 +150,14 @@ def test_teachers_that_were_never_improved_have_no_curve(make_run: MakeRun) -> N
         path = run.teacher(task) / "metrics.jsonl"
         lines = [{**json.loads(line), "environment_steps": 0} for line in path.read_text().splitlines()]
         path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    assert FIGURES["teacher_curves"](gather(run), LIGHT) is None
+    assert FIGURES["teacher_curves"](read_results(run), LIGHT) is None
 
 
 def test_stage_without_done_mark_is_not_read(make_run: MakeRun) -> None:
     run = make_run("MT10", 5)
     (run.stage(2) / DONE).unlink()
     (run.teacher(PUSH) / DONE).unlink()
-    facts = gather(run)
+    facts = read_results(run)
     assert len(facts.evaluations) == 1 and PUSH not in facts.teachers
     assert set(facts.stage_curves()) == {1} and PUSH not in facts.teacher_curves()
     assert facts.metrics is not None and facts.metrics["teacher_unknown"] == [PUSH]
@@ -177,16 +178,16 @@ def test_absent_files_are_skipped_and_named(make_run: MakeRun) -> None:
 
 def test_run_of_uncommitted_source_is_named(make_run: MakeRun) -> None:
     run = make_run([PUSH], 1)
-    assert gather(run).notes == []
+    assert read_results(run).notes == []
     write_json(run.provenance_file, {**read_json(run.provenance_file), "uncommitted_changes": True})
-    assert any("no commit" in note for note in gather(run).notes)
+    assert any("no commit" in note for note in read_results(run).notes)
 
 
 def test_teacher_measured_on_other_goals_is_named(make_run: MakeRun) -> None:
     run = make_run("MT10", 5)
     path = run.teacher(PUSH) / "evaluation.json"
     write_json(path, {**read_json(path), "seed": 3})
-    assert any(PUSH in note and "other goals" in note for note in gather(run).notes)
+    assert any(PUSH in note and "other goals" in note for note in read_results(run).notes)
 
 
 def test_damaged_file_is_one_sentence(make_run: MakeRun, tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_a_file_of_the_wrong_form_is_named(make_run: MakeRun, name: str, value: 
 def test_wall_clock_that_is_no_number_is_unknown(make_run: MakeRun) -> None:
     run = make_run([PUSH], 1)
     write_json(run.stage(1) / "attempt.json", {"number": 1, "started": "x", "ended": 2.0})
-    assert gather(run).wall_clock() == {1: None}
+    assert read_results(run).wall_clock() == {1: None}
 
 
 def test_episodes_on_goals_that_were_played_before_do_not_narrow_an_interval(make_run: MakeRun) -> None:
@@ -233,7 +234,7 @@ def test_episodes_on_goals_that_were_played_before_do_not_narrow_an_interval(mak
     low = {}
     for goals in (20, 10):
         write_json(path, {"tasks": {PUSH: record | {"goals": goals}}})
-        low[goals] = gather(run).rows[0]["final_interval"][0]
+        low[goals] = read_results(run).rows[0]["final_interval"][0]
     assert [low[goals] for goals in (10, 20)] == pytest.approx([wilson(0.5, goals)[0] for goals in (10, 20)])
 
 
@@ -255,7 +256,7 @@ def test_same_run_gives_the_same_report(reported: Run) -> None:
 
 @pytest.mark.parametrize("tasks, per_stage", [("MT50", 5), ("MT50", 1), (["metaworld/push-v3"], 1)])
 def test_pictures_fit_any_number_of_tasks(make_run: MakeRun, tasks: Any, per_stage: int) -> None:
-    facts = gather(make_run(tasks, per_stage))
+    facts = read_results(make_run(tasks, per_stage))
     for name in ("success_matrix", "teacher_and_student", "routing", "stage_curves"):
         figure = FIGURES[name](facts, LIGHT)
         assert figure is not None
@@ -280,7 +281,7 @@ def test_dark_picture_is_dark_and_light_is_light(reported: Run) -> None:
         assert light[0, 0, :3].mean() > 0.9 > 0.2 > dark[0, 0, :3].mean()
         assert light.shape == dark.shape
         for theme in (LIGHT, DARK):
-            figure = FIGURES[name](gather(run), theme)
+            figure = FIGURES[name](read_results(run), theme)
             assert figure is not None
             numbers = {text for ax in figure.axes for text in ax.texts}  # these stand on tiles, not on the page
             for text in set(figure.findobj(Text)) - numbers:

@@ -17,9 +17,9 @@ import pytest
 from rich.console import Console
 
 from hpc_cpd.cluster.status import look
-from hpc_cpd.lock import Lock
-from hpc_cpd.report.status_table import Progress, RunStatus, StatusTable, Unit, short_duration, watch
-from hpc_cpd.run import Run
+from hpc_cpd.report.status_table import RunStatus, StatusTable, UnitProgress, UnitStatus, short_duration, watch
+from hpc_cpd.run.lock import Lock
+from hpc_cpd.run.paths import Run
 from tests.cluster.half_done import (
     ONE,
     new_run,
@@ -53,7 +53,7 @@ def example(run: Run) -> RunStatus:
         job="1_1",
         node="gpu-[017-018]",
         restarts=2,
-        progress=Progress("phase 2", 900, 1500, 0.00166),
+        progress=UnitProgress("phase 2", 900, 1500, 0.00166),
         steps_per_second=8.44,
         success=0.85,
         seconds_left=14280.0,
@@ -89,7 +89,7 @@ def test_columns_that_nobody_fills_are_not_shown(run):
 
 def test_a_watched_table_fits_the_screen_and_leaves_out_what_is_dull(run):
     status = example(run)
-    many = [Unit(f"teacher metaworld/t{index}", "done") for index in range(500)]
+    many = [UnitStatus(f"teacher metaworld/t{index}", "done") for index in range(500)]
     text = drawn(replace(status, units=many + status.units), 100, watched=True, height=24)
     lines = text.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
@@ -97,7 +97,7 @@ def test_a_watched_table_fits_the_screen_and_leaves_out_what_is_dull(run):
 
 
 def test_a_thousand_errors_do_not_bury_the_counts(run):
-    errors = [Unit(f"teacher metaworld/t{index}", "failed", error="no", log="log") for index in range(1000)]
+    errors = [UnitStatus(f"teacher metaworld/t{index}", "failed", error="no", log="log") for index in range(1000)]
     below = drawn(replace(look(run), units=errors), 80).partition("\n\n")[2].splitlines()
     assert len(below) < 50 and "980 more" in " ".join(below)
 

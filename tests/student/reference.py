@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_cpd.student.attention import Block
-from hpc_cpd.student.transformer import Student, StudentShape
+from hpc_cpd.student.network import Student, StudentShape
 
 
 def small_shape(top_k: int = 0, **changes: int | float | bool) -> StudentShape:

@@ -13,7 +13,7 @@ import torch
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.student.checkpoint import load_checkpoint, save_checkpoint
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.network import Student
 from tests.student.rank_checkpoint import DEEP
 from tests.student.ranks import run_ranks
 from tests.student.reference import make_student, small_shape

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from hpc_cpd.student.mixture import Mixture
+from hpc_cpd.student.moe.mixture import Mixture
 from tests.student.ranks import run_ranks
 from tests.student.reference import make_batch, make_student, reference_forward, small_shape
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.student.inference import EpisodeFacts
 from hpc_cpd.student.isolation import Adapters, Isolation, Owners, add_adapters, is_adapter
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import load_student, load_student_parts, save_student
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.task_inference import EpisodeStatistics
 from tests.student.reference import make_student, small_shape
 
 EXPERTS = [[0, 1, 2]]
@@ -39,7 +39,7 @@ def random_adapters(student: Student, rank: int = 2) -> dict[str, Tensor]:
 def publish(folder: Path, state: dict[str, Tensor], isolation: Isolation | None) -> None:
     vectors = {task: row for task, row in zip(TASKS, np.eye(5, dtype=np.float32), strict=False)}
     metadata = {"tasks_by_stage": PLAN}
-    facts = {task: EpisodeFacts(100, np.ones((2, 6), np.float32)) for task in vectors}
+    facts = {task: EpisodeStatistics(100, np.ones((2, 6), np.float32)) for task in vectors}
     save_student(folder, state, new_student().shape, EXPERTS, vectors, None, metadata, facts, isolation)
 
 

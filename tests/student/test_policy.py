@@ -14,10 +14,10 @@ import torch
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import TaskEncoderSettings
 from hpc_cpd.student.acting import FEW_ROWS
-from hpc_cpd.student.inference import EpisodeFacts
-from hpc_cpd.student.policy import StudentPolicy, Untold, load_student, load_student_parts, save_student
+from hpc_cpd.student.network import Student
+from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import TaskEncoder
-from hpc_cpd.student.transformer import Student
+from hpc_cpd.student.task_inference import EpisodeStatistics
 from tests.student.reference import make_student, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
@@ -41,7 +41,7 @@ def publish(
     tasks = {"metaworld/reach-v3": vectors[0], "metaworld/push-v3": vectors[1]}
     state = encoder.state_dict() if encoder is not None else None
     start = np.stack([np.zeros(6), np.full(6, 5.0)]).astype(np.float32)  # of every task: it tells nothing
-    facts = {task: EpisodeFacts((steps or {}).get(task, 1000), start) for task in tasks}
+    facts = {task: EpisodeStatistics((steps or {}).get(task, 1000), start) for task in tasks}
     save_student(folder, student.state_dict(), shape, EXPERTS, tasks, state, {"stage": 2}, facts)
     return student
 
@@ -119,7 +119,7 @@ def test_the_task_is_inferred_from_the_history(changes: dict[str, int], tmp_path
     for task in policy.task_ids:
         policy.reset(task, ENVS)
         known[task] = [policy.act(step) for step in seen]
-    untold = Untold(policy)
+    untold = TaskAgnosticPolicy(policy)
     untold.reset("metaworld/push-v3", ENVS)
     for step in range(STEPS):
         actions = untold.act(seen[step])

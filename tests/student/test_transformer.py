@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_cpd.student.transformer import Student, StudentShape, expert_of, grown
+from hpc_cpd.student.network import Student, StudentShape, expert_of, grown
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 OLD, NEW = [[0, 1, 2, 3, 4]], [5, 6, 7, 8, 9]

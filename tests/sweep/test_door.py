@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.run import mark_done
-from hpc_cpd.sweep import door
+from hpc_cpd.run.publish import mark_done
+from hpc_cpd.sweep import runner
 from hpc_cpd.sweep.launches import Ended
 from hpc_cpd.sweep.plan import read_sweep
 from hpc_cpd.sweep.sharing import shared_by
@@ -46,8 +46,8 @@ def launched(tmp_path, monkeypatch):
                         mark_done(folder, {})
             return ended
 
-        monkeypatch.setattr(door, "run_launches", stand_in)
-        return door.run_sweep(sweep, sweep.rows, where, 2), batches
+        monkeypatch.setattr(runner, "run_launches", stand_in)
+        return runner.run_sweep(sweep, sweep.rows, where, 2), batches
 
     return run
 

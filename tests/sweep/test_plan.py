@@ -12,10 +12,11 @@ import pytest
 from hpc_cpd.config import load_config
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.launch import _parser
-from hpc_cpd.run import Run, mark_done
-from hpc_cpd.sweep.door import finished, note_rows, run_sweep
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done
 from hpc_cpd.sweep.plan import choose, read_sweep
 from hpc_cpd.sweep.publish import publish_sweep
+from hpc_cpd.sweep.runner import finished, note_rows, run_sweep
 from hpc_cpd.sweep.sharing import link, shared_by
 
 GOOD = """
@@ -96,7 +97,7 @@ def test_a_run_is_finished_when_all_stages_are_and_the_settings_are_the_same(wri
 
 def test_a_sweep_that_is_asked_to_stop_before_it_begins_starts_nothing(write, monkeypatch):
     sweep = read_sweep(write())
-    monkeypatch.setattr("hpc_cpd.sweep.door.StopFlag.install", lambda flag: flag._note(signal.SIGTERM, None) or flag)
+    monkeypatch.setattr("hpc_cpd.sweep.runner.StopFlag.install", lambda flag: flag._note(signal.SIGTERM, None) or flag)
     with pytest.raises(StopRequested, match="the same command goes on"):
         run_sweep(sweep, sweep.rows, "local", 1)
     assert not list(Path("runs/two").rglob("sweep.log")) and not Path("runs/two/lock.json").exists()

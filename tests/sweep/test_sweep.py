@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.run import is_done, read_json
+from hpc_cpd.run.publish import is_done, read_json
 
 ROOT = Path(__file__).parents[2]
 TASKS = ["metaworld/reach-v3", "metaworld/drawer-close-v3"]

@@ -1,7 +1,7 @@
 """The form of an evaluation on disk."""
 
+from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
 from hpc_cpd.settings import EvaluationSettings
-from hpc_cpd.tasks.episodes import EpisodeResult, evaluation_json, task_record
 
 
 def test_evaluation_json_has_the_agreed_form() -> None:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metaworld.utils import reward_utils
 
-from hpc_cpd.tasks.lifted import OPERATIONS, Deferred, Mixed
-from hpc_cpd.tasks.lifting import LiftError, lift
+from hpc_cpd.tasks.vector_ops import OPERATIONS, Deferred, Mixed
+from hpc_cpd.tasks.vectorize import LiftError, lift
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # both sides of a branch are computed
 ROWS = 7

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hpc_cpd.config import load_config
 from hpc_cpd.errors import StopRequested
-from hpc_cpd.run import Run
+from hpc_cpd.run.paths import Run
 
 REACH = "metaworld/reach-v3"
 PENDULUM = "gymnasium/Pendulum-v1"

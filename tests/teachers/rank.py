@@ -8,10 +8,10 @@ import signal
 import sys
 from pathlib import Path
 
+from hpc_cpd.distributed.mpi import open_communicator
 from hpc_cpd.errors import run_command
-from hpc_cpd.evaluate.rollouts import evaluate_policy
-from hpc_cpd.run import Run
-from hpc_cpd.teachers.actors import open_communicator
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.run.paths import Run
 from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.train import train_teacher
 

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from hpc_cpd.distributed.mpi import open_communicator
 from hpc_cpd.errors import StopRequested, UserError
-from hpc_cpd.teachers.actors import open_communicator
 from hpc_cpd.worker import Place, run_rank
 
 

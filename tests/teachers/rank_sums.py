@@ -7,10 +7,10 @@ import sys
 import numpy as np
 import torch
 
+from hpc_cpd.distributed.mpi import open_communicator, share
 from hpc_cpd.settings import PPOSettings
-from hpc_cpd.teachers.actors import open_communicator, share
+from hpc_cpd.teachers.algorithms.ppo import Rollout, update, update_normaliser
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.ppo import Rollout, update, update_normaliser
 
 STEPS, ENVIRONMENTS = 11, 5
 
@@ -41,9 +41,9 @@ def main(out: str, ranks: int) -> None:
     )
     # one gradient step on the whole batch, with a step size and limits that leave the gradient as it is
     rules = PPOSettings(epochs=1, minibatches=1, max_gradient_norm=1e9, entropy_coefficient=0.1)
-    optimiser = torch.optim.SGD(policy.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     before = policy.tensors()
-    update(policy, optimiser, rollout, rules, 0, 0, communicator)
+    update(policy, optimizer, rollout, rules, 0, 0, communicator)
     arrays = {name: (before[name] - value).numpy() for name, value in policy.tensors().items()}
     arrays |= {"normaliser_mean": policy.normaliser_mean.numpy(), "normaliser_var": policy.normaliser_var.numpy()}
     if communicator.rank == communicator.size - 1:

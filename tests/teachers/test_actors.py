@@ -3,9 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator, open_communicator, share
 from hpc_cpd.errors import StopRequested, UserError
-from hpc_cpd.run import Run, SaveDue
-from hpc_cpd.teachers.actors import Boundary, Communicator, open_communicator, share
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.save_due import SaveDue
 from tests.teachers import jobs, rank_failure, rank_sums
 
 SUMS = Path(rank_sums.__file__)
@@ -85,11 +86,11 @@ def test_environments_are_shared_out_whole() -> None:
 def test_a_boundary_saves_when_due_and_before_it_stops(tmp_path: Path) -> None:
     never, always = (SaveDue(Run(tmp_path), seconds) for seconds in (3600.0, 0.0))
     saved: list[str] = []
-    Boundary(Communicator(), lambda: False, never)(lambda: saved.append("early"))
+    CheckpointBoundary(Communicator(), lambda: False, never)(lambda: saved.append("early"))
     assert saved == []
-    Boundary(Communicator(), lambda: False, always)(lambda: saved.append("due"))
+    CheckpointBoundary(Communicator(), lambda: False, always)(lambda: saved.append("due"))
     with pytest.raises(StopRequested):
-        Boundary(Communicator(), lambda: True, never)(lambda: saved.append("stop"))
+        CheckpointBoundary(Communicator(), lambda: True, never)(lambda: saved.append("stop"))
     assert saved == ["due", "stop"]
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from hpc_cpd.teachers.actors import Communicator
-from hpc_cpd.teachers.attempts import BLOCK, keep_successes
+from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.teachers.rollouts import BLOCK, keep_successes
 from hpc_cpd.trajectories.schema import Episode
 
 FAILING = {1, 2, 9, 10}

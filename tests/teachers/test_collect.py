@@ -4,14 +4,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import StopRequested, UserError
-from hpc_cpd.evaluate.rollouts import evaluate_policy
-from hpc_cpd.run import Run, is_done, read_json
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.actors import Communicator
-from hpc_cpd.teachers.attempts import BLOCK
 from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
+from hpc_cpd.teachers.rollouts import BLOCK
 from hpc_cpd.teachers.train import train_teacher
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import closed_shards, load_shard, read_shard

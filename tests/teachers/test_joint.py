@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import hpc_cpd
+from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluate.rollouts import evaluate_policy
-from hpc_cpd.run import Run, is_done, read_json
-from hpc_cpd.student.inference import EpisodeFacts
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, read_json
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, load_student, save_student
-from hpc_cpd.student.transformer import Student
-from hpc_cpd.teachers.actors import Communicator
+from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.train import train_teacher
 from tests.student.reference import small_shape
@@ -24,7 +25,7 @@ def student(tmp_path: Path) -> Path:
     shape = small_shape(0, observation_size=3, action_size=1, history=3)
     network = Student(shape, [[0, 1]], inference=True, seed=5)
     vectors = {PENDULUM: np.ones(shape.task_vector_size, np.float32)}
-    facts = {PENDULUM: EpisodeFacts(200, np.ones((2, 3), np.float32))}
+    facts = {PENDULUM: EpisodeStatistics(200, np.ones((2, 3), np.float32))}
     save_student(tmp_path / "joint", network.state_dict(), shape, [[0, 1]], vectors, None, {"stage": 1}, facts)
     return tmp_path / "joint"
 

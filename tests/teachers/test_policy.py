@@ -7,7 +7,7 @@ import torch
 
 import hpc_cpd
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import mark_done
+from hpc_cpd.run.publish import mark_done
 from hpc_cpd.teachers.policy import TeacherPolicy, save_teacher
 
 

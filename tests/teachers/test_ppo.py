@@ -6,11 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.actors import Communicator
-from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.ppo import (
+from hpc_cpd.teachers.algorithms.ppo import (
     LARGEST_STEP_SIZE,
     SMALLEST_STEP_SIZE,
     _prepare,
@@ -23,6 +22,7 @@ from hpc_cpd.teachers.ppo import (
     update,
     update_normaliser,
 )
+from hpc_cpd.teachers.policy import TeacherPolicy
 from tests.teachers.jobs import PENDULUM
 
 
@@ -136,8 +136,8 @@ def test_a_round_ends_past_the_divergence_limit_and_spares_the_actor_when_told()
     def round_of(train_actor: bool) -> tuple[dict[str, float], TeacherPolicy]:
         policy = TeacherPolicy(PENDULUM, 3, 1, (8,))
         rollout = collect_rollout(envs, policy, rules, seed=0, iteration=0, first_environment=0)
-        optimiser = torch.optim.Adam(policy.parameters(), lr=rules.learning_rate)
-        return update(policy, optimiser, rollout, rules, 0, 0, Communicator(), train_actor), policy
+        optimizer = torch.optim.Adam(policy.parameters(), lr=rules.learning_rate)
+        return update(policy, optimizer, rollout, rules, 0, 0, Communicator(), train_actor), policy
 
     before = TeacherPolicy(PENDULUM, 3, 1, (8,)).tensors()
     measured, policy = round_of(train_actor=True)
@@ -159,10 +159,10 @@ def test_a_round_that_goes_too_far_at_once_makes_the_step_size_smaller() -> None
     policy, step_size = TeacherPolicy(PENDULUM, 3, 1, (256, 256)), rules.learning_rate
     with torch.no_grad():
         policy.log_std.fill_(-3.0)
-    optimiser = torch.optim.Adam(policy.parameters(), lr=step_size)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=step_size)
     for iteration in range(2):
         rollout = rollout_of(policy, iteration=iteration)
-        measured = update(policy, optimiser, rollout, rules, 0, iteration, Communicator())
+        measured = update(policy, optimizer, rollout, rules, 0, iteration, Communicator())
         assert measured["policy_steps"] == 1 and measured["kl"] < 1e-6
         before, step_size = step_size, adapted_step_size(step_size, measured["kl_met"], 0.01)
         assert step_size < before

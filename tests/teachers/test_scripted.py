@@ -1,9 +1,9 @@
 """Demonstrations of the benchmark's scripted policies."""
 
+from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.settings import DemonstrationSettings
 from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.actors import Communicator
-from hpc_cpd.teachers.demonstrations import record_demonstrations
+from hpc_cpd.teachers.starts.demonstrations import record_demonstrations
 
 
 def test_the_script_of_a_task_plays_a_part_of_its_goals() -> None:

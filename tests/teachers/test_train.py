@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import StopRequested
-from hpc_cpd.evaluate.rollouts import EpisodeResult, evaluate_policy
-from hpc_cpd.run import Run, is_done, read_metrics
-from hpc_cpd.teachers.actors import Communicator
+from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluate_policy
+from hpc_cpd.run.metrics_log import read_metrics
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.train import train_teacher
 from hpc_cpd.trajectories.schema import Episode

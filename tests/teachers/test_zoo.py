@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 import hpc_cpd
+from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluate.rollouts import evaluate_policy
-from hpc_cpd.run import is_done, read_json
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.teachers import policy as policies
-from hpc_cpd.teachers.actors import Communicator
 from hpc_cpd.teachers.policy import ZOO, TeacherPolicy
+from hpc_cpd.teachers.sources.zoo import add_to_zoo
 from hpc_cpd.teachers.train import train_teacher
-from hpc_cpd.teachers.zoo import add_to_zoo
 from tests.teachers.jobs import PENDULUM, tiny_run
 
 CARD = {"reward_version": "native", "start": "scratch"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hpc_cpd.run import mark_done
+from hpc_cpd.run.publish import mark_done
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 

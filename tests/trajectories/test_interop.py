@@ -10,7 +10,7 @@ import pytest
 from recorded import TASK, assert_same_episode, make_episode, write_folder
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.trajectories.interop import export_robomimic, import_robomimic
+from hpc_cpd.trajectories.formats.robomimic import export_robomimic, import_robomimic
 from hpc_cpd.trajectories.store import open_trajectories, verify_folder
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from recorded import TASK, assert_same_episode, make_episode, write_folder
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import read_json
+from hpc_cpd.run.publish import read_json
 from hpc_cpd.trajectories.memory import (
     episode_quality,
     open_memory,

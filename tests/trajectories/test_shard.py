@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from recorded import TASK, assert_same_episode, make_episode, open_writer, write_shard
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.run import mark_done, read_json, sha256
+from hpc_cpd.run.publish import mark_done, read_json, sha256
 from hpc_cpd.trajectories.schema import SCHEMA_VERSION
 from hpc_cpd.trajectories.shard import (
     check_shard,

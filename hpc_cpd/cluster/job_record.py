@@ -1,0 +1,108 @@
+"""What the last job of a teacher or stage has to tell: ``attempt.json`` in its folder.
+
+Slurm forgets its jobs and does not know why they ended; this file stays.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hpc_cpd.cluster.schedulers.slurm import this_job
+from hpc_cpd.errors import UserError
+from hpc_cpd.run.publish import read_json, write_json
+
+FILE = "attempt.json"
+SENTENCE_LENGTH = 2000
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """One start of a job. `job`: Slurm's id, None on this machine; `restart`: how often Slurm requeued it before.
+
+    `who`: the same for all ranks of this start and for no other start.
+    `code`: None while it runs, or when it was killed without a word; else an exit code of the public interface.
+    `seconds_before`: what the starts before this one took; None: not known, for an earlier version did not count.
+    """
+
+    number: int
+    who: str
+    job: str | None
+    restart: int
+    host: str
+    log: str
+    started: float
+    ended: float | None = None
+    code: int | None = None
+    sentence: str = ""
+    seconds_before: float | None = None
+
+
+def begin_job(folder: Path, log: Path) -> None:
+    """Note that this process, rank 0 of its job, begins to work on the unit of `folder`. Twice is once."""
+    before = read_job_record(folder)
+    if before is not None and before.who == _who():
+        return
+    attempt = JobRecord(
+        number=1 if before is None else before.number + 1,
+        who=_who(),
+        job=this_job(),
+        restart=_restart(),
+        host=socket.gethostname(),
+        log=str(log),
+        started=time.time(),
+        seconds_before=0.0 if before is None else _seconds(folder, before),
+    )
+    write_json(folder / FILE, asdict(attempt))
+
+
+def end_job(folder: Path, log: Path, code: int, sentence: str) -> None:
+    """Note how it ended; any rank may. The first word counts: later ones tell of ranks that were dragged down.
+
+    A start that was replaced, or refused because another works there, writes nothing.
+    """
+    attempt = read_job_record(folder)
+    if attempt is not None and attempt.code is None and attempt.who == _who():
+        ended = replace(attempt, ended=time.time(), code=code, sentence=sentence[:SENTENCE_LENGTH], log=str(log))
+        write_json(folder / FILE, asdict(ended))
+
+
+def _seconds(folder: Path, attempt: JobRecord) -> float | None:
+    """Wall-clock of `attempt` and of those before it; one that was killed counts up to what it last saved."""
+    earlier = 0.0 if attempt.number == 1 else attempt.seconds_before
+    if earlier is None:
+        return None
+    ended = _last_saved(folder) if attempt.ended is None else attempt.ended
+    return earlier + max(0.0, ended - attempt.started)
+
+
+def _last_saved(folder: Path) -> float:
+    """When a checkpoint or a result of a unit was last written, in seconds since the epoch; 0: never."""
+    results = ("start", "draft", "student", "memory", "routing.json", "policy.safetensors", "evaluation*.json")
+    paths = [path for pattern in ("checkpoints/*", *results) for path in folder.glob(pattern)]
+    return max((path.stat().st_mtime for path in paths), default=0.0)
+
+
+def _who() -> str:
+    launcher = os.environ.get("HPC_CPD_LAUNCHER")
+    if launcher is not None:
+        return f"launcher {launcher} {os.environ.get('HPC_CPD_LOGS', '')}"  # in a container it is always process 1
+    job = this_job()
+    return f"process {os.getpid()}" if job is None else f"job {job} restart {_restart()}"
+
+
+def _restart() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def read_job_record(folder: Path) -> JobRecord | None:
+    """The last attempt at the unit of `folder`; None when there was none (or its file is damaged: it is only news)."""
+    if not (folder / FILE).is_file():
+        return None
+    try:
+        return JobRecord(**read_json(folder / FILE))
+    except (UserError, TypeError):
+        return None

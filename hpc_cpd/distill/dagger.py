@@ -1,0 +1,83 @@
+"""The new tasks as the student plays them, with its teachers' answers (DAgger, arXiv 1011.0686).
+
+A student that is a little off meets states that no teacher recorded. ``stages/K/relabelled/TASK`` holds episodes in
+which the student acted: ``actions`` are its own, ``teacher_mean`` is what the teacher would have done there.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hpc_cpd.distributed.torch import run_on_all_ranks, run_on_rank, stop_together
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import is_done, mark_done, sha256
+from hpc_cpd.student.policy import StudentPolicy, load_student
+from hpc_cpd.tasks.registry import describe, make_batch
+from hpc_cpd.teachers.collect import TeacherActor
+from hpc_cpd.teachers.rollouts import BLOCK, AttemptPlan, play_block
+from hpc_cpd.teachers.sources.student import StudentTeacher, load_any_teacher, weights_of
+from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
+
+FIRST_INDEX = 2**40
+"""Their numbers begin here, far beyond those of a teacher's attempts."""
+
+
+def open_new(run: Run, stage: int, tasks: list[str]) -> TrajectoryStore:
+    """What teaches the new `tasks` of `stage`: their trajectories, and the relabelled episodes once all are there."""
+    folders, names = [run.trajectories(task) for task in tasks], list(tasks)
+    relabelled = [run.relabelled(stage, task) for task in tasks]
+    if all(map(is_done, relabelled)):
+        folders, names = folders + relabelled, names + names
+    return open_trajectories(folders, names, run.config().distill.in_memory_gigabytes)
+
+
+def relabel(run: Run, stage: int, tasks: list[str], student_folder: Path, stop: Callable[[], bool]) -> None:
+    """Let the student of `student_folder` play every one of `tasks`, and record the teachers' answers (a collective).
+
+    On the goals of the trajectories, never on those of the evaluation. What is recorded does not depend on the number
+    of ranks. A task that is done is not played again. Raises StopRequested between two tasks.
+    """
+    student = load_student(student_folder)
+    for task in tasks:
+        stop_together(stop, f"stage {stage} stops before the student has played {task}")
+        _relabel_task(run, task, run.relabelled(stage, task), student)
+
+
+def _relabel_task(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:
+    if run_on_rank(lambda: is_done(folder)):
+        return
+    run_on_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
+    run_on_all_ranks(lambda: _play(run, task, folder, student))  # the manifest is to list every rank's shard
+    run_on_rank(lambda: _publish(run, task, folder))
+
+
+def _play(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:
+    """This rank's blocks of episodes."""
+    config = run.config()
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    wanted, spec = config.distill.relabelled_episodes, describe(task)
+    plan = AttemptPlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
+    teacher = TeacherActor(load_any_teacher(run.teacher(task), task))
+    player = TeacherActor(StudentTeacher(task, student))
+    origin = (task, sha256(weights_of(run.teacher(task))), config.seed, spec.reward_version, spec.environment_version)
+    writer = ShardWriter(folder, rank, 0, *origin)
+    with closing(make_batch(task, BLOCK, config.seed)) as envs:
+        for block in range(rank, -(-wanted // BLOCK), world_size):
+            for episode in play_block(envs, player, plan, block, teacher):
+                if episode.index < wanted:
+                    writer.add(replace(episode, index=FIRST_INDEX + episode.index))
+    writer.close()
+
+
+def _publish(run: Run, task: str, folder: Path) -> None:
+    manifest = write_manifest(
+        folder, teacher_sha256=sha256(weights_of(run.teacher(task))), seed=run.config().seed, actor="student"
+    )
+    mark_done(folder, {key: manifest[key] for key in ("episodes", "steps", "success")})

@@ -1,0 +1,1 @@
+"""Success of policies: rollouts, episode records, continual-learning metrics."""

@@ -1,0 +1,108 @@
+"""Success of a policy on fixed goals: batched, seeded, and the same whoever does which episode.
+
+The rule is the benchmark's own: an episode succeeds when the success flag is on at *any* step within the
+horizon of its task. Nothing after that step can change the verdict, so the episode ends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from typing import Protocol
+
+import numpy as np
+
+from hpc_cpd.evaluation.episodes import EpisodeResult
+from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.registry import make_batch
+
+MOST_ROWS = 50
+"""A policy call has at most so many rows, so that one wave plays the usual evaluations whole."""
+
+
+class Policy(Protocol):
+    """What is evaluated. `load_student` and `load_teacher` return one."""
+
+    def reset(self, task_id: str | None, num_envs: int) -> None:
+        """Forget the history of all rows."""
+
+    def act(self, observations: np.ndarray) -> np.ndarray:
+        """Map float32 [num_envs, obs] to float32 [num_envs, act] in [-1, 1]."""
+
+
+def evaluate_policy(
+    policy: Policy,
+    task_id: str,
+    episodes: int,
+    seed: int,
+    indices: Iterable[int] | None = None,
+    num_envs: int | None = None,
+) -> list[EpisodeResult]:
+    """Play the episodes `indices` of the `episodes` that belong to (task_id, seed), in increasing order.
+
+    Episode i plays goal ``i % num_goals`` of ``make_batch(task_id, n, seed)`` and always sits in row
+    ``i % num_envs`` of a policy call of exactly `num_envs` rows. So a rank may play any subset: the lists
+    of all ranks, joined and sorted by ``episode``, are what one rank alone would return. Rows without a
+    running episode are padding: they cost no physics and their actions go nowhere.
+
+    `num_envs`: None: `episodes`, but no more than MOST_ROWS.
+
+    Raises ValueError for an index outside ``range(episodes)`` or actions of the wrong shape, UserError
+    for an unknown task.
+    """
+    chosen = sorted(set(range(episodes) if indices is None else (int(index) for index in indices)))
+    if num_envs is None:
+        num_envs = min(max(1, episodes), MOST_ROWS)
+    if num_envs < 1 or episodes < 0:
+        raise ValueError(f"num_envs must be at least 1 and episodes at least 0, got {num_envs} and {episodes}")
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < episodes:
+        raise ValueError(f"episode numbers must lie in 0..{episodes - 1}, got {chosen[0]}..{chosen[-1]}")
+    waves: dict[int, list[int]] = {}
+    for episode in chosen:
+        waves.setdefault(episode // num_envs, []).append(episode)
+    if not waves:
+        return []
+    results: list[EpisodeResult] = []
+    with closing(make_batch(task_id, max(map(len, waves.values())), seed)) as envs:
+        for numbers in waves.values():
+            results += _play(policy, task_id, envs, np.array(numbers), num_envs)
+    return results
+
+
+def _play(policy: Policy, task_id: str, envs: BatchEnv, episodes: np.ndarray, rows: int) -> list[EpisodeResult]:
+    """Play `episodes` (int [E], E <= envs.num_envs) side by side; environment e plays the e-th of them."""
+    count, size = len(episodes), envs.num_envs
+    goals = np.resize(episodes if envs.num_goals is None else episodes % envs.num_goals, size)
+    observations, _ = envs.reset(options={"goal_index": goals})
+    running = np.arange(size) < count
+    envs.halt(~running)
+    # Row of every environment, and the environment that every row shows the policy.
+    row_of = np.resize(episodes % rows, size)
+    shown = np.zeros(rows, dtype=np.int64)
+    shown[row_of[:count]] = np.arange(count)
+
+    total = np.zeros(size)
+    length = np.zeros(size, dtype=np.int64)
+    success = np.zeros(size, dtype=bool)
+    policy.reset(task_id, rows)
+    while running.any():
+        actions = np.asarray(policy.act(np.ascontiguousarray(observations[shown], dtype=np.float32)))
+        if actions.shape[:1] != (rows,):
+            raise ValueError(f"the policy was given {rows} observations and returned actions {actions.shape}")
+        observations, rewards, terminated, truncated, info = envs.step(actions[row_of])
+        total[running] += np.asarray(rewards, dtype=np.float64)[running]
+        length += running
+        success |= running & np.asarray(info["success"], dtype=bool)
+        running &= ~(success | terminated | truncated)
+        envs.halt(~running)
+    return [
+        EpisodeResult(
+            episode=int(episodes[i]),
+            goal_index=int(goals[i]),
+            success=bool(success[i]),
+            total_reward=float(total[i]),
+            steps_to_success=int(length[i]) if success[i] else None,
+            length=int(length[i]),
+        )
+        for i in range(count)
+    ]

@@ -1,0 +1,296 @@
+"""What the files of a run say, in one object. Unfinished folders are skipped, and every gap becomes a note."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.evaluation.metrics import STUDENT_FIELDS, continual_metrics, wilson
+from hpc_cpd.run.metrics_log import read_metrics
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import DONE, is_done, read_json
+from hpc_cpd.settings import Config
+from hpc_cpd.tasks.registry import run_plan
+
+UNCOMMITTED = "The source had changes that are in no commit, so the commit alone does not repeat this run."
+_AGAIN = "delete it and run the command that makes it again"
+Record = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclass
+class RunResults:
+    """A run as far as it has come.
+
+    `stages` is the plan (task ids per stage); `evaluations` has one entry per finished stage; `rows` one
+    per task of the plan, in the order of learning, as `continual_metrics` gives them, plus ``task``. `counted` is the
+    stage that taught each task, or one past the last where an evaluation of the task is missing.
+    """
+
+    run: Run
+    config: Config
+    provenance: dict[str, Any]
+    stages: list[list[str]]
+    teachers: dict[str, Record] = field(default_factory=dict)
+    evaluations: list[dict[str, Record]] = field(default_factory=list)
+    before: dict[str, Record] = field(default_factory=dict)
+    untrained: dict[str, Record] = field(default_factory=dict)
+    metrics: dict[str, Any] | None = None
+    rows: list[Row] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [task for stage in self.stages for task in stage]
+
+    def matrix(self) -> np.ndarray:
+        """Success rates [finished stages, tasks], NaN where not evaluated."""
+        return np.array([[_rate(stage.get(task)) for task in self.tasks] for stage in self.evaluations])
+
+    @property
+    def finished(self) -> bool:
+        """Whether every stage is published and evaluated."""
+        return len(self.evaluations) == len(self.stages)
+
+    def rates(self) -> dict[str, Any]:
+        """The arguments of `continual_metrics` that come from the files, as arrays: rates and their episodes."""
+        teacher = [self.teachers.get(task) for task in self.tasks]
+        grid = [[stage.get(task) for task in self.tasks] for stage in self.evaluations]
+        return {
+            "success": self.matrix(),
+            "teacher": np.array([_rate(r) for r in teacher]),
+            "before": np.array([_rate(self.before.get(task)) for task in self.tasks]),
+            "untrained": np.array([_rate(self.untrained.get(task)) for task in self.tasks]),
+            "episodes": np.array([[_episodes(r) for r in row] for row in grid]),
+            "teacher_episodes": np.array([_episodes(r) for r in teacher]),
+        }
+
+    def untold_rates(self) -> dict[str, np.ndarray] | None:
+        """`success` and `episodes` [1, tasks] of the last student when it is not told its task; None: unknown."""
+        path = self.run.stage(len(self.evaluations)) / "evaluation_inferred.json"
+        if not self.finished or not path.is_file():
+            return None
+        answer = _records(_object(path), "tasks", path)
+        records = [_record(answer.get(task), path) for task in self.tasks]
+        return {
+            "success": np.array([[_rate(record) for record in records]]),
+            "episodes": np.array([[_episodes(record) for record in records]]),
+        }
+
+    def wall_clock(self) -> dict[int, float | None]:
+        """Seconds that each finished stage took, all its attempts together; None: not known."""
+        return {k: _wall_clock(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}
+
+    def teacher_curves(self) -> dict[str, list[Record]]:
+        """The metrics of the published teachers that have any."""
+        curves = {task: _published_metrics(self.run.teacher(task)) for task in self.tasks}
+        return {task: lines for task, lines in curves.items() if lines}
+
+    def stage_curves(self) -> dict[int, list[Record]]:
+        """The metrics of the finished stages that have any."""
+        curves = {k: _published_metrics(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}
+        return {stage: lines for stage, lines in curves.items() if lines}
+
+    def routing(self) -> Record | None:
+        """The routing of the last finished stage."""
+        path = self.run.stage(len(self.evaluations)) / "routing.json"
+        return _object(path) if self.evaluations and path.is_file() else None
+
+    def memories(self) -> dict[int, Record]:
+        """What each finished stage put into the replay memory."""
+        paths = {k: self.run.stage(k) / "memory" / "selection.json" for k in range(1, len(self.evaluations) + 1)}
+        return {stage: _selection(path) for stage, path in paths.items() if path.is_file()}
+
+
+def read_results(run: Run) -> RunResults:
+    """Read the finished parts of `run`. Raises UserError: not a run folder, or a damaged file."""
+    config = run.config()
+    provenance = _object(run.provenance_file) if run.provenance_file.is_file() else {}
+    facts = RunResults(run, config, provenance, run_plan(run, config))
+    if not provenance:
+        facts.notes.append("provenance.json is missing, so versions and commit are unknown.")
+    if provenance.get("uncommitted_changes"):
+        facts.notes.append(UNCOMMITTED)
+    _teachers(facts)
+    _stages(facts)
+    _numbers(facts)
+    return facts
+
+
+def name_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> None:
+    """Put task ids in the place of the indices that `continual_metrics` gives."""
+    for name in ("not_learnt", "recovery_excluded", "teacher_unknown"):
+        metrics[name] = [tasks[index] for index in metrics[name]]
+    for name in ("forgetting_worst_task", "forgetting_from_best_worst_task"):
+        metrics[name] = None if metrics[name] is None else tasks[metrics[name]]
+
+
+def short_names(tasks: Sequence[str]) -> list[str]:
+    """Task ids without their family where all share one: ``reach-v3`` for ``metaworld/reach-v3``."""
+    families = {task.partition("/")[0] for task in tasks}
+    return [task.partition("/")[2] if len(families) == 1 and "/" in task else task for task in tasks]
+
+
+def _teachers(facts: RunResults) -> None:
+    waiting, strange = [], []
+    for task in facts.tasks:
+        folder = facts.run.teacher(task)
+        path = folder / "evaluation.json"
+        if not is_done(folder) or not path.is_file():
+            waiting.append(task)
+            continue
+        evaluation = _object(path)
+        records = _records(evaluation, "tasks", path)
+        if task in records:
+            facts.teachers[task] = records[task]
+            if evaluation.get("seed") != facts.config.evaluation.seed:
+                strange.append(task)
+        else:
+            waiting.append(task)
+    if waiting:
+        facts.notes.append(f"No finished teacher with an evaluation yet for {_names(waiting)}.")
+    if strange:
+        facts.notes.append(
+            f"The teachers of {_names(strange)} were evaluated on other goals than the student, "
+            "so their recovery compares different episodes."
+        )
+
+
+def _stages(facts: RunResults) -> None:
+    total = len(facts.stages)
+    for stage in range(1, total + 1):
+        folder = facts.run.stage(stage)
+        path = folder / "evaluation.json"
+        if not is_done(folder):
+            facts.notes.append(
+                f"Stage {stage} of {total} is not finished (it has no {DONE} file); "
+                f"everything below is as of stage {stage - 1}."
+                if stage > 1
+                else f"No stage is finished yet (of {total})."
+            )
+            return
+        if not path.is_file():
+            facts.notes.append(f"Stage {stage} is finished but was not evaluated ({path.name} is missing).")
+            return
+        facts.evaluations.append(_records(_object(path), "tasks", path))
+        zero_shot = folder / "evaluation_before.json"
+        if zero_shot.is_file():
+            answer = _object(zero_shot)
+            facts.before |= _records(answer, "before", zero_shot)
+            facts.untrained |= _records(answer, "untrained", zero_shot)
+        elif facts.config.evaluation.forward_transfer:
+            facts.notes.append(
+                f"Stage {stage} has no {zero_shot.name}, so its tasks do not count for forward transfer."
+            )
+
+
+def _numbers(facts: RunResults) -> None:
+    tasks, finished = facts.tasks, len(facts.evaluations)
+    taught = {task: k for k, stage in enumerate(facts.stages, 1) for task in stage}
+    for task in tasks:
+        needed = {taught[task] - 1, finished - 1} if taught[task] <= finished else set()
+        complete = all(task in facts.evaluations[i] for i in needed)
+        if not complete:
+            facts.notes.append(f"{task} lacks an evaluation after its own or the last stage and is left out.")
+        facts.counted.append(taught[task] if complete else len(facts.stages) + 1)
+    if finished:
+        facts.metrics = continual_metrics(stages=facts.counted, **facts.rates())
+        facts.rows = facts.metrics.pop("per_task")
+    else:
+        unknown = dict.fromkeys(STUDENT_FIELDS)
+        teacher = [facts.teachers.get(task) for task in tasks]
+        facts.rows = [{"teacher": r and _rate(r), "teacher_interval": r and _interval(r), **unknown} for r in teacher]
+    facts.rows = [
+        {"task": task, "episodes": facts.config.evaluation.episodes, **row, "stage": taught[task]}
+        for task, row in zip(tasks, facts.rows, strict=True)
+    ]
+    for row in facts.rows:
+        row.pop("index", None)
+    if facts.metrics:
+        name_tasks(facts.metrics, tasks)
+        if facts.metrics["recovery_excluded"]:
+            facts.notes.append(
+                f"The teachers of {_names(facts.metrics['recovery_excluded'])} never succeed, "
+                "so the mean recovery leaves them out."
+            )
+
+
+def _object(path: Path) -> dict[str, Any]:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: expected a JSON object; {_AGAIN}")
+    return value
+
+
+def _records(value: dict[str, Any], key: str, path: Path) -> dict[str, Record]:
+    """The records of all tasks under `key` of what `path` holds."""
+    found = value.get(key) or {}
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: '{key}' is no list of tasks by name; {_AGAIN}")
+    return {task: _record(record, path) for task, record in found.items()}
+
+
+def _record(record: Any, path: Path) -> Record:
+    values: Record = dict(record) if isinstance(record, dict) else {}
+    successes, episodes = values.get("successes"), values.get("episodes")
+    goals = values.get("goals", episodes)  # earlier versions did not count them
+    whole = all(type(number) is int for number in (successes, episodes, goals))
+    if not whole or not 0 <= successes <= episodes or not 1 <= goals <= episodes:  # type: ignore[operator]
+        raise UserError(
+            f"{path} is damaged: every task needs whole numbers, successes (from 0) and goals (from 1) no more than "
+            f"episodes; {_AGAIN}"
+        )
+    return values | {"goals": goals}
+
+
+def _rate(record: Record | None) -> float:
+    return record["successes"] / record["episodes"] if record else float("nan")
+
+
+def _episodes(record: Record | None) -> int:
+    """The episodes that say something: on a goal played before, a policy that acts by its mean does the same again."""
+    return int(record["goals"]) if record else 1
+
+
+def _interval(record: Record) -> list[float]:
+    low, high = wilson(_rate(record), _episodes(record))
+    return [float(low), float(high)]
+
+
+def _selection(path: Path) -> Record:
+    value = _object(path)
+    memories = value.get("memories")
+    names = ("budget_steps", "kept_steps", "total_steps")
+    fine = isinstance(memories, list) and all(
+        isinstance(memory, dict) and all(type(memory.get(name)) is int for name in names) for memory in memories
+    )
+    if not fine:
+        raise UserError(f"{path} is damaged: every memory needs whole numbers {', '.join(names)}; {_AGAIN}")
+    return value
+
+
+def _published_metrics(folder: Path) -> list[Record]:
+    return read_metrics(folder / "metrics.jsonl") if is_done(folder) else []
+
+
+def _wall_clock(folder: Path) -> float | None:
+    """From ``attempt.json``; DONE is the end of a job that was killed between its last two words."""
+    path = folder / "attempt.json"
+    if not path.is_file():
+        return None
+    attempt = _object(path)
+    before = 0.0 if attempt.get("number") == 1 else attempt.get("seconds_before")
+    started, ended = attempt.get("started"), attempt.get("ended")
+    ended = (folder / DONE).stat().st_mtime if ended is None else ended
+    known = [float(number) for number in (before, started, ended) if isinstance(number, int | float)]
+    return known[0] + max(0.0, known[2] - known[1]) if len(known) == 3 else None
+
+
+def _names(tasks: list[str]) -> str:
+    return ", ".join(tasks[:6]) + (f" and {len(tasks) - 6} more" if len(tasks) > 6 else "")

@@ -1,0 +1,1 @@
+"""A run on disk: its folders, atomic publishing, locks, metrics."""

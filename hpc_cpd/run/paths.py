@@ -1,0 +1,99 @@
+"""A run on disk: its folders, atomic publishing, done-marks.
+
+A folder is *published* only by its ``DONE`` file, written last. Every reader ignores what has none.
+Whoever has lost its lock (`hpc_cpd.run.lock`) publishes nothing: `guards` are asked first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hpc_cpd.config import changed_keys, config_as_yaml, load_config
+from hpc_cpd.errors import UserError
+from hpc_cpd.run.publish import write_bytes, write_json
+from hpc_cpd.settings import Config
+
+
+class Run:
+    """One run folder. Paths only; nothing is created until something is written.
+
+    A task id is used as a relative path: ``teachers/metaworld/reach-v3``.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def config_file(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def provenance_file(self) -> Path:
+        return self.folder / "provenance.json"
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+    @property
+    def stop_file(self) -> Path:
+        """While it exists, every job of the run saves and leaves, and no other starts."""
+        return self.folder / "STOP"
+
+    @property
+    def save_file(self) -> Path:
+        """Whoever touches it makes every job of the run save at its next step."""
+        return self.folder / "SAVE"
+
+    def teacher(self, task_id: str) -> Path:
+        return self.folder / "teachers" / task_id
+
+    def trajectories(self, task_id: str) -> Path:
+        return self.folder / "trajectories" / task_id
+
+    def stage(self, stage: int) -> Path:
+        """Folder of stage `stage`, counted from 1."""
+        return self.folder / "stages" / str(stage)
+
+    def relabelled(self, stage: int, task_id: str) -> Path:
+        """Folder of the episodes of a new task that the student of `stage` played and the teacher answered."""
+        return self.stage(stage) / "relabelled" / task_id
+
+    def left_out_file(self, stage: int) -> Path:
+        """The tasks that `stage` was told to do without (``--allow-missing``); absent: none."""
+        return self.stage(stage) / "left_out.json"
+
+    def config(self) -> Config:
+        """The settings the run was made with. Raises UserError when `folder` is not a run."""
+        if not self.config_file.is_file():
+            raise UserError(
+                f"{self.folder} is not a run folder (no config.yaml); start one with hpc_cpd.launch --config"
+            )
+        return load_config(self.config_file)
+
+    def open(self, config: Config, provenance: Mapping[str, Any], longer: bool = False) -> None:
+        """Create the run with `config`, or check that it was made with the same settings.
+
+        Settings that only say how work is done (ranks, partitions) are taken over, and with `longer` its tasks: the
+        caller knows that they go on where the old ones end. Raises UserError naming every key that differs.
+        """
+        if self.config_file.is_file():
+            old = self.config()
+            stream = {"stream": config.stream if longer else old.stream}
+            changed = changed_keys(old.model_copy(update=stream), config)
+            if changed:
+                raise UserError(
+                    f"{self.folder} was made with other settings: {'; '.join(changed)}. "
+                    "Choose another --run, or take them back"
+                )
+        else:
+            write_json(self.provenance_file, provenance)
+            old = None
+        if old != config:
+            write_bytes(self.config_file, config_as_yaml(config).encode())

@@ -1,0 +1,39 @@
+"""When a checkpoint is due: by the clock, or because somebody touched the run's file SAVE."""
+
+from __future__ import annotations
+
+import time
+
+from hpc_cpd.run.paths import Run
+
+
+class SaveDue:
+    """When to save: every so many seconds, and when somebody touches the run's file SAVE."""
+
+    LOOK_EVERY_SECONDS = 1.0
+
+    def __init__(self, run: Run, every_seconds: float) -> None:
+        self.every_seconds = every_seconds
+        self._file = run.save_file
+        self._touched = self._touch()
+        self._saved_at = self._looked_at = time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self._saved_at >= self.every_seconds:
+            return True
+        if now - self._looked_at < self.LOOK_EVERY_SECONDS:
+            return False
+        self._looked_at = now
+        return self._touch() != self._touched
+
+    def saved(self) -> None:
+        """Begin to count anew."""
+        self._touched = self._touch()
+        self._saved_at = time.monotonic()
+
+    def _touch(self) -> int | None:
+        try:
+            return self._file.stat().st_mtime_ns
+        except OSError:
+            return None

@@ -1,0 +1,203 @@
+"""The mixture of experts itself: gate, experts keyed by global id, dense or top-k mixing, on one rank or many.
+
+This module knows torch alone, so that a published student can be loaded anywhere; `experts.py` puts it under
+DeepSpeed's engine.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, ReturnSum, SendToAll, Tie, plan_rows
+from hpc_cpd.student.moe.gate import Gate, Routing, seeded_generator, seeded_linear
+
+
+class Expert(nn.Module):
+    """Two hidden layers with GELU: [n, input] -> [n, output]."""
+
+    def __init__(self, input_size: int, hidden: int, output_size: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.first = seeded_linear(input_size, hidden, generator)
+        self.second = seeded_linear(hidden, hidden, generator)
+        self.last = seeded_linear(hidden, output_size, generator)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.last(F.gelu(self.second(F.gelu(self.first(tokens)))))
+        return hidden
+
+
+class Mixture(nn.Module):
+    """Gate and experts; expert e lives on rank ``e % expert_parallel_size`` of its group, any number per rank.
+
+    Round robin, because contiguous placement would put all experts of a new stage on one rank.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        expert_hidden: int,
+        experts_by_stage: list[list[int]],
+        expert_parallel_size: int,
+        top_k: int,
+        gate_bias_at_birth: float,
+        seed: int,
+        shared_hidden: int = 0,
+    ) -> None:
+        """`experts_by_stage`: global ids in ascending order over the stages, at least one. `shared_hidden`: hidden
+        width of an expert beside them that serves every token and is on every rank; 0: none.
+        """
+        nn.Module.__init__(self)  # not super(): DeepSpeed's MoE, a base of the subclass, must not build its own layer
+        ids = [global_id for stage in experts_by_stage for global_id in stage]
+        if not ids or ids != sorted(set(ids)):
+            raise ValueError(f"expert ids must ascend over the stages, but they are {experts_by_stage}")
+        self.output_size = output_size
+        self.ids = ids
+        self.expert_parallel_size = expert_parallel_size
+        self.expert_parallel_rank = _rank() % expert_parallel_size
+        self.owners = np.array([global_id % expert_parallel_size for global_id in ids])
+        self.gate = Gate(input_size, experts_by_stage, top_k, gate_bias_at_birth, seed)
+        self.experts = nn.ModuleDict(
+            {
+                # how an expert starts is a function of (seed, global id) alone
+                str(global_id): Expert(input_size, expert_hidden, output_size, seeded_generator(seed, 2, global_id))
+                for global_id in ids
+                if global_id % expert_parallel_size == self.expert_parallel_rank
+            }
+        )
+        self.shared = (
+            Expert(input_size, shared_hidden, output_size, seeded_generator(seed, 3)) if shared_hidden else None
+        )
+        # Never moves (its gradient is zero); keeps every rank in every backward pass and in DeepSpeed's groups.
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self._group: Group = None
+
+    def forward(
+        self, tokens: Tensor, valid: Tensor | None = None, lift_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [n, input] -> (outputs [n, output], load-balancing loss [], gate probabilities [n, E]).
+
+        Tokens with `valid` bool [n] False reach no expert, count in no statistics, and come out as zeros. The loss is
+        scaled so that its mean over ranks is the loss of the global batch. A collective over the ranks when training or
+        when experts are spread.
+        """
+        if self.expert_parallel_size > 1 and self._group is None:
+            raise RuntimeError("experts are spread over ranks, but no expert-parallel group was set by the engine")
+        logits, chooser = self.gate(tokens, lift_mask)
+        index = None if valid is None or bool(valid.all()) else valid.nonzero().squeeze(1)
+        if index is None:
+            routing, served = self.gate.route(logits, chooser), tokens
+            probabilities = routing.probabilities
+        else:
+            routing = self.gate.route(logits[index], None if chooser is None else chooser[index])
+            served = tokens.index_select(0, index)
+            probabilities = F.softmax(logits, dim=-1)
+        table = self._counts(routing)
+        if routing.selected is None:
+            outputs = self._mix_all(served, routing.weights, table)
+        else:
+            outputs = self._mix_selected(served, routing, routing.selected, table)
+        if self.shared is not None:
+            outputs = outputs + self.shared(served)
+        if index is not None:
+            outputs = outputs.new_zeros(tokens.shape[0], self.output_size).index_copy(0, index, outputs)
+        return outputs, self._load_balancing_loss(routing, table), probabilities
+
+    def _counts(self, routing: Routing) -> Tensor:
+        """float64 [ranks, 1 + 2 E] on the CPU: valid tokens, load of every expert, rows sent to every expert.
+
+        One small exchange serves both the split sizes of the dispatch and the global load-balancing loss.
+        """
+        load = routing.load
+        if routing.selected is None:
+            rows = torch.zeros_like(load)
+        else:
+            rows = torch.bincount(routing.selected.reshape(-1), minlength=len(self.ids)).double()
+        own = torch.cat([load.new_full((1,), float(routing.probabilities.shape[0])), load, rows])
+        if self._group is None or dist.get_world_size() == 1 or not (self.training or self.expert_parallel_size > 1):
+            return own[None].cpu()
+        table = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(table, own)
+        return torch.stack(table).cpu()
+
+    def _peers(self, table: Tensor) -> np.ndarray:
+        """Rows of `table` of the ranks that share one set of experts with this one, this rank's group order."""
+        if self.expert_parallel_size == 1:
+            return table[_rank() if len(table) > 1 else 0].numpy()[None]
+        return table[dist.get_process_group_ranks(self._group)].numpy()
+
+    def _load_balancing_loss(self, routing: Routing, table: Tensor) -> Tensor:
+        """E * sum over experts of (share of the load, no gradient) * (mean probability) (arXiv 2101.03961)."""
+        total = table.sum(dim=0)
+        tokens, load = max(1.0, float(total[0])), total[1 : 1 + len(self.ids)]
+        share = (load / load.sum().clamp_min(1e-30)).to(routing.probabilities)
+        own = (routing.probabilities.sum(dim=0) * share).sum()
+        return own * (len(self.ids) * len(table) / tokens)
+
+    def _mix_all(self, tokens: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+        if self.expert_parallel_size == 1:
+            columns = weights.unsqueeze(-1).unbind(1)
+            return self._tied(self._weighted_sum(tokens, columns))
+        counts = [int(count) for count in self._peers(table)[:, 0]]
+        most = int(np.bincount(self.owners, minlength=len(counts)).max())
+        blocks = []
+        for peer in range(len(counts)):
+            block = weights[:, torch.from_numpy(np.flatnonzero(self.owners == peer))]
+            blocks.append(F.pad(block, (0, most - block.shape[1])))
+        all_tokens, all_weights = SendToAll.apply(tokens, torch.stack(blocks), counts, self._group)
+        partial = self._weighted_sum(all_tokens, all_weights.unsqueeze(-1).unbind(1)[: len(self.experts)])
+        partial = self._tied(partial) if len(self.experts) else self._tied(partial, all_tokens, all_weights)
+        outputs: Tensor = ReturnSum.apply(partial, tokens.shape[0], counts, self._group)
+        return outputs
+
+    def _weighted_sum(self, tokens: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
+        total: Tensor | None = None
+        for expert, weight in zip(self.experts.values(), columns, strict=True):
+            output = expert(tokens)
+            total = output * weight if total is None else torch.addcmul(total, output, weight)
+        return tokens.new_zeros(tokens.shape[0], self.output_size) if total is None else total
+
+    def _mix_selected(self, tokens: Tensor, routing: Routing, selected: Tensor, table: Tensor) -> Tensor:
+        peers = self._peers(table)
+        counts = peers[:, 1 + len(self.ids) :].astype(np.int64)
+        plan = plan_rows(selected, counts, self.owners, self.expert_parallel_rank)
+        k = selected.shape[1]
+        pairs = tokens.repeat_interleave(k, dim=0) if k > 1 else tokens
+        rows = Reorder.apply(pairs, plan.outgoing, plan.returning)
+        if self.expert_parallel_size > 1:
+            rows = ExchangeRows.apply(rows, plan.send, plan.receive, self._group)
+        arrived = rows
+        if plan.by_expert is not None:
+            rows = Reorder.apply(rows, plan.by_expert, plan.by_peer)
+        # to learn, every local expert is called, also with no rows: a parameter without a gradient on one replica alone
+        # would leave the ranks with gradients of different sizes
+        results = [
+            expert(part)
+            for expert, part in zip(self.experts.values(), rows.split(plan.expert_rows), strict=True)
+            if len(part) or torch.is_grad_enabled()
+        ]
+        if results:
+            done = torch.cat(results)
+            if plan.by_peer is not None:
+                done = Reorder.apply(done, plan.by_peer, plan.by_expert)
+            done = self._tied(done)
+        else:
+            done = self._tied(tokens.new_zeros(0, self.output_size), arrived)
+        if self.expert_parallel_size > 1:
+            done = ExchangeRows.apply(done, plan.receive, plan.send, self._group)
+        outputs: Tensor = Combine.apply(done, routing.weights, plan)
+        return outputs
+
+    def _tied(self, value: Tensor, *others: Tensor) -> Tensor:
+        if self._group is None:
+            return value
+        tied: Tensor = Tie.apply(value, self.anchor, *(other for other in others if other.requires_grad))
+        return tied
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

@@ -1,0 +1,1 @@
+"""What a teacher starts from: one file per kind of start."""

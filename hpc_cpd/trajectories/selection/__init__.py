@@ -1,0 +1,1 @@
+"""Which trajectories a replay memory keeps: one file per selection."""
