@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _settle(arguments: argparse.Namespace) -> LaunchRequest:
     """Settings, run folder and tasks, all checked before anything is written."""
-    from hpc_cpd.distill.validation import require_settings
+    from hpc_cpd.distill.validation import check_settings
     from hpc_cpd.tasks.registry import run_plan
 
     overrides = list(arguments.settings)
@@ -127,7 +127,7 @@ def _settle(arguments: argparse.Namespace) -> LaunchRequest:
     plan = run_plan(run, config)
     tasks = [task for tasks in plan for task in tasks]
     _require_same_sizes(tasks)
-    require_settings(config, len(plan))
+    check_settings(config, plan)
     asked: str = arguments.stage
     if asked == "teachers":
         return LaunchRequest(run, config, plan, asked, tasks, [], arguments.allow_missing)

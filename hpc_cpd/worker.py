@@ -150,15 +150,14 @@ def learn(run: Run, stage: int, place: Place, stop: Stop, allow_missing: bool) -
     """One rank of one stage. The other ranks wait in the first collective until rank 0 holds the lock."""
     os.environ.update(rendezvous(place, dict(os.environ)))
     from hpc_cpd.distill.stage import run_stage
-    from hpc_cpd.evaluation.rollouts import evaluate_policy
 
     if place.rank != 0:
-        run_stage(run, stage, evaluate_policy, stop, allow_missing)
+        run_stage(run, stage, stop, allow_missing)
         return
     lock = _lock(run.stage(stage), f"stage {stage}", place, stop)
     _enter(lock, _log_of(place, run))
     try:
-        run_stage(run, stage, evaluate_policy, stop, allow_missing)
+        run_stage(run, stage, stop, allow_missing)
     finally:
         lock.__exit__()
     if place.own_job:  # elsewhere the launcher does this

@@ -187,7 +187,7 @@ def _stage_progress(record: Mapping[str, Any] | None, config: Config) -> UnitPro
     if record is None:
         return None
     settings = config.distill
-    steps = (settings.phase1_steps, settings.phase2_steps, settings.phase3_steps)
+    steps = (settings.phase1_steps, settings.phase2_steps, settings.phase2_steps)
     before, total = sum(steps[: record["phase"] - 1]), steps[record["phase"] - 1]
     return UnitProgress(f"phase {record['phase']}", record["step"] - before, total, _number(record.get("loss")))
 
