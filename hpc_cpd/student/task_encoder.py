@@ -83,8 +83,8 @@ def learn_task_vectors(
     """Train the encoder for one stage and give every new task its vector.
 
     ``windows_of(task, n, rng)`` returns raw observations float32 [n, window, obs] of a new task, or of one of the old
-    tasks that are `remembered`. The vectors of those that are not only keep the new ones away. Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its
-    arguments; old vectors are read, never changed.
+    tasks that are `remembered`; the vectors of other old tasks only keep the new ones away. Returns (encoder state,
+    float32 [size] unit vector of each new task). A pure function of its arguments; old vectors are never changed.
     """
     rng = np.random.default_rng([seed, stage, 4])
     old_tasks = list(old_vectors)
