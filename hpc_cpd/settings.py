@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PositiveInt, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -30,6 +30,9 @@ class PluginSettings(Settings):
     """The settings of one plug-in: a subclass gives ``name: Literal["its_name"] = "its_name"`` and its own fields."""
 
     name: str
+
+    def require_fit(self, group: Any) -> None:
+        """Raise UserError when these settings contradict `group`, the settings among which they stand."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,10 @@ class Choice:
             return settings.model_validate(given)
         except ValidationError as failure:
             raise UserError(mistake(failure.errors()[0], settings, f"{key}.")) from None
+
+    def default_settings(self) -> PluginSettings:
+        """Those of the default; not called before they are needed, for it imports the plug-in."""
+        return self.resolve({})
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
@@ -190,26 +197,15 @@ class TrajectorySettings(Settings):
     episodes_per_shard: int = Field(25, ge=1, description="a shard is closed and renamed after this many episodes")
 
 
-class TaskEncoderSettings(Settings):
-    """Contrastive task embedding (InfoNCE, arXiv 1807.03748)."""
-
-    size: int = Field(32, ge=1, description="length of a task vector")
-    window: int = Field(8, ge=1, description="observations per encoded window")
-    width: int = Field(128, ge=1, description="hidden width")
-    gradient_steps: int = Field(400, ge=1, description="Adam steps per stage")
-    windows_per_task: int = Field(16, ge=2, description="windows per task and step")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam step size")
-    temperature: float = Field(0.1, gt=0, description="softmax temperature of the similarities")
+_TOKENIZER, _BACKBONE, _HEAD = Choice("tokenizers", "linear"), Choice("backbones", "transformer"), Choice("heads", "linear")
+_TASK_EMBEDDING = Choice("embeddings", "contrastive")
 
 
-class StudentSettings(Settings):
-    """The generalist: a causal Transformer, then a mixture of experts that grows."""
+class NetworkSettings(Settings):
+    """The parts and sizes of a student that stay as they are in all its stages."""
 
     width: int = Field(128, ge=8, description="token width")
-    layers: int = Field(1, ge=1, description="Transformer blocks")
-    mixtures: int = Field(1, ge=1, description="mixtures of experts, one behind each of the last so many blocks")
-    heads: int = Field(4, ge=1, description="attention heads; twice this must divide width")
-    history: int = Field(4, ge=1, description="observations the student sees, through all its blocks together")
+    history: int = Field(4, ge=1, description="observations that an action may depend on, the newest included")
     expert_hidden: int = Field(256, ge=1, description="hidden width of an expert")
     shared_expert_hidden: int = Field(
         0,
@@ -220,28 +216,35 @@ class StudentSettings(Settings):
     experts_see_observation: bool = Field(
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
-    experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
-    grow: bool = Field(True, description="false: the experts of stage 1 serve every later stage (ablation)")
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    gate_bias_at_birth: float = Field(
-        -5.0, description="gate bias of a new expert (arXiv 2601.22475); of more than five, log(number / 5) lower"
+    tokenizer: Annotated[PluginSettings, _TOKENIZER] = Field(
+        default_factory=_TOKENIZER.default_settings, description="makes a token of an observation"
     )
-    task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
-    task_encoder: TaskEncoderSettings = TaskEncoderSettings()
+    backbone: Annotated[PluginSettings, _BACKBONE] = Field(
+        default_factory=_BACKBONE.default_settings, description="makes features of the tokens of a history"
+    )
+    head: Annotated[PluginSettings, _HEAD] = Field(
+        default_factory=_HEAD.default_settings, description="makes an action of the features"
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if self.width % (2 * self.heads):
-            raise UserError(
-                f"student.width is {self.width}, no multiple of twice student.heads, which is {self.heads}; "
-                "change either"
-            )
-        if self.mixtures > self.layers:
-            raise UserError(
-                f"student.mixtures is {self.mixtures}, but there are only as many places as blocks, student.layers, "
-                f"{self.layers}; change either"
-            )
+        for part in (self.tokenizer, self.backbone, self.head):
+            part.require_fit(self)
         return self
+
+
+class StudentSettings(NetworkSettings):
+    """The generalist: tokenizer, backbone, mixtures of experts that grow, head."""
+
+    experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
+    grow: bool = Field(True, description="false: the experts of stage 1 serve every later stage (ablation)")
+    gate_bias_at_birth: float = Field(
+        -5.0, description="gate bias of a new expert (arXiv 2601.22475); of more than five, log(number / 5) lower"
+    )
+    task_embedding: Annotated[PluginSettings, _TASK_EMBEDDING] = Field(
+        default_factory=_TASK_EMBEDDING.default_settings, description="gives every task its vector"
+    )
 
 
 class MemorySettings(Settings):
@@ -440,7 +443,7 @@ class Config(Settings):
     stream: StreamSettings = StreamSettings()
     teachers: TeacherSettings = TeacherSettings()
     trajectories: TrajectorySettings = TrajectorySettings()
-    student: StudentSettings = StudentSettings()
+    student: StudentSettings = Field(default_factory=StudentSettings)
     memory: MemorySettings = MemorySettings()
     distill: DistillSettings = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -104,7 +104,7 @@ def update_penalty(
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 
     def of_my_samples() -> dict[str, Tensor]:
-        student = Student(beginning.shape, beginning.experts_by_stage, inference=True).to(device_of_rank())
+        student = Student(beginning.shape, beginning.experts_by_stage, executor="functional").to(device_of_rank())
         student.load_canonical(state)
         observations, vectors, steps = (part.tensor_split(world_size)[rank] for part in _samples(batches))
         found = importance_of(config.distill, student, (observations, vectors, steps))

@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from hpc_cpd import plugins
 from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config
+from hpc_cpd.student.embeddings.base import NewTasks
 from hpc_cpd.student.network import Student, StudentShape, grown
 from hpc_cpd.student.policy import StudentParts, load_student_parts, save_student
-from hpc_cpd.student.task_encoder import learn_task_vectors
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.tasks.registry import stage_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
@@ -41,7 +42,7 @@ def begin_stage(
         normaliser = (mean, np.maximum(deviation, NORMALISER_FLOOR).astype(np.float32))
     else:
         normaliser = previous.normaliser()
-    encoder, vectors = _task_vectors(config, plan, stage, new, memory, previous, normaliser)
+    embedding_state, vectors = _task_vectors(config, plan, stage, new, memory, previous, normaliser)
 
     count = len(tasks) * config.student.experts_per_task
     if previous is None:
@@ -51,7 +52,7 @@ def begin_stage(
         student = Student(shape, [list(range(count))], 1, config.seed)
         student.set_normaliser(*normaliser)
         experts = student.experts_by_stage
-        state: dict[str, Tensor] = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+        state = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
     elif config.student.grow:
         shape, first = previous.shape, sum(map(len, previous.experts_by_stage))
         new_ids = list(range(first, first + count))
@@ -61,10 +62,20 @@ def begin_stage(
     else:
         shape, experts, state = previous.shape, previous.experts_by_stage, dict(previous.state)
     metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed, "trained": False}
-    facts = dict(previous.episode_facts) if previous is not None else {}
-    facts |= {task: EpisodeStatistics.of(*new.episode_beginnings(task)) for task in tasks}
-    isolation = previous.isolation if previous is not None else None
-    save_student(run.stage(stage) / "start", state, shape, experts, vectors, encoder, metadata, facts, isolation)
+    statistics = dict(previous.episode_statistics) if previous is not None else {}
+    statistics |= {task: EpisodeStatistics.of(*new.episode_beginnings(task)) for task in tasks}
+    parts = StudentParts(
+        state=state,
+        shape=shape,
+        experts_by_stage=experts,
+        task_vectors=vectors,
+        episode_statistics=statistics,
+        task_embedding=config.student.task_embedding,
+        task_embedding_state=embedding_state,
+        method_state=previous.method_state if previous is not None else None,
+        metadata=metadata,
+    )
+    save_student(run.stage(stage) / "start", parts)
 
 
 def load_beginning(folder: Path, stage: int) -> tuple[Beginning, StudentParts]:
@@ -82,24 +93,27 @@ def _task_vectors(
     memory: TrajectoryStore | None,
     previous: StudentParts | None,
     normaliser: tuple[np.ndarray, np.ndarray],
-) -> tuple[dict[str, Tensor] | None, dict[str, np.ndarray]]:
-    """(task encoder's state, vector of every task seen so far in the order of arrival)."""
-    settings = config.student.task_encoder
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """(task embedding's state, vector of every task seen so far in the order of arrival)."""
+    settings = config.student.task_embedding
     old = dict(previous.task_vectors) if previous is not None else {}
-    if config.student.task_embedding == "one_hot":
-        # of all tasks of the stream: a task that is left out later must not move the others' places
-        everything = [task for tasks in stage_plan(config.stream) for task in tasks]
-        rows = np.eye(len(everything), dtype=np.float32)
-        return None, {task: rows[everything.index(task)] for tasks in plan[:stage] for task in tasks}
 
-    def windows_of(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    def windows_of(task: str, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
         store = new if memory is None or task in new.task_ids else memory
         steps = store.steps(task)
-        return store.gather(rng.integers(steps.start, steps.stop, count), settings.window)["observations"]
+        return store.gather(rng.integers(steps.start, steps.stop, count), length)["observations"]
 
-    encoder = previous.task_encoder_state if previous is not None else None
-    mean, deviation = normaliser
-    encoder, vectors = learn_task_vectors(
-        windows_of, plan[stage - 1], old, encoder, mean, deviation, settings, config.seed, stage
+    learnt = NewTasks(
+        tasks=plan[stage - 1],
+        # of the whole stream: a task that is left out later must not move the others' places
+        all_tasks=[task for tasks in stage_plan(config.stream) for task in tasks],
+        windows_of=windows_of,
+        old_vectors=old,
+        state=previous.task_embedding_state if previous is not None else {},
+        mean=normaliser[0],
+        std=normaliser[1],
+        seed=config.seed,
+        stage=stage,
     )
-    return encoder, {**old, **vectors}
+    state, vectors = plugins.load("embeddings", settings.name).learn(settings, learnt)
+    return state, {**old, **vectors}

@@ -35,6 +35,8 @@ from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import Config
+from hpc_cpd.student.isolation import isolation_from
+from hpc_cpd.student.method_state import MethodState
 from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.trajectories.memory import open_memory
@@ -142,28 +144,22 @@ def _learn(
     penalty = None
     if config.distill.penalty != "none" and stage > 1:
         penalty = Penalty.load(run.stage(stage - 1) / "penalty.safetensors")
-    isolation = isolation_of_stage(run, config, stage, len(plan), parts.state, parts.isolation)
+    kept_before = parts.method_state
+    before = isolation_from(kept_before.method, kept_before.tensors) if kept_before is not None else None
+    isolation = isolation_of_stage(run, config, stage, len(plan), parts.state, before)
     learnt = learn_stage(run, stage, config, phases, beginning, batches, penalty, isolation, stop)
     state, kept = isolation.published(learnt)
 
     if config.distill.penalty != "none" and names[1] == "student":
         update_penalty(folder, config, beginning, state, batches, penalty)
 
-    def publish() -> None:
-        metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed}
-        save_student(
-            folder / names[1],
-            state,
-            beginning.shape,
-            beginning.experts_by_stage,
-            parts.task_vectors,
-            parts.task_encoder_state,
-            metadata,
-            parts.episode_facts,
-            kept,
-        )
-
-    run_on_rank(publish)
+    published = dataclasses.replace(
+        parts,
+        state=state,
+        method_state=MethodState(kept.method, kept.tensors()) if kept is not None else None,
+        metadata={"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed},
+    )
+    run_on_rank(lambda: save_student(folder / names[1], published))
 
 
 def _teacher_success(run: Run, plan: list[list[str]]) -> dict[str, float]:
@@ -180,7 +176,7 @@ def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], eva
     folder: Path = run.stage(stage)
     start = load_student_parts(folder / "start")
     first = load_student_parts(run.stage(1) / "start")
-    untrained = dataclasses.replace(first, task_vectors=start.task_vectors, episode_facts=start.episode_facts)
+    untrained = dataclasses.replace(first, task_vectors=start.task_vectors, episode_statistics=start.episode_statistics)
     records = {"untrained": _evaluate_all(StudentPolicy(untrained), tasks, config, evaluate, stop)}
     if stage == 1:
         records["before"] = records["untrained"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json, write_json
@@ -15,10 +16,11 @@ def require_settings(config: Config, stages: int) -> None:
     """Raise UserError when settings contradict each other over this many stages: now, not when a stage finds out."""
     require_isolation(config, stages)
     student, settings = config.student, config.distill
-    if config.evaluation.infer_task and student.task_embedding == "one_hot":
+    embedding = student.task_embedding.name
+    if config.evaluation.infer_task and not plugins.load("embeddings", embedding).infers_tasks:
         raise UserError(
-            "evaluation.infer_task asks for a student that finds out its task, but student.task_embedding is "
-            "'one_hot': a name cannot be found out; set evaluation.infer_task=false"
+            "evaluation.infer_task asks for a student that finds out its task, which it cannot with "
+            f"student.task_embedding={embedding}; set evaluation.infer_task=false"
         )
     if stages > 1 and student.top_k and student.grow and settings.phase1_steps == 0:
         raise UserError(
@@ -41,10 +43,10 @@ def require_settings(config: Config, stages: int) -> None:
 def lengthens(old: Config, new: Config) -> bool:
     """Whether `new` only adds stages behind those of `old`, so that a run may go on with it.
 
-    One-hot vectors have a place for every task, and PackNet shares its weights out among all stages: theirs may not.
+    Some task embeddings depend on every task of the stream (one-hot vectors), and PackNet shares its weights out among all stages: theirs may not.
     """
     before, after = stage_plan(old.stream), stage_plan(new.stream)
-    fixed = old.student.task_embedding == "one_hot" or old.distill.isolation == "packnet"
+    fixed = plugins.load("embeddings", old.student.task_embedding.name).needs_all_tasks or old.distill.isolation == "packnet"
     return len(after) > len(before) and after[: len(before)] == before and not fixed
 
 
