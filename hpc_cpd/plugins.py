@@ -40,6 +40,7 @@ class Kind:
 
 
 _FAMILY = ("names", "describe", "make")
+_PART = ("Settings", "build")
 _TEACHERS, _STUDENT = "hpc_cpd.teachers", "hpc_cpd.student"
 KINDS = {
     "tasks": Kind("task family", "stream.tasks", "hpc_cpd.tasks.families", "hpc_cpd.tasks", needs=_FAMILY),
@@ -48,11 +49,18 @@ KINDS = {
     "algorithms": Kind("teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", "hpc_cpd.teachers"),
     "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
     "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),
-    "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", "hpc_cpd.students", "tokenizer."),
-    "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", "hpc_cpd.students", "backbone."),
-    "heads": Kind("head", "student.head", f"{_STUDENT}.heads", "hpc_cpd.students", "head."),
+    "tokenizers": Kind(
+        "tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", "hpc_cpd.students", "tokenizer.", _PART
+    ),
+    "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", "hpc_cpd.students", "backbone.", _PART),
+    "heads": Kind("head", "student.head", f"{_STUDENT}.heads", "hpc_cpd.students", "head.", _PART),
     "embeddings": Kind(
-        "task embedding", "student.task_embedding", f"{_STUDENT}.embeddings", "hpc_cpd.students", "embedding."
+        "task embedding",
+        "student.task_embedding",
+        f"{_STUDENT}.embeddings",
+        "hpc_cpd.students",
+        "embedding.",
+        ("Settings", "learn"),
     ),
     "schedulers": Kind("scheduler", "cluster.scheduler", "hpc_cpd.cluster.schedulers", "hpc_cpd.schedulers"),
 }

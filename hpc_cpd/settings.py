@@ -31,6 +31,9 @@ class PluginSettings(Settings):
 
     name: str
 
+    def require_fit(self, group: Any) -> None:
+        """Raise UserError when these settings contradict `group`, the settings among which they stand."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -194,26 +197,19 @@ class TrajectorySettings(Settings):
     episodes_per_shard: int = Field(25, ge=1, description="a shard is closed and renamed after this many episodes")
 
 
-class TaskEncoderSettings(Settings):
-    """Contrastive task embedding (InfoNCE, arXiv 1807.03748)."""
-
-    size: int = Field(32, ge=1, description="length of a task vector")
-    window: int = Field(8, ge=1, description="observations per encoded window")
-    width: int = Field(128, ge=1, description="hidden width")
-    gradient_steps: int = Field(400, ge=1, description="Adam steps per stage")
-    windows_per_task: int = Field(16, ge=2, description="windows per task and step")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam step size")
-    temperature: float = Field(0.1, gt=0, description="softmax temperature of the similarities")
+_TOKENIZER, _BACKBONE, _HEAD = (
+    Choice("tokenizers", "linear"),
+    Choice("backbones", "transformer"),
+    Choice("heads", "linear"),
+)
+_TASK_EMBEDDING = Choice("embeddings", "contrastive")
 
 
-class StudentSettings(Settings):
-    """The generalist: a causal Transformer, then a mixture of experts that grows."""
+class NetworkSettings(Settings):
+    """The parts and sizes of a student that stay as they are in all its stages."""
 
     width: int = Field(128, ge=8, description="token width")
-    layers: int = Field(1, ge=1, description="Transformer blocks")
-    mixtures: int = Field(1, ge=1, description="mixtures of experts, one behind each of the last so many blocks")
-    heads: int = Field(4, ge=1, description="attention heads; twice this must divide width")
-    history: int = Field(4, ge=1, description="observations the student sees, through all its blocks together")
+    history: int = Field(4, ge=1, description="observations that an action may depend on, the newest included")
     expert_hidden: int = Field(256, ge=1, description="hidden width of an expert")
     shared_expert_hidden: int = Field(
         0,
@@ -225,22 +221,29 @@ class StudentSettings(Settings):
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
-    task_encoder: TaskEncoderSettings = TaskEncoderSettings()
+    tokenizer: Annotated[PluginSettings, _TOKENIZER] = Field(
+        default_factory=_TOKENIZER.defaults, description="makes a token of an observation"
+    )
+    backbone: Annotated[PluginSettings, _BACKBONE] = Field(
+        default_factory=_BACKBONE.defaults, description="makes features of the tokens of a history"
+    )
+    head: Annotated[PluginSettings, _HEAD] = Field(
+        default_factory=_HEAD.defaults, description="makes an action of the features"
+    )
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
-        if self.width % (2 * self.heads):
-            raise UserError(
-                f"student.width is {self.width}, no multiple of twice student.heads, which is {self.heads}; "
-                "change either"
-            )
-        if self.mixtures > self.layers:
-            raise UserError(
-                f"student.mixtures is {self.mixtures}, but there are only as many places as blocks, student.layers, "
-                f"{self.layers}; change either"
-            )
+        for part in (self.tokenizer, self.backbone, self.head):
+            part.require_fit(self)
         return self
+
+
+class StudentSettings(NetworkSettings):
+    """The generalist: tokenizer, backbone, mixtures of experts that grow, head."""
+
+    task_embedding: Annotated[PluginSettings, _TASK_EMBEDDING] = Field(
+        default_factory=_TASK_EMBEDDING.defaults, description="gives every task its vector"
+    )
 
 
 class DistillSettings(Settings):
@@ -378,7 +381,7 @@ class Config(Settings):
     stream: StreamSettings = StreamSettings()
     teachers: TeacherSettings = TeacherSettings()
     trajectories: TrajectorySettings = TrajectorySettings()
-    student: StudentSettings = StudentSettings()
+    student: StudentSettings = Field(default_factory=StudentSettings)
     distill: DistillSettings = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = ClusterSettings()

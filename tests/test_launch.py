@@ -26,10 +26,10 @@ teachers:
 trajectories: {episodes: 2, success_only: false}
 student:
   width: 8
-  heads: 2
+  backbone: {heads: 2}
   expert_hidden: 8
   history: 2
-  task_encoder: {gradient_steps: 5, width: 8, size: 4, window: 2, windows_per_task: 2}
+  task_embedding: {gradient_steps: 5, width: 8, size: 4, window: 2, windows_per_task: 2}
 distill: {phase1_steps: 5, phase2_steps: 5, batch_size: 8}
 evaluation: {episodes: 1, forward_transfer: false}
 """

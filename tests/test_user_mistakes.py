@@ -85,8 +85,8 @@ def test_other_settings_for_an_existing_run_are_refused_key_by_key(tmp_path):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["student.heads=3"], ["student.width is 128", "student.heads"]),
-        (["student.mixtures=2"], ["student.mixtures is 2", "student.layers, 1"]),
+        (["student.backbone.heads=3"], ["student.width is 128", "student.backbone.heads"]),
+        (["student.backbone.mixtures=2"], ["student.backbone.mixtures is 2", "student.backbone.layers, 1"]),
         (["teachers.hidden=[256, 0]"], ["teachers.hidden.1", "greater than 0"]),
         (["teachers.student=runs/x/student"], ["teachers.source is 'train'", "set teachers.source=student"]),
         (["distill.ranks=4", "distill.expert_parallel_size=3"], ["expert_parallel_size is 3", "distill.ranks, 4"]),

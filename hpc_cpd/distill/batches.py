@@ -77,7 +77,7 @@ class StageBatches:
         self.rows = list(rows)
         self.seed = seed
         self.device = device
-        self._past = data.past.student.to(device) if data.past is not None else None
+        self._past = data.past.student if data.past is not None else None
         # what is mapped may have to come from a disk, and a GPU need not wait for its rows
         stores = [store for store in (data.new, data.memory) if store is not None]
         slow = any(store.mapped for store in stores) or device.type != "cpu"

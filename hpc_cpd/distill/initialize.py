@@ -7,10 +7,11 @@ import dataclasses
 import numpy as np
 from torch import Tensor
 
+from hpc_cpd import plugins
 from hpc_cpd.methods.base import Method, Stage
+from hpc_cpd.student.embeddings.base import NewTasks
 from hpc_cpd.student.network import Student, StudentShape, grown
 from hpc_cpd.student.policy import StudentParts, load_student_parts, save_student
-from hpc_cpd.student.task_encoder import learn_task_vectors
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.tasks.registry import stage_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
@@ -32,7 +33,7 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
         normaliser = (mean, np.maximum(deviation, NORMALISER_FLOOR).astype(np.float32))
     else:
         normaliser = previous.normaliser()
-    encoder, vectors = _task_vectors(stage, new, memory, previous, normaliser)
+    embedding_state, vectors = _task_vectors(stage, new, memory, previous, normaliser)
     born = method.experts_born(stage)
     if previous is None:
         shape = StudentShape.from_settings(
@@ -53,17 +54,18 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     else:
         shape, experts, state = previous.shape, previous.experts_by_stage, dict(previous.state)
     metadata = {"stage": stage.number, "tasks_by_stage": stage.plan[: stage.number], "seed": config.seed}
-    statistics = dict(previous.episode_facts) if previous is not None else {}
+    statistics = dict(previous.episode_statistics) if previous is not None else {}
     statistics |= {task: EpisodeStatistics.of(*new.episode_beginnings(task)) for task in tasks}
     parts = StudentParts(
         state=state,
         shape=shape,
         experts_by_stage=experts,
         task_vectors=vectors,
-        task_encoder_state=encoder,
-        metadata={**metadata, "trained": False},
-        episode_facts=statistics,
+        episode_statistics=statistics,
+        task_embedding=config.student.task_embedding,
+        task_embedding_state=embedding_state,
         method_state=previous.method_state if previous is not None else None,
+        metadata={**metadata, "trained": False},
     )
     save_student(stage.run.stage(stage.number) / "start", parts)
 
@@ -71,7 +73,7 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
 def untrained(start: StudentParts, first: StudentParts) -> StudentParts:
     """The student of `first`, the beginning of stage 1, that is told what `start` is told."""
     return dataclasses.replace(
-        first, task_vectors=start.task_vectors, episode_facts=start.episode_facts, method_state=None
+        first, task_vectors=start.task_vectors, episode_statistics=start.episode_statistics, method_state=None
     )
 
 
@@ -85,26 +87,29 @@ def _task_vectors(
     memory: TrajectoryStore | None,
     previous: StudentParts | None,
     normaliser: tuple[np.ndarray, np.ndarray],
-) -> tuple[dict[str, Tensor] | None, dict[str, np.ndarray]]:
-    """(task encoder's state, vector of every task seen so far in the order of arrival)."""
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """(task embedding's state, vector of every task seen so far in the order of arrival)."""
     config = stage.config
-    settings = config.student.task_encoder
+    settings = config.student.task_embedding
     old = dict(previous.task_vectors) if previous is not None else {}
-    if config.student.task_embedding == "one_hot":
-        # of all tasks of the stream: a task that is left out later must not move the others' places
-        everything = [task for tasks in stage_plan(config.stream) for task in tasks]
-        rows = np.eye(len(everything), dtype=np.float32)
-        return None, {task: rows[everything.index(task)] for task in stage.seen}
 
-    def windows_of(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
+    def windows_of(task: str, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
         store = new if task in new.task_ids or memory is None else memory
         steps = store.steps(task)
-        return store.gather(rng.integers(steps.start, steps.stop, count), settings.window)["observations"]
+        return store.gather(rng.integers(steps.start, steps.stop, count), length)["observations"]
 
-    remembered = [task for task in old if memory is not None and task in memory.task_ids]
-    encoder = previous.task_encoder_state if previous is not None else None
-    mean, deviation = normaliser
-    encoder, vectors = learn_task_vectors(
-        windows_of, stage.tasks, remembered, old, encoder, mean, deviation, settings, config.seed, stage.number
+    known = NewTasks(
+        tasks=stage.tasks,
+        remembered=[task for task in old if memory is not None and task in memory.task_ids],
+        # of the whole stream: a task that is left out later must not move the others' places
+        all_tasks=[task for tasks in stage_plan(config.stream) for task in tasks],
+        windows_of=windows_of,
+        old_vectors=old,
+        state=previous.task_embedding_state if previous is not None else {},
+        mean=normaliser[0],
+        std=normaliser[1],
+        seed=config.seed,
+        stage=stage.number,
     )
-    return encoder, {**old, **vectors}
+    state, vectors = plugins.load("embeddings", settings.name).learn(settings, known)
+    return state, {**old, **vectors}

@@ -135,7 +135,7 @@ def _learn(
         config.student.history,
         "teacher_mean" if config.distill.target == "mean" else "actions",
         lambda store: shares_of(store, weights),
-        load_student(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None,
+        load_student(stage.run.stage(stage.number - 1) / "student", device_of_rank()) if stage.number > 1 else None,
     )
     method.load_state_dict(start.method_state.tensors if start.method_state is not None else {})
     method.begin_stage(stage)
@@ -144,7 +144,7 @@ def _learn(
     state = train_phases(stage, method, phases, start, batches)
 
     def student() -> Student:
-        whole = Student(start.shape, start.experts_by_stage, inference=True).to(device_of_rank())
+        whole = Student(start.shape, start.experts_by_stage, executor="functional").to(device_of_rank())
         whole.load_canonical(state)
         return whole
 

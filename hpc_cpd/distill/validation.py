@@ -16,10 +16,11 @@ from hpc_cpd.tasks.registry import run_plan, stage_plan
 def check_settings(config: Config, plan: Sequence[Sequence[str]]) -> None:
     """Raise UserError when settings contradict each other over this plan: now, not when a stage finds out."""
     method = method_of(config)
-    if config.evaluation.infer_task and config.student.task_embedding == "one_hot":
+    embedding = config.student.task_embedding.name
+    if config.evaluation.infer_task and not plugins.load("embeddings", embedding).infers_tasks:
         raise UserError(
-            "evaluation.infer_task asks for a student that finds out its task, but student.task_embedding is "
-            "'one_hot': a name cannot be found out; set evaluation.infer_task=false"
+            "evaluation.infer_task asks for a student that finds out its task, which it cannot with "
+            f"student.task_embedding={embedding}; set evaluation.infer_task=false"
         )
     if config.evaluation.infer_task and method.needs_task:
         raise UserError(
@@ -34,10 +35,11 @@ def check_settings(config: Config, plan: Sequence[Sequence[str]]) -> None:
 def lengthens(old: Config, new: Config) -> bool:
     """Whether `new` only adds stages behind those of `old`, so that a run may go on with it.
 
-    One-hot vectors have a place for every task, and some methods plan for all stages: theirs may not.
+    Some methods and task embeddings depend on the number of stages or on all tasks (one-hot vectors): theirs may not.
     """
     before, after = stage_plan(old.stream), stage_plan(new.stream)
-    fixed = plugins.load("methods", old.method.name).fixed_number_of_stages or old.student.task_embedding == "one_hot"
+    needs_all_tasks = plugins.load("embeddings", old.student.task_embedding.name).needs_all_tasks
+    fixed = needs_all_tasks or plugins.load("methods", old.method.name).fixed_number_of_stages
     return len(after) > len(before) and after[: len(before)] == before and not fixed
 
 

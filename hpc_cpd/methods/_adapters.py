@@ -56,8 +56,9 @@ def is_adapter(name: str) -> bool:
 def add_adapters(student: Student, rank: int, seed: int, stage: int) -> None:
     """Give every linear layer and gate of `student` a trainable adapter, with which it computes what it did before.
 
-    How an adapter starts (up at zero, down uniform in +-1/sqrt(in)) is a function of (seed, stage, name) alone. That of
-    an expert is spread over the ranks as the expert is. Raises ValueError for a student that has grown.
+    How an adapter starts (up at zero, down uniform in +-1/sqrt(in)) is a function of seed, stage, and the name of the
+    weight within its part of the student. That of an expert is spread over the ranks as the expert is. Raises
+    ValueError for a student that has grown.
     """
     for place, module in list(student.named_modules()):
         if isinstance(module, nn.Linear):
@@ -92,12 +93,13 @@ def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank
     weight = module.get_parameter(name)
     outputs, inputs = weight.shape
     rank = min(rank, outputs, inputs)
-    purpose = int.from_bytes(hashlib.sha256(f"{place}.{name}".encode()).digest()[:8], "big")
+    within = f"{place}.{name}".removeprefix("tokenizer.").removeprefix("backbone.").removeprefix("head.")
+    purpose = int.from_bytes(hashlib.sha256(within.encode()).digest()[:8], "big")
     bound = inputs**-0.5
     down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=seeded_generator(seed, 4, stage, purpose))
     for suffix, values in ((_UP, torch.zeros(outputs, rank)), (_DOWN, down)):
         parameter = nn.Parameter(values.to(weight))
-        # what DeepSpeed knows an expert's parameters by (see experts.py)
+        # what DeepSpeed knows an expert's parameters by (see moe/deepspeed.py)
         for flag in ("allreduce", "group_name"):
             if hasattr(weight, flag):
                 setattr(parameter, flag, getattr(weight, flag))

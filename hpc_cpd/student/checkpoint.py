@@ -27,7 +27,7 @@ from torch import distributed as dist
 from hpc_cpd.distributed.torch import gather, is_distributed, run_on_all_ranks, run_on_rank
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, read_json, write_json
-from hpc_cpd.student.network import Student, StudentShape, expert_of, expert_place
+from hpc_cpd.student.network import Student, expert_of, expert_place
 
 CHECKPOINT_SCHEMA_VERSION = 3
 METHOD_PREFIX = "method:"
@@ -59,7 +59,7 @@ class PendingCheckpoint:
         self._temporary = Path(run_on_rank(lambda: str(self._stack.enter_context(atomic_folder(folder)))))
         self._index = {
             "schema_version": CHECKPOINT_SCHEMA_VERSION,
-            "shape": student.shape.as_json(),
+            "shape": student.shape.model_dump(),
             "experts_by_stage": student.experts_by_stage,
             "position": dict(position),
         }
@@ -225,7 +225,7 @@ def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
 def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict[str, Tensor]]:
     index = _read_index(folder)
     for what, saved, wanted in (
-        ("shape", index["shape"], student.shape.as_json()),
+        ("shape", index["shape"], student.shape.model_dump()),
         ("experts_by_stage", index["experts_by_stage"], student.experts_by_stage),
     ):
         if saved != wanted:
@@ -247,11 +247,3 @@ def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict
         raise UserError(f"{folder / INDEX_FILE} is damaged: its position is not an object; delete the checkpoint")
     kept = {key.removeprefix(METHOD_PREFIX): t for key, t in tensors.items() if key.startswith(METHOD_PREFIX)}
     return position, moments, kept
-
-
-def shape_from_json(values: Mapping[str, Any], path: Path) -> StudentShape:
-    """The shape stored in `path`. Raises UserError when fields are missing or unknown."""
-    try:
-        return StudentShape(**values)
-    except TypeError as error:
-        raise UserError(f"{path} does not describe a student this version knows ({error})") from None

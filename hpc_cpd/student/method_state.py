@@ -1,4 +1,4 @@
-"""What a continual-learning method keeps beside a student's parameters."""
+"""What a continual-learning method keeps from stage to stage, beside the student's weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MethodState:
-    """`method`: its name as a plug-in; `tensors`: what its ``state_dict`` gave."""
+    """The state of the method called `method`, a plug-in of kind ``methods``; only that knows what the tensors mean."""
 
     method: str
     tensors: dict[str, Tensor]

@@ -1,44 +1,38 @@
-"""The student network: a causal Transformer over the last observations, and mixtures of experts behind its last blocks.
+"""The student network: a tokenizer, a backbone with mixtures of experts in it, and a head.
 
 Shapes: B windows, L positions (at most `history`), M mixtures, E experts in each.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpc_cpd.settings import StudentSettings
-from hpc_cpd.student.attention import Block, reaches, rotation
-from hpc_cpd.student.moe.gate import seeded_generator, seeded_linear
+from hpc_cpd import plugins
+from hpc_cpd.settings import NetworkSettings, PluginSettings, StudentSettings
+from hpc_cpd.student.backbones.base import Backbone, Cache
+from hpc_cpd.student.moe.executors import FunctionalMixture, StackedMixture
+from hpc_cpd.student.moe.gate import seeded_generator
 from hpc_cpd.student.moe.mixture import Mixture
+from hpc_cpd.student.tokenizers.base import Tokenizer
 
-OBSERVATION_CLIP = 10.0
+Executor = Literal["sparse", "stacked", "functional"]
+"""How the experts are asked: as in training, over ranks; for acting (`StackedMixture`); for `torch.func`
+(`FunctionalMixture`)."""
 
 
-@dataclass(frozen=True)
-class StudentShape:
+class StudentShape(NetworkSettings):
     """Everything that fixes the tensors' sizes and the meaning of a forward pass."""
 
     observation_size: int
     action_size: int
     task_vector_size: int
-    width: int
-    layers: int
-    mixtures: int
-    heads: int
-    history: int
-    expert_hidden: int
-    shared_expert_hidden: int
-    experts_see_observation: bool
-    top_k: int
-    gate_bias_at_birth: float
+    initial_gate_bias: float
 
     @staticmethod
     def from_settings(
@@ -50,23 +44,12 @@ class StudentShape:
     ) -> StudentShape:
         """The shape the settings ask for; sizes that come from tasks are given beside them."""
         return StudentShape(
+            **{name: getattr(settings, name) for name in NetworkSettings.model_fields},
             observation_size=observation_size,
             action_size=action_size,
             task_vector_size=task_vector_size,
-            width=settings.width,
-            layers=settings.layers,
-            mixtures=settings.mixtures,
-            heads=settings.heads,
-            history=settings.history,
-            expert_hidden=settings.expert_hidden,
-            shared_expert_hidden=settings.shared_expert_hidden,
-            experts_see_observation=settings.experts_see_observation,
-            top_k=settings.top_k,
-            gate_bias_at_birth=initial_gate_bias,
+            initial_gate_bias=initial_gate_bias,
         )
-
-    def as_json(self) -> dict[str, int | float | bool]:
-        return dataclasses.asdict(self)
 
 
 class Student(nn.Module):
@@ -75,60 +58,51 @@ class Student(nn.Module):
     A new object starts the same on every rank: each parameter is a pure function of `seed` and its place.
     """
 
-    observation_mean: Tensor
-    observation_std: Tensor
-
     def __init__(
         self,
         shape: StudentShape,
         experts_by_stage: list[list[int]],
         expert_parallel_size: int = 1,
         seed: int = 0,
-        inference: bool = False,
+        for_training: bool = True,
+        executor: Executor = "sparse",
     ) -> None:
-        """`experts_by_stage`: global expert ids, ascending. `inference`: never under an engine, so DeepSpeed is not
-        imported. Raises ValueError when the sizes do not fit each other.
+        """`experts_by_stage`: global expert ids, ascending. `for_training`: under DeepSpeed's engine, which is imported
+        for no other student. Raises UserError when a part of the student is not installed.
         """
         super().__init__()
-        if shape.width % (2 * shape.heads):
-            raise ValueError(
-                f"student.heads is {shape.heads}, but student.width {shape.width} is no multiple of twice it"
-            )
-        if shape.mixtures > shape.layers:
-            raise ValueError(f"student.mixtures is {shape.mixtures}, more than student.layers, {shape.layers}")
         self.shape = shape
         self.experts_by_stage = [list(stage) for stage in experts_by_stage]
         self.expert_parallel_size = expert_parallel_size
-        self.register_buffer("observation_mean", torch.zeros(shape.observation_size))
-        self.register_buffer("observation_std", torch.ones(shape.observation_size))
         generator = seeded_generator(seed, 0)
-        self.embed_observation = seeded_linear(shape.observation_size, shape.width, generator)
-        self.embed_task = seeded_linear(shape.task_vector_size, shape.width, generator)
-        self.blocks = nn.ModuleList(
-            Block(shape.width, shape.heads, reach, generator) for reach in reaches(shape.history, shape.layers)
-        )
-        self.norms_features = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(shape.mixtures))
-        self.norm_head = nn.LayerNorm(shape.width)
-        self.head = seeded_linear(shape.width, shape.action_size, generator)
-        kind: type[Mixture] = Mixture
-        if not inference:
+
+        def build(kind: str, settings: PluginSettings) -> Any:
+            return plugins.load(kind, settings.name).build(settings, shape, generator)
+
+        # registered, and drawn, in this order: the optimizer's sums go over the parameters in it
+        self.tokenizer: Tokenizer = build("tokenizers", shape.tokenizer)
+        self.backbone: Backbone = build("backbones", shape.backbone)
+        self.head: nn.Module = build("heads", shape.head)
+        self.backbone.functional = executor == "functional"
+        kind: type[Mixture] = {"sparse": Mixture, "stacked": StackedMixture, "functional": FunctionalMixture}[executor]
+        if for_training and kind is Mixture:
             from hpc_cpd.student.moe.deepspeed import MixtureOfExperts
 
             kind = MixtureOfExperts
-        observation = shape.observation_size if shape.experts_see_observation else 0
+        seen = self.tokenizer.seen_size if shape.experts_see_observation else 0
         self.mixtures = nn.ModuleList(
             kind(
-                input_size=shape.width + observation + shape.task_vector_size,
+                input_size=shape.width + seen + shape.task_vector_size,
                 output_size=shape.width,
                 expert_hidden=shape.expert_hidden,
                 experts_by_stage=self.experts_by_stage,
                 expert_parallel_size=expert_parallel_size,
                 top_k=shape.top_k,
-                gate_bias_at_birth=shape.gate_bias_at_birth,
+                initial_gate_bias=shape.initial_gate_bias,
                 seed=int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0]),
                 shared_hidden=shape.shared_expert_hidden,
             )
-            for number in range(shape.mixtures)
+            for number in range(self.backbone.mixtures)
         )
 
     @property
@@ -136,84 +110,58 @@ class Student(nn.Module):
         """Global ids of all experts, ascending."""
         return [global_id for stage in self.experts_by_stage for global_id in stage]
 
+    def new_cache(self, rows: int) -> Cache:
+        """What `forward` keeps of `rows` environments that each begin an episode."""
+        return self.backbone.new_cache(rows)
+
     def forward(
         self,
         observations: Tensor,
         task_vectors: Tensor,
         valid: Tensor | None = None,
-        lift_mask: Tensor | None = None,
+        override: Tensor | None = None,
+        cache: Cache | None = None,
+        at: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw observations float32 [B, L, obs], task vectors float32 [B, D], valid bool [B, L] (None: all).
 
         Returns (actions [B, L, act], load-balancing loss [], gate probabilities [B, L, M, E]). Actions and the last
-        mixture's probabilities are 0 at positions that are not valid. `lift_mask` bool [B]: windows whose tokens give
-        experts of the newest stage a chance under a top-k gate (see `gate.Gate`).
+        mixture's probabilities are 0 at positions that are not valid. `override` bool [B]: windows whose tokens give
+        experts of the newest stage a chance under a top-k gate (see `Gate.forward`).
+
+        With `cache` L is 1: the newest observation of every row, whose past is in the cache; the load-balancing loss
+        is 0 then. `at` int64 [B], in place of `valid`: one position of each window, and L is 1 in what is returned.
         """
         rows, length = observations.shape[:2]
-        tokens, context = self.embed(observations, task_vectors[:, None].expand(-1, length, -1))
-        turn = rotation(torch.arange(length, device=tokens.device), self.head_size)
-        lift = None if lift_mask is None else lift_mask[:, None].expand(-1, length).reshape(-1)
-        # behind the last block's attention every position goes its own way, and those that are not valid none at all
-        read = None if valid is None else valid.reshape(-1).nonzero().squeeze(1)
-        balances, gates = [], []
-        for number, block in enumerate(self.blocks):
-            last = number == self.shape.layers - 1
-            tokens = block(tokens, turn, read if last else None).flatten(0, -2)
-            place = self.mixture_behind(number)
-            if place is not None:
-                features = self.norms_features[place](tokens)
-                seen, served, born = context.flatten(0, 1), self._served(valid, place), lift
-                if last and read is not None:
-                    seen, served = seen.index_select(0, read), None
-                    born = None if lift is None else lift.index_select(0, read)
-                mixed, balance, gate = self.mixtures[place](torch.cat([features, seen], dim=-1), served, born)
-                tokens = features + mixed
-                balances.append(balance)
-                gates.append(gate)
-            if not last:
-                tokens = tokens.view(rows, length, self.shape.width)
-        actions = self.head(self.norm_head(tokens))
-        if read is not None:
-            *before, gate = gates
-            actions = actions.new_zeros(rows * length, actions.shape[1]).index_copy(0, read, actions)
-            gates = [*before, gate.new_zeros(rows * length, gate.shape[1]).index_copy(0, read, gate)]
+        vectors = task_vectors[:, None].expand(-1, length, -1)
+        tokens, seen = self.tokenizer(observations, vectors)
+        context = torch.cat([seen, vectors] if self.shape.experts_see_observation else [vectors], dim=-1)
+        positions = None
+        if at is not None:
+            positions = at + length * torch.arange(rows, device=at.device)
+        elif valid is not None:
+            positions = valid.reshape(-1).nonzero().squeeze(1)
+        experts = _ExpertsOfPass(self.mixtures, context, valid, override, cache is not None)
+        actions = self.head(self.backbone(tokens, experts, positions, cache))
+        gates = experts.gates
+        if at is not None:
+            length = 1
+            gates = [gate if gate.shape[0] == rows else gate.index_select(0, positions) for gate in gates]
+        elif positions is not None:
+            actions = actions.new_zeros(rows * length, actions.shape[1]).index_copy(0, positions, actions)
+        if cache is not None:
+            cache.ages += 1
         gate = torch.stack(gates, dim=1)
         places = (rows, length)  # in full: a rank without rows cannot infer them
         return (
             actions.view(*places, self.shape.action_size),
-            torch.stack(balances).mean(),
+            torch.stack(experts.balances).mean() if experts.balances else actions.new_zeros(()),
             gate.view(*places, *gate.shape[1:]),
         )
 
-    @property
-    def head_size(self) -> int:
-        return self.shape.width // self.shape.heads
-
-    def embed(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Raw observations [..., obs] and task vectors [..., D] -> (tokens [..., width], what experts also see)."""
-        normalised = (observations - self.observation_mean) / self.observation_std
-        normalised = normalised.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP)
-        tokens = self.embed_observation(normalised) + self.embed_task(task_vectors)
-        seen = [normalised] if self.shape.experts_see_observation else []
-        return tokens, torch.cat([*seen, task_vectors], dim=-1)
-
-    def mixture_behind(self, block: int) -> int | None:
-        """Number of the mixture that follows block `block`, if one does."""
-        number = block - (self.shape.layers - self.shape.mixtures)
-        return number if number >= 0 else None
-
-    def _served(self, valid: Tensor | None, mixture: int) -> Tensor | None:
-        """bool [B * L]: a mixture before the last serves valid positions and those that these look back at."""
-        if valid is None or mixture == self.shape.mixtures - 1:
-            return None
-        return (valid.flip(1).cumsum(1).flip(1) > 0).reshape(-1)
-
     def set_normaliser(self, mean: np.ndarray | Tensor, std: np.ndarray | Tensor) -> None:
         """Fix how observations are normalised, float [obs] each. Set once, before training; part of the state."""
-        spread = torch.as_tensor(std, dtype=torch.float32)
-        with torch.no_grad():
-            self.observation_mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
-            self.observation_std.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
+        self.tokenizer.set_normaliser(mean, std)
 
     def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything but gates and experts that grow; the same on every rank."""
@@ -240,6 +188,43 @@ class Student(nn.Module):
                 if state[name].shape != tensor.shape:
                     raise ValueError(f"tensor '{name}' has shape {list(state[name].shape)}, not {list(tensor.shape)}")
                 tensor.copy_(state[name])
+        for mixture in self.mixtures:
+            cast(Mixture, mixture).weights_changed()
+
+
+class _ExpertsOfPass:
+    """The mixtures in one forward pass, as the backbone calls them (`backbones.base.Experts`)."""
+
+    def __init__(
+        self, mixtures: nn.ModuleList, context: Tensor, valid: Tensor | None, override: Tensor | None, newest: bool
+    ) -> None:
+        """`context` [B, L, C]: what experts see beside the features. `newest`: L is 1, and the student acts."""
+        self._mixtures = mixtures
+        self._context = context.flatten(0, 1)
+        self._valid = valid
+        self._override = None if override is None else override[:, None].expand(-1, context.shape[1]).reshape(-1)
+        self._newest = newest
+        self.balances: list[Tensor] = []
+        self.gates: list[Tensor] = []
+
+    def __call__(self, number: int, features: Tensor, positions: Tensor | None = None) -> Tensor:
+        mixture = cast(Mixture, self._mixtures[number])
+        context, override, served = self._context, self._override, None
+        if positions is not None:
+            context = context.index_select(0, positions)
+            override = None if override is None else override.index_select(0, positions)
+        elif self._valid is not None:  # valid positions, and those that they can look back at
+            served = (self._valid.flip(1).cumsum(1).flip(1) > 0).reshape(-1)
+        inputs = torch.cat([features, context], dim=-1)
+        if self._newest:
+            mixed, gate = mixture.newest(inputs)
+        else:
+            mixed, balance, gate = mixture(inputs, served, override)
+            self.balances.append(balance)
+        if positions is not None and self._valid is not None:
+            gate = gate.new_zeros(len(self._context), gate.shape[1]).index_copy(0, positions, gate)
+        self.gates.append(gate)
+        return features + mixed
 
 
 _OF_MIXTURES = re.compile(r"mixtures\.\d+\.(gate|experts|anchor)\b")
@@ -267,13 +252,13 @@ def grown(
     expert_parallel_size: int,
     seed: int,
 ) -> Student:
-    """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at birth bias.
+    """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at their initial bias.
 
     `state` is canonical. Raises ValueError when it does not hold the old student.
     """
     student = Student(shape, [*experts_by_stage_old, new_ids], expert_parallel_size, seed)
     stage = len(experts_by_stage_old) + 1
-    born = {f"mixtures.{n}.gate.{part}_{stage}" for n in range(shape.mixtures) for part in ("weight", "bias")}
+    born = {f"mixtures.{n}.gate.{part}_{stage}" for n in range(len(student.mixtures)) for part in ("weight", "bias")}
     fresh = {
         name: tensor.clone()
         for name, tensor in student.state_dict().items()

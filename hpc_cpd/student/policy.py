@@ -1,6 +1,6 @@
 """A published student: how it is stored, and how it acts. No other process is needed, and no DeepSpeed.
 
-FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, task encoder, stages' own weights
+FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, states of task embedding and method
 FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256, metadata
 """
 
@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, write_json
-from hpc_cpd.student.acting import Actor
-from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
+from hpc_cpd.settings import Choice, PluginSettings
+from hpc_cpd.student.checkpoint import read_tensors
 from hpc_cpd.student.method_state import MethodState
 from hpc_cpd.student.network import Student, StudentShape
-from hpc_cpd.student.task_encoder import TaskEncoder
-from hpc_cpd.student.task_inference import EpisodeStatistics, TaskInference, remember
+from hpc_cpd.student.task_inference import EpisodeStatistics, remember
+from hpc_cpd.tasks.policy import Policy
 
-STUDENT_SCHEMA_VERSION = 2
+STUDENT_SCHEMA_VERSION = 3
 MODEL_FILE = "model.safetensors"
 JSON_FILE = "student.json"
 
@@ -36,48 +37,47 @@ JSON_FILE = "student.json"
 class StudentParts:
     """What a student folder holds, for the next stage or for analysis."""
 
-    state: dict[str, Tensor]  # canonical names
+    state: Mapping[str, Tensor]  # canonical names
     shape: StudentShape
     experts_by_stage: list[list[int]]
-    task_vectors: dict[str, np.ndarray]  # float32 [D] each, in the order learnt
-    task_encoder_state: dict[str, Tensor] | None
-    metadata: dict[str, Any]
-    episode_facts: dict[str, EpisodeStatistics]  # of every task, for the student that is not told which it is
+    task_vectors: Mapping[str, np.ndarray]  # float32 [D] each, in the order learnt
+    episode_statistics: Mapping[str, EpisodeStatistics]  # of every task, for a student that is not told which it is
+    task_embedding: PluginSettings  # what gave the vectors, and
+    task_embedding_state: Mapping[str, Tensor] = field(default_factory=dict)  # what that keeps
     method_state: MethodState | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # plain JSON without NaN
 
     def normaliser(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) of observations, float32 [obs] each."""
-        return self.state["observation_mean"].numpy(), self.state["observation_std"].numpy()
+        return self.state["tokenizer.observation_mean"].numpy(), self.state["tokenizer.observation_std"].numpy()
 
 
 def save_student(folder: Path, parts: StudentParts) -> None:
     """Write a student folder atomically."""
-    state, shape, task_vectors, episode_facts = parts.state, parts.shape, parts.task_vectors, parts.episode_facts
-    task_encoder_state, metadata, kept = parts.task_encoder_state, parts.metadata, parts.method_state
-    tensors = {f"student/{name}": value for name, value in state.items()}
-    tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(vector)) for task, vector in task_vectors.items()}
-    tensors |= {f"task_encoder/{name}": value for name, value in (task_encoder_state or {}).items()}
-    tensors |= {f"task_start/{task}": torch.tensor(facts.start) for task, facts in episode_facts.items()}
-    tensors |= {f"method/{name}": value for name, value in kept.tensors.items()} if kept is not None else {}
-    encoder = None
-    if task_encoder_state is not None:
-        encoder = TaskEncoder.sizes_of(task_encoder_state, shape.observation_size)
+    method = parts.method_state
+    tensors = {f"student/{name}": value for name, value in parts.state.items()}
+    tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(v)) for task, v in parts.task_vectors.items()}
+    tensors |= {f"task_embedding/{name}": value for name, value in parts.task_embedding_state.items()}
+    tensors |= {f"task_start/{task}": torch.tensor(known.start) for task, known in parts.episode_statistics.items()}
+    tensors |= {f"method/{name}": value for name, value in method.tensors.items()} if method is not None else {}
     with atomic_folder(folder) as temporary:
         model = temporary / MODEL_FILE
         write_bytes(model, safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
         description = {
             "schema_version": STUDENT_SCHEMA_VERSION,
-            "shape": shape.as_json(),
+            "shape": parts.shape.model_dump(),
             "experts_by_stage": [list(stage) for stage in parts.experts_by_stage],
-            "tasks": list(task_vectors),
-            "task_steps": {task: facts.steps for task, facts in episode_facts.items()},
-            "task_encoder": encoder,
+            "tasks": list(parts.task_vectors),
+            "task_steps": {task: known.steps for task, known in parts.episode_statistics.items()},
+            "task_embedding": parts.task_embedding.model_dump(),
+            "method": method.method if method is not None else None,
             "model_sha256": sha256(model),
-            "metadata": dict(metadata),
+            "metadata": dict(parts.metadata),
         }
-        if kept is not None:
-            description["method"] = kept.method
         write_json(temporary / JSON_FILE, description)
+
+
+_KEYS = ("shape", "experts_by_stage", "tasks", "task_steps", "task_embedding", "method", "model_sha256", "metadata")
 
 
 def load_student_parts(folder: str | Path) -> StudentParts:
@@ -88,68 +88,80 @@ def load_student_parts(folder: str | Path) -> StudentParts:
     description = read_json(path)
     version = description.get("schema_version") if isinstance(description, dict) else None
     if version != STUDENT_SCHEMA_VERSION:
-        raise UserError(f"{path} has schema_version {version}, but this version reads {STUDENT_SCHEMA_VERSION}")
-    missing = [
-        k
-        for k in ("shape", "experts_by_stage", "tasks", "task_steps", "model_sha256", "metadata")
-        if k not in description
-    ]
+        raise UserError(
+            f"{path} has schema_version {version}, but this version of hpc_cpd reads {STUDENT_SCHEMA_VERSION}; load it "
+            "with the version that its run's provenance.json names, or learn its stages again in a new run"
+        )
+    missing = [key for key in _KEYS if key not in description]
     if missing:
         raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; run the stage that makes it again")
     tensors = read_tensors(Path(folder) / MODEL_FILE, description["model_sha256"])
-    vectors, facts = {}, {}
+    vectors, statistics = {}, {}
     for task in description["tasks"]:
         if f"task_vector/{task}" not in tensors or f"task_start/{task}" not in tensors:
             raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
         vectors[task] = tensors[f"task_vector/{task}"].numpy()
-        facts[task] = EpisodeStatistics(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
-    method = description.get("method")
-    kept = MethodState(method, _with_prefix(tensors, "method/")) if method is not None else None
+        statistics[task] = EpisodeStatistics(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
+    method = description["method"]
+    try:
+        shape = StudentShape.model_validate(description["shape"])
+        embedding = Choice("embeddings", "contrastive").resolve(description["task_embedding"])
+    except (ValidationError, UserError) as error:
+        reason = error.errors()[0] if isinstance(error, ValidationError) else None
+        told = error if reason is None else f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}"
+        raise UserError(f"{path} does not describe a student that can be built here: {told}") from None
     return StudentParts(
         state=_with_prefix(tensors, "student/"),
-        shape=shape_from_json(description["shape"], path),
+        shape=shape,
         experts_by_stage=description["experts_by_stage"],
         task_vectors=vectors,
-        task_encoder_state=_with_prefix(tensors, "task_encoder/") or None,
+        episode_statistics=statistics,
+        task_embedding=embedding,
+        task_embedding_state=_with_prefix(tensors, "task_embedding/"),
+        method_state=MethodState(method, _with_prefix(tensors, "method/")) if method is not None else None,
         metadata=description["metadata"],
-        episode_facts=facts,
-        method_state=kept,
     )
 
 
-def load_student(folder: str | Path) -> StudentPolicy:
-    """Load a published student for acting. Raises UserError when the folder is not a whole student."""
+def load_student(folder: str | Path, device: str | torch.device = "cpu") -> StudentPolicy:
+    """Load a published student for acting on `device`. Raises UserError when the folder is not a whole student."""
     parts = load_student_parts(folder)
     try:
-        return StudentPolicy(parts)
+        return StudentPolicy(parts, device)
     except (ValueError, KeyError) as error:
         raise UserError(f"{folder} does not hold a student this version can build: {error}") from None
 
 
-class StudentPolicy:
+class StudentPolicy(Policy):
     """Acts in `num_envs` environments of one task at once, with the last observations as its memory."""
 
-    def __init__(self, parts: StudentParts) -> None:
+    def __init__(self, parts: StudentParts, device: str | torch.device = "cpu") -> None:
         self.shape = parts.shape
         self.experts_by_stage = parts.experts_by_stage
         self.task_vectors = parts.task_vectors
         self.metadata = parts.metadata
-        self.student = Student(parts.shape, parts.experts_by_stage, inference=True)
+        self.student = Student(parts.shape, parts.experts_by_stage, executor="stacked")
         self.student.load_canonical(parts.state)
-        self.student.eval().requires_grad_(False)
-        self.actor = Actor(self.student)
-        kept = parts.method_state
-        self.isolation = plugins.load("methods", kept.method).acting(kept.tensors) if kept is not None else None
-        if self.isolation is not None:
+        self.student.to(device).eval().requires_grad_(False)
+        self._device = torch.device(device)
+        self._method = parts.method_state
+        self._weights_of_stages: Any = None  # an object that gives the state that a stage's tasks act with
+        if self._method is not None:
+            self._weights_of_stages = plugins.load("methods", self._method.method).acting(self._method.tensors)
+        if self._weights_of_stages is not None:
             self._state = parts.state
             stages = enumerate(parts.metadata["tasks_by_stage"], start=1)
             self._stages = {task: stage for stage, tasks in stages for task in tasks}
             self._stage = 0  # whose weights are in place: nobody's
-        self.inference: TaskInference | None = None
-        if parts.task_encoder_state is not None:
-            encoder = TaskEncoder.from_state(parts.task_encoder_state, parts.shape.observation_size)
-            mean, deviation = self.student.observation_mean, self.student.observation_std
-            self.inference = TaskInference(encoder, parts.task_vectors, parts.episode_facts, mean, deviation)
+        tokenizer = self.student.tokenizer
+        self.inference = plugins.load("embeddings", parts.task_embedding.name).inference(
+            parts.task_embedding,
+            parts.task_embedding_state,
+            parts.task_vectors,
+            parts.episode_statistics,
+            tokenizer.observation_mean,
+            tokenizer.observation_std,
+        )
         self._rows = 0
 
     @property
@@ -169,13 +181,13 @@ class StudentPolicy:
         if num_envs < 1:
             raise UserError(f"num_envs is {num_envs}, but a policy acts in at least 1 environment")
         if task_id is None:
-            if self.isolation is not None:
+            if self._method is not None and self._weights_of_stages is not None:
                 raise UserError(
-                    f"this student acts with weights that belong to a task's stage , so it "
+                    f"this student acts with weights that belong to a task's stage ({self._method.method}), so it "
                     f"must be told the task; name one instead of None: {', '.join(self.task_ids)}"
                 )
             if self.inference is None:
-                raise UserError("this student has no task encoder to infer the task with; name a task instead of None")
+                raise UserError("this student cannot infer the task from what it sees; name a task instead of None")
             vectors = torch.zeros(num_envs, self.shape.task_vector_size)
         elif task_id in self.task_vectors:
             vectors = torch.tensor(self.task_vectors[task_id]).repeat(num_envs, 1)
@@ -186,41 +198,38 @@ class StudentPolicy:
             raise UserError(f"this student does not know task '{task_id}'; {hint}It knows: {', '.join(self.task_ids)}")
         self._rows = num_envs
         self._infer = task_id is None
-        self._vectors = vectors
-        self.actor.begin(num_envs)
+        self._vectors = vectors.to(self._device)
+        self._cache = self.student.new_cache(num_envs)
         if self._infer:
-            assert self.inference is not None
             self.inference.begin(num_envs)
-            self._past = torch.zeros(num_envs, self.shape.history, self.shape.observation_size)
-        self._gate_sum = torch.zeros(self.num_experts, dtype=torch.float64)
-        self._gate_rows = 0
+            size = (num_envs, self.shape.history, self.shape.observation_size)
+            self._past = torch.zeros(size, device=self._device)
 
     def act_as_learnt(self, task_ids: Iterable[str]) -> None:
         """Put the weights in place that these tasks act with; only weights that a stage has to itself ever change.
 
         Raises ValueError when the tasks do not all act with the same.
         """
-        if self.isolation is None:
+        if self._weights_of_stages is None:
             return
         stages = {self._stages[task] for task in task_ids}
         if len(stages) != 1:
             raise ValueError(f"tasks of the stages {sorted(stages)} do not act with the same weights")
         (stage,) = stages
         if stage != self._stage:
-            self.student.load_canonical(self.isolation.state_of_stage(self._state, stage))
-            self.actor = Actor(self.student)
+            self.student.load_canonical(self._weights_of_stages.state_of_stage(self._state, stage))
             self._stage = stage
 
     def reset_rows(self, mask: np.ndarray) -> None:
         """Forget the history of the environments flagged by `mask` bool [num_envs]: they begin a new episode."""
-        self.actor.ages[torch.tensor(np.asarray(mask, dtype=bool))] = 0
+        self._cache.ages[torch.tensor(np.asarray(mask, dtype=bool), device=self._device)] = 0
 
     def act(self, observations: np.ndarray) -> np.ndarray:
         """Observations float32 [num_envs, obs] -> actions float32 [num_envs, act], clipped to [-1, 1].
 
         Raises UserError when `reset` was not called or the shape is another.
         """
-        seen = torch.tensor(np.asarray(observations, dtype=np.float32))
+        seen = torch.tensor(np.asarray(observations, dtype=np.float32), device=self._device)
         wanted = (self._rows, self.shape.observation_size)
         if self._rows == 0:
             raise UserError("call reset(task_id, num_envs) before act(observations)")
@@ -229,44 +238,37 @@ class StudentPolicy:
         with torch.inference_mode():
             if self._infer:
                 self._infer_tasks(seen)
-            actions, gate = self.actor.act(seen, self._vectors)
-            self._gate_sum += gate.double().sum(dim=0)
-            self._gate_rows += self._rows
-            clipped: np.ndarray = actions.clamp(-1.0, 1.0).numpy()
+            clipped: np.ndarray = self._newest(seen).clamp(-1.0, 1.0).cpu().numpy()
         return clipped
 
-    @property
-    def gate_usage(self) -> np.ndarray:
-        """Mean gate probability of every expert (ascending global id) since `reset`, float64 [E]."""
-        usage: np.ndarray = (self._gate_sum / max(1, self._gate_rows)).numpy()
-        return usage
+    def _newest(self, seen: Tensor) -> Tensor:
+        return self.student(seen[:, None], self._vectors, cache=self._cache)[0][:, 0]
 
     def _infer_tasks(self, seen: Tensor) -> None:
         """Take each environment's likeliest task for its task."""
-        assert self.inference is not None
-        vectors = self.inference.vectors(seen, self.actor.ages)
+        vectors = self.inference.vectors(seen, self._cache.ages)
         changed, self._vectors = not torch.equal(vectors, self._vectors), vectors
         if changed:
-            self._see_the_past_anew()
-        remember(self._past, seen, self.actor.ages)
+            self._see_the_past_again()
+        remember(self._past, seen, self._cache.ages)
 
-    def _see_the_past_anew(self) -> None:
+    def _see_the_past_again(self) -> None:
         """What the student keeps of past observations was computed for another task: look at them again."""
-        now = self.actor.ages
+        now = self._cache.ages
         count = now.clamp(max=self.shape.history - 1)
         first = (now.clamp(max=self.shape.history) - count)[:, None]
         for step in range(int(count.max())):
-            # rows that have no more past write where the newest observation will be written next
-            self.actor.ages = torch.where(step < count, now - count + step, now)
+            # rows that have no more past get an observation at the age of the newest one, which will replace it
+            self._cache.ages = torch.where(step < count, now - count + step, now)
             place = (first + step).clamp(max=self.shape.history - 1)
-            self.actor.act(self._past.take_along_dim(place[:, :, None], dim=1)[:, 0], self._vectors)
-        self.actor.ages = now
+            self._newest(self._past.take_along_dim(place[:, :, None], dim=1)[:, 0])
+        self._cache.ages = now
 
 
-class TaskAgnosticPolicy:
-    """A student that is never told its task: it infers it from what it sees, and `evaluate_policy` need not know."""
+class TaskAgnosticPolicy(Policy):
+    """A student that is never told its task: it infers it from what it sees, and whoever plays it need not know."""
 
-    def __init__(self, policy: StudentPolicy) -> None:
+    def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
     def reset(self, task_id: str | None, num_envs: int) -> None:

@@ -7,7 +7,7 @@ of old tasks to the stored vectors and keep new tasks away from them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,20 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_cpd.optimizers import Adam
-from hpc_cpd.settings import TaskEncoderSettings
+from hpc_cpd.student.embeddings.base import NewTasks
+from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
 from hpc_cpd.student.moe.gate import seeded_generator, seeded_linear
-from hpc_cpd.student.network import OBSERVATION_CLIP
+from hpc_cpd.student.tokenizers.base import OBSERVATION_CLIP
 
 POOL_WINDOWS = 1024
 """Windows drawn once per task; the steps sample from them, and their mean encoding is the task's vector."""
-
-WindowsOf = Callable[[str, int, np.random.Generator], np.ndarray]
 
 
 class TaskEncoder(nn.Module):
     """Normalised observations float32 [B, window, obs] -> unit vectors float32 [B, size]."""
 
-    def __init__(self, observation_size: int, settings: TaskEncoderSettings, seed: int = 0) -> None:
+    def __init__(self, observation_size: int, settings: ContrastiveSettings, seed: int = 0) -> None:
         super().__init__()
         self.window = settings.window
         generator = seeded_generator(seed, 3)
@@ -42,16 +41,9 @@ class TaskEncoder(nn.Module):
         return F.normalize(self.last(hidden), dim=1)
 
     @staticmethod
-    def sizes_of(state: Mapping[str, Tensor], observation_size: int) -> dict[str, int]:
-        """The settings that fix an encoder's tensors, read off its state: size, window, width."""
-        width, inputs = state["first.weight"].shape
-        return {"size": state["last.weight"].shape[0], "window": inputs // observation_size, "width": width}
-
-    @staticmethod
-    def from_state(state: Mapping[str, Tensor], observation_size: int) -> TaskEncoder:
+    def from_state(settings: ContrastiveSettings, state: Mapping[str, Tensor], observation_size: int) -> TaskEncoder:
         """The encoder whose `state_dict` is `state`, for inference."""
-        sizes = TaskEncoder.sizes_of(state, observation_size)
-        encoder = TaskEncoder(observation_size, TaskEncoderSettings.model_validate(sizes))
+        encoder = TaskEncoder(observation_size, settings)
         encoder.load_state_dict(dict(state))
         return encoder.eval().requires_grad_(False)
 
@@ -68,46 +60,33 @@ def info_nce(first: Tensor, second: Tensor, task_index: Tensor, temperature: flo
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(first), device=first.device))
 
 
-def learn_task_vectors(
-    windows_of: WindowsOf,
-    new_tasks: list[str],
-    remembered: list[str],
-    old_vectors: Mapping[str, np.ndarray],
-    encoder_state: Mapping[str, Tensor] | None,
-    mean: np.ndarray,
-    std: np.ndarray,
-    settings: TaskEncoderSettings,
-    seed: int,
-    stage: int,
-) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Train the encoder for one stage and give every new task its vector.
 
-    ``windows_of(task, n, rng)`` returns raw observations float32 [n, window, obs] of a new task, or of one of the old
-    tasks that are `remembered`; the vectors of other old tasks only keep the new ones away. Returns (encoder state,
-    float32 [size] unit vector of each new task). A pure function of its arguments; old vectors are never changed.
+    Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its arguments.
     """
-    rng = np.random.default_rng([seed, stage, 4])
-    old_tasks = list(old_vectors)
-    pools = {task: _pool(windows_of, task, mean, std, rng) for task in [*new_tasks, *remembered]}
-    encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, seed)
-    if encoder_state is not None:
-        encoder.load_state_dict(dict(encoder_state))
-    stored = torch.tensor(np.stack([old_vectors[task] for task in old_tasks])) if old_tasks else None
+    rng = np.random.default_rng([new.seed, new.stage, 4])
+    new_tasks, old_tasks = new.tasks, list(new.old_vectors)
+    pools = {task: _pool(new, task, settings.window, rng) for task in [*new_tasks, *new.remembered]}
+    encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, new.seed)
+    if new.state:
+        encoder.load_state_dict(dict(new.state))
+    stored = torch.tensor(np.stack([new.old_vectors[task] for task in old_tasks])) if old_tasks else None
     optimizer = Adam(encoder.parameters(), lr=settings.learning_rate)
-    places = torch.tensor([old_tasks.index(task) for task in remembered], dtype=torch.int64)
+    places = torch.tensor([old_tasks.index(task) for task in new.remembered], dtype=torch.int64)
     per_task = settings.windows_per_task
     new_index = torch.arange(len(new_tasks)).repeat_interleave(per_task)
     for _ in range(settings.gradient_steps):
         drawn = {task: _augmented(_sample(pool, 2 * per_task, rng), rng) for task, pool in pools.items()}
         encoded = encoder(torch.cat(list(drawn.values()))).view(len(pools), 2, per_task, -1)
-        new = encoded[: len(new_tasks)]
-        first, second = new[:, 0].flatten(0, 1), new[:, 1].flatten(0, 1)
+        ours = encoded[: len(new_tasks)]
+        first, second = ours[:, 0].flatten(0, 1), ours[:, 1].flatten(0, 1)
         if stored is None:
             loss = info_nce(first, second, new_index, settings.temperature)
         else:
             loss = _info_nce_beside(first, second, new_index, stored, settings.temperature)
-            if remembered:
-                loss = loss + _pull(encoded[len(new_tasks) :], new, stored, places, settings.temperature)
+            if new.remembered:
+                loss = loss + _pull(encoded[len(new_tasks) :], ours, stored, places, settings.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -130,7 +109,7 @@ def _info_nce_beside(first: Tensor, second: Tensor, index: Tensor, stored: Tenso
 
 
 def _pull(old: Tensor, new: Tensor, stored: Tensor, places: Tensor, temperature: float) -> Tensor:
-    """Windows of old tasks [tasks, 2, n, D] towards their vectors, away from the others and the new tasks.
+    """Windows of remembered tasks [tasks, 2, n, D] towards their vectors, away from the others and the new tasks.
 
     `places` int64 [tasks]: which of the `stored` vectors belongs to each.
     """
@@ -141,8 +120,9 @@ def _pull(old: Tensor, new: Tensor, stored: Tensor, places: Tensor, temperature:
     return F.cross_entropy(logits.flatten(0, 1), target) + distance.mean() / temperature
 
 
-def _pool(windows_of: WindowsOf, task: str, mean: np.ndarray, std: np.ndarray, rng: np.random.Generator) -> Tensor:
-    windows = (torch.tensor(windows_of(task, POOL_WINDOWS, rng)) - torch.tensor(mean)) / torch.tensor(std)
+def _pool(new: NewTasks, task: str, window: int, rng: np.random.Generator) -> Tensor:
+    drawn = new.windows_of(task, POOL_WINDOWS, window, rng)
+    windows = (torch.tensor(drawn) - torch.tensor(new.mean)) / torch.tensor(new.std)
     return windows.clamp(-OBSERVATION_CLIP, OBSERVATION_CLIP).float()
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hpc_cpd.student.network import OBSERVATION_CLIP
 from hpc_cpd.student.task_encoder import TaskEncoder
+from hpc_cpd.student.tokenizers.base import OBSERVATION_CLIP
 
 MOST = 0.9
 """Share of a task's episodes that end within its `steps`."""
@@ -50,25 +50,31 @@ class TaskInference:
         self,
         encoder: TaskEncoder,
         vectors: Mapping[str, np.ndarray],
-        facts: Mapping[str, EpisodeStatistics],
+        statistics: Mapping[str, EpisodeStatistics],
         mean: Tensor,
         deviation: Tensor,
     ) -> None:
-        """`vectors`, `facts`: of every task that is known; `mean`, `deviation` float32 [obs]: the normaliser."""
+        """`vectors`, `statistics`: of every task that is known; `mean`, `deviation` float32 [obs]: the normaliser.
+
+        All on one device, that of `mean`.
+        """
         self.encoder = encoder
-        self.known = torch.tensor(np.stack(list(vectors.values())))
+        self._device = mean.device
+        self.known = torch.tensor(np.stack(list(vectors.values())), device=self._device)
         self._mean, self._deviation = mean, deviation
-        starts = torch.tensor(np.stack([facts[task].start for task in vectors]))
+        starts = torch.tensor(np.stack([statistics[task].start for task in vectors]), device=self._device)
         self._start_mean = (starts[:, 0] - mean) / deviation
         self._start_deviation = (starts[:, 1] / deviation).clamp_min(LEAST_DEVIATION)
-        self._steps = torch.tensor([facts[task].steps for task in vectors])
+        self._steps = torch.tensor([statistics[task].steps for task in vectors], device=self._device)
 
     def begin(self, rows: int) -> None:
         """Forget everything; `rows` environments begin an episode each."""
-        self._window = torch.zeros(rows, self.encoder.window, len(self._mean))
-        self._encodings = torch.zeros(rows, self.known.shape[1])
-        self._start = torch.zeros(rows, len(self.known))
-        self._spent = torch.zeros(rows, len(self.known), dtype=torch.int64)  # steps that each task was thought to be on
+        tasks, size = self.known.shape
+        self._window = torch.zeros(rows, self.encoder.window, len(self._mean), device=self._device)
+        self._encodings = torch.zeros(rows, size, device=self._device)
+        self._start = torch.zeros(rows, tasks, device=self._device)
+        # steps that each task was thought to be on
+        self._spent = torch.zeros(rows, tasks, dtype=torch.int64, device=self._device)
 
     def vectors(self, seen: Tensor, ages: Tensor) -> Tensor:
         """The vector of the likeliest task, float32 [rows, D], with the newest observations `seen` float32 [rows, obs].
@@ -87,7 +93,7 @@ class TaskInference:
         over = self._spent >= self._steps
         self._spent[(over | ~plausible).all(dim=1)] = 0  # what is plausible has been tried: it is tried again
         likeliest = evidence.masked_fill(self._spent >= self._steps, -math.inf).argmax(dim=1)
-        self._spent[torch.arange(len(seen)), likeliest] += 1
+        self._spent[torch.arange(len(seen), device=self._device), likeliest] += 1
         return self.known[likeliest]
 
     def _start_likelihood(self, normalised: Tensor) -> Tensor:
@@ -108,5 +114,5 @@ def remember(buffer: Tensor, seen: Tensor, ages: Tensor) -> None:
     length = buffer.shape[1]
     full = ages >= length
     buffer[full, :-1] = buffer[full, 1:].clone()
-    behind = torch.arange(length) >= ages.clamp(max=length - 1)[:, None]
+    behind = torch.arange(length, device=ages.device) >= ages.clamp(max=length - 1)[:, None]
     buffer.copy_(torch.where(behind[:, :, None], seen[:, None], buffer))

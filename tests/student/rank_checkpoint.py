@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hpc_cpd.distill.moments import read_moments, write_moments
 from torch import distributed as dist
 
-from hpc_cpd.distill.moments import read_moments, write_moments
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint

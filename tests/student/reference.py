@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from hpc_cpd.student.attention import Block
 from torch import Tensor
 
-from hpc_cpd.student.attention import Block
 from hpc_cpd.student.network import Student, StudentShape
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hpc_cpd.student.acting import FEW_ROWS
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import TaskEncoderSettings
-from hpc_cpd.student.acting import FEW_ROWS
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.student.task_encoder import TaskEncoder

@@ -27,10 +27,10 @@ teachers: {source: zoo, ranks: 1}
 trajectories: {episodes: 2}
 student:
   width: 8
-  heads: 2
+  backbone: {heads: 2}
   expert_hidden: 8
   history: 2
-  task_encoder: {gradient_steps: 5, width: 8, size: 4, window: 2, windows_per_task: 2}
+  task_embedding: {gradient_steps: 5, width: 8, size: 4, window: 2, windows_per_task: 2}
 memory: {budget_fraction: 0.6}
 distill: {ranks: 1, phase1_steps: 5, phase2_steps: 5, batch_size: 8}
 evaluation: {episodes: 1, forward_transfer: false}

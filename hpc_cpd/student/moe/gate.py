@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hpc_cpd.layers import empty_linear
 
 GATE_ROW_SCALE = 0.1
-"""New gate rows are this much smaller than an ordinary layer's, so that a birth bias decides alone."""
+"""New gate rows are this much smaller than an ordinary layer's, so that the initial bias decides alone."""
 
 
 def seeded_generator(seed: int, *purpose: int) -> torch.Generator:
@@ -40,22 +40,22 @@ class Routing:
     probabilities: Tensor  # float [n, E]: softmax over all experts
     selected: Tensor | None  # int64 [n, k]: columns of the chosen experts; None: every expert serves every token
     weights: Tensor  # float [n, k] for the chosen, [n, E] when all are
-    load: Tensor  # float64 [E]: how much the gate itself, not lifted, asks of every expert; no gradient
+    load: Tensor  # float64 [E]: how much the gate by itself asks of every expert; no gradient
 
 
 class Gate(nn.Module):
     """Softmax gate whose rows and biases are separate parameters per stage, so that a stage can be frozen alone."""
 
     def __init__(
-        self, input_size: int, experts_by_stage: list[list[int]], top_k: int, bias_at_birth: float, seed: int
+        self, input_size: int, experts_by_stage: list[list[int]], top_k: int, initial_bias: float, seed: int
     ) -> None:
-        """Stage 1 starts at bias 0; experts of a later stage start at `bias_at_birth`, so that nothing old changes.
+        """Stage 1 starts at bias 0; experts of a later stage start at `initial_bias`, so that nothing old changes.
 
         `top_k` 0 mixes all experts.
         """
         super().__init__()
         self.top_k = top_k
-        self.bias_at_birth = bias_at_birth
+        self.initial_bias = initial_bias
         self.stages = [stage for stage, ids in enumerate(experts_by_stage, start=1) if ids]
         self.num_experts = sum(map(len, experts_by_stage))
         self.newest = len(experts_by_stage[self.stages[-1] - 1])
@@ -63,7 +63,7 @@ class Gate(nn.Module):
         for stage in self.stages:
             count = len(experts_by_stage[stage - 1])
             rows = torch.empty(count, input_size).uniform_(-bound, bound, generator=seeded_generator(seed, 1, stage))
-            biases = torch.full((count,), self.bias_of(count) if stage > 1 else 0.0)
+            biases = torch.full((count,), self.initial_bias_of(count) if stage > 1 else 0.0)
             self.register_parameter(f"weight_{stage}", nn.Parameter(rows))
             self.register_parameter(f"bias_{stage}", nn.Parameter(biases))
 
@@ -72,23 +72,23 @@ class Gate(nn.Module):
         """Whether tokens go to some experts alone."""
         return 0 < self.top_k < self.num_experts
 
-    def bias_of(self, newborns: int) -> float:
-        """The bias at birth. More than five share the weight that five have: many change no more than five do."""
-        return self.bias_at_birth - math.log(max(1.0, newborns / 5))
+    def initial_bias_of(self, new_experts: int) -> float:
+        """That of each of so many. More than five share the weight that five have: many change no more than five do."""
+        return self.initial_bias - math.log(max(1.0, new_experts / 5))
 
-    def forward(self, tokens: Tensor, lift_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens: Tensor, override: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Tokens [n, input] -> (logits [n, E], logits that select [n, E], or None where they are the same).
 
-        Tokens flagged by `lift_mask` bool [n] select without the birth bias of the newest stage: an expert born at
-        -5 would never be among the top k, and would get no gradient.
+        Tokens flagged by `override` bool [n] are routed without the initial bias of the newest stage: an expert that
+        starts at -5 would never be among the top k, and would get no gradient.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # who serves a token must not be a matter of rounding
             logits = self._logits(tokens.float())
-        if lift_mask is None or not self.selects or len(self.stages) == 1:
+        if override is None or not self.selects or len(self.stages) == 1:
             return logits, None
-        lift = logits.new_zeros(self.num_experts)
-        lift[-self.newest :] = -self.bias_of(self.newest)
-        return logits, logits.detach() + lift_mask[:, None] * lift
+        change = logits.new_zeros(self.num_experts)
+        change[-self.newest :] = -self.initial_bias_of(self.newest)
+        return logits, logits.detach() + override[:, None] * change
 
     def _logits(self, tokens: Tensor) -> Tensor:
         # stage by stage: one product over all rows would round the old logits otherwise once there are more rows
@@ -110,7 +110,7 @@ class Gate(nn.Module):
         probabilities = F.softmax(logits, dim=-1)
         if not self.selects:
             return Routing(probabilities, None, probabilities, probabilities.detach().sum(dim=0).double())
-        # Lifted tokens did not come by the gate's wish: counted as load, they would push new experts down again.
+        # Where the bias was overridden the gate did not choose: as load, such tokens would push new experts down again.
         wished = self._highest(logits.detach())
         load = torch.bincount(wished.reshape(-1), minlength=self.num_experts).double()
         selected = wished if chooser is None else self._highest(chooser)

@@ -1,7 +1,7 @@
 """The mixture of experts itself: gate, experts keyed by global id, dense or top-k mixing, on one rank or many.
 
-This module knows torch alone, so that a published student can be loaded anywhere; `experts.py` puts it under
-DeepSpeed's engine.
+This module knows torch alone, so that a published student can be loaded anywhere; `deepspeed.py` puts it under
+DeepSpeed's engine, `executors.py` has the forms in which nothing is trained.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Mixture(nn.Module):
         experts_by_stage: list[list[int]],
         expert_parallel_size: int,
         top_k: int,
-        gate_bias_at_birth: float,
+        initial_gate_bias: float,
         seed: int,
         shared_hidden: int = 0,
     ) -> None:
@@ -60,7 +60,7 @@ class Mixture(nn.Module):
         self.expert_parallel_size = expert_parallel_size
         self.expert_parallel_rank = _rank() % expert_parallel_size
         self.owners = np.array([global_id % expert_parallel_size for global_id in ids])
-        self.gate = Gate(input_size, experts_by_stage, top_k, gate_bias_at_birth, seed)
+        self.gate = Gate(input_size, experts_by_stage, top_k, initial_gate_bias, seed)
         self.experts = nn.ModuleDict(
             {
                 # how an expert starts is a function of (seed, global id) alone
@@ -77,17 +77,17 @@ class Mixture(nn.Module):
         self._group: Group = None
 
     def forward(
-        self, tokens: Tensor, valid: Tensor | None = None, lift_mask: Tensor | None = None
+        self, tokens: Tensor, valid: Tensor | None = None, override: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [n, input] -> (outputs [n, output], load-balancing loss [], gate probabilities [n, E]).
 
         Tokens with `valid` bool [n] False reach no expert, count in no statistics, and come out as zeros. The loss is
-        scaled so that its mean over ranks is the loss of the global batch. A collective over the ranks when training or
-        when experts are spread.
+        scaled so that its mean over ranks is the loss of the global batch. `override` bool [n]: see `Gate.forward`. A
+        collective over the ranks when training or when experts are spread.
         """
         if self.expert_parallel_size > 1 and self._group is None:
             raise RuntimeError("experts are spread over ranks, but no expert-parallel group was set by the engine")
-        logits, chooser = self.gate(tokens, lift_mask)
+        logits, chooser = self.gate(tokens, override)
         index = None if valid is None or bool(valid.all()) else valid.nonzero().squeeze(1)
         if index is None:
             routing, served = self.gate.route(logits, chooser), tokens
@@ -106,6 +106,14 @@ class Mixture(nn.Module):
         if index is not None:
             outputs = outputs.new_zeros(tokens.shape[0], self.output_size).index_copy(0, index, outputs)
         return outputs, self._load_balancing_loss(routing, table), probabilities
+
+    def newest(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, less the loss, for the newest observations [n, input] of a student that acts."""
+        outputs, _, probabilities = self(tokens)
+        return outputs, probabilities
+
+    def weights_changed(self) -> None:
+        """The parameters were given other values: whoever keeps copies makes new ones."""
 
     def _counts(self, routing: Routing) -> Tensor:
         """float64 [ranks, 1 + 2 E] on the CPU: valid tokens, load of every expert, rows sent to every expert.

@@ -1,69 +1,58 @@
-"""A student at work: one observation per control tick in many environments at once, and nothing computed twice.
-
-Keys and values of the observations that a block can still look back at are kept, so that a tick costs one token
-instead of a window of them. Of the rest most is reading the experts' weights, and they are kept as a tick reads them.
-"""
+"""Other ways to ask the experts of a mixture, for a student that acts and for gradients of single samples."""
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc_cpd.student.attention import Block, rotation
 from hpc_cpd.student.moe.mixture import Expert, Mixture
-from hpc_cpd.student.network import Student
 
 FEW_ROWS = 64
 """Up to so many, one product for all experts is faster than one for each; beyond, their results leave the cache."""
 
 
-class Actor:
-    """Acts with the weights that `student` has when the actor is made; the student must hold all its experts."""
+class StackedMixture(Mixture):
+    """Answers for newest observations with weights that are laid out once: mostly, a tick reads the experts' weights."""
 
-    def __init__(self, student: Student) -> None:
-        self.student = student
-        self.blocks = cast(list[Block], list(student.blocks))
-        self.mixtures = cast(list[Mixture], list(student.mixtures))
-        self._experts = [_SelectedExperts(m) if m.gate.selects else _StackedExperts(m) for m in self.mixtures]
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._experts: _SelectedExperts | _StackedExperts | None = None
 
-    def begin(self, rows: int) -> None:
-        """Forget everything and act in `rows` environments."""
-        shape, size = self.student.shape, self.student.head_size
-        self.ages = torch.zeros(rows, dtype=torch.int64)  # observations seen in this episode
-        self._rows = torch.arange(rows)
-        self._kept = [torch.zeros(2, rows, shape.heads, block.reach, size) for block in self.blocks]
+    def newest(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Mixture`; the same up to rounding."""
+        if not self.gate.selects and len(tokens) > FEW_ROWS:
+            return super().newest(tokens)
+        if self._experts is None:
+            self._experts = _SelectedExperts(self) if self.gate.selects else _StackedExperts(self)
+        return self._experts(tokens)
 
-    def act(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Newest observations [rows, obs], task vectors [rows, D] -> (actions [rows, act], gate probabilities
-        [rows, E], the mean of all mixtures).
+    def weights_changed(self) -> None:
+        self._experts = None
+
+
+class FunctionalMixture(Mixture):
+    """Asks every expert at every token, with the weight zero for those that a top-k gate did not choose.
+
+    So nothing depends on the data, as `torch.func` demands; actions and their gradients are those of `Mixture`.
+    """
+
+    def forward(
+        self, tokens: Tensor, valid: Tensor | None = None, override: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [n, input] -> (outputs [n, output], 0 in place of a loss, gate probabilities [n, E]).
+
+        Every token is served, whatever `valid` says, and the gate routes alone.
         """
-        student = self.student
-        turn = rotation(self.ages, student.head_size).unsqueeze(2)
-        tokens, context = student.embed(observations, task_vectors)
-        gates = []
-        for number, (block, kept) in enumerate(zip(self.blocks, self._kept, strict=True)):
-            query, key, value = block.query_key_and_value(tokens[:, None], turn)
-            slot = self.ages % block.reach
-            kept[0, self._rows, :, slot] = key[:, :, 0]
-            kept[1, self._rows, :, slot] = value[:, :, 0]
-            written = torch.arange(block.reach) <= self.ages[:, None]
-            attended = F.scaled_dot_product_attention(query, kept[0], kept[1], attn_mask=written[:, None, None])
-            tokens = block.after_attention(tokens, attended.flatten(1))
-            place = student.mixture_behind(number)
-            if place is not None:
-                features = student.norms_features[place](tokens)
-                inputs = torch.cat([features, context], dim=-1)
-                if self.mixtures[place].gate.selects or len(inputs) <= FEW_ROWS:
-                    mixed, gate = self._experts[place](inputs)
-                else:
-                    mixed, _, gate = self.mixtures[place](inputs)
-                tokens = features + mixed
-                gates.append(gate)
-        self.ages += 1
-        return student.head(student.norm_head(tokens)), torch.stack(gates).mean(dim=0)
+        logits = self.gate(tokens, None)[0]
+        weights = self.gate.weights_of_all(logits)
+        outputs = torch.stack([expert(tokens) for expert in self.experts.values()], dim=1)
+        mixed = (outputs * weights.unsqueeze(-1)).sum(dim=1)
+        if self.shared is not None:
+            mixed = mixed + self.shared(tokens)
+        return mixed, mixed.new_zeros(()), F.softmax(logits, dim=-1)
 
 
 class _StackedExperts:
@@ -95,7 +84,7 @@ class _StackedExperts:
 class _SelectedExperts:
     """The experts of a top-k mixture for the tokens that selected them: the same outputs up to rounding.
 
-    Weights stand as the products of few rows read them, and what training needs is left out: 1.4 times as fast.
+    Weights are laid out as products of few rows read them, and what training needs is left out: 1.4 times as fast.
     """
 
     def __init__(self, mixture: Mixture) -> None:

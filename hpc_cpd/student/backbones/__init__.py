@@ -1,0 +1,1 @@
+"""Backbones, found by name: what makes features of the tokens of a history."""

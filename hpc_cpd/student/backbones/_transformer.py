@@ -1,0 +1,160 @@
+"""The network of the Transformer backbone: causal blocks that look back at a limited number of observations.
+
+Positions are told apart by rotary embedding (arXiv 2104.09864): what a query finds in a key depends on how far apart
+they are and on nothing else. A window that moves on by one observation therefore keeps all its keys and values, and a
+student that acts computes one observation per control step instead of the window.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hpc_cpd.student.backbones.base import Backbone, Cache, Experts
+from hpc_cpd.student.moe.gate import seeded_linear
+
+if TYPE_CHECKING:
+    from hpc_cpd.student.backbones.transformer import TransformerSettings
+    from hpc_cpd.student.network import StudentShape
+
+FEED_FORWARD_FACTOR = 4
+ROTARY_BASE = 100.0
+"""Slowest wavelength over the fastest. Windows are some tens of observations long, not thousands of words."""
+
+
+def attention_windows(history: int, layers: int) -> list[int]:
+    """Observations that each block's queries see, their own included.
+
+    Together the blocks see exactly `history` of them. With `history` for each, a block would see through the keys of
+    the one before it what lies further back, and a student that acts with a cache would not be the one that learnt.
+    """
+    share, rest = divmod(history - 1, layers)
+    return [1 + share + (layer < rest) for layer in range(layers)]
+
+
+def rotary(positions: Tensor, head_size: int) -> Tensor:
+    """Cosines and sines of the angles of queries and keys at `positions` int64 [...]: float32 [2, ..., head_size / 2]."""
+    half = head_size // 2
+    exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
+    angles = positions[..., None] * ROTARY_BASE**-exponents  # in float64: an episode may last for days
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotated(vectors: Tensor, angles: Tensor) -> Tensor:
+    """`vectors` [..., head size] rotated by `angles` (of :func:`rotary`) [2, ..., head size / 2], which is broadcast."""
+    one, other = vectors.chunk(2, dim=-1)
+    cosine, sine = angles.to(vectors.dtype)
+    return torch.cat([one * cosine - other * sine, one * sine + other * cosine], dim=-1)
+
+
+class Transformer(Backbone):
+    """Blocks, with a layer norm and a mixture of experts behind each of the last ones."""
+
+    def __init__(self, settings: TransformerSettings, shape: StudentShape, generator: torch.Generator) -> None:
+        super().__init__()
+        self.mixtures = settings.mixtures
+        self.head_size = shape.width // settings.heads
+        self.blocks = nn.ModuleList(
+            Block(shape.width, settings.heads, window, generator)
+            for window in attention_windows(shape.history, settings.layers)
+        )
+        self.norms_features = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(settings.mixtures))
+
+    def forward(
+        self, tokens: Tensor, experts: Experts, positions: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
+        """See :class:`Backbone`."""
+        shape, last = tokens.shape, len(self.blocks) - 1
+        times = torch.arange(shape[1], device=tokens.device) if cache is None else cache.ages[:, None]
+        angles = rotary(times, self.head_size)
+        for number, block in enumerate(self.blocks):
+            # behind the last block's attention no position looks at another: only those that are wanted go on
+            wanted = positions if number == last else None
+            past = (cache.kept[number], cache.ages) if cache is not None else None
+            early = None if self.functional else wanted  # single samples: their gradients are rounded so
+            tokens = block(tokens, angles, early, past).flatten(0, -2)
+            if early is not wanted and wanted is not None:
+                tokens = tokens.index_select(0, wanted)
+            mixture = number - (len(self.blocks) - self.mixtures)
+            if mixture >= 0:
+                tokens = experts(mixture, self.norms_features[mixture](tokens), wanted)
+            if number != last:
+                tokens = tokens.view(shape)
+        return tokens
+
+    def new_cache(self, rows: int) -> Cache:
+        """Keys and values [2, rows, heads, window, head size] of each block; that of age a stands at a % window."""
+        device = next(self.parameters()).device
+        kept = [
+            torch.zeros(2, rows, block.heads, block.window, self.head_size, device=device)
+            for block in self.blocks
+            if isinstance(block, Block)
+        ]
+        return Cache(torch.zeros(rows, dtype=torch.int64, device=device), kept)
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm causal Transformer block: [B, L, width] -> [B, L, width]."""
+
+    def __init__(self, width: int, heads: int, window: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.norm_attention = nn.LayerNorm(width)
+        self.query_key_value = seeded_linear(width, 3 * width, generator)
+        self.attention_out = seeded_linear(width, width, generator)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.feed_forward_in = seeded_linear(width, FEED_FORWARD_FACTOR * width, generator)
+        self.feed_forward_out = seeded_linear(FEED_FORWARD_FACTOR * width, width, generator)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        angles: Tensor,
+        positions: Tensor | None = None,
+        past: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """`angles`: `rotary` of the positions, [2, L, head size / 2], or [2, B, 1, head size / 2] with a cache.
+
+        `positions` int64 [n] (into B * L): only these come out, [n, width]; what nobody reads is not computed. `past`:
+        keys and values that are kept, and the rows' ages; then L is 1.
+        """
+        query, key, value = self.query_key_and_value(tokens, angles)
+        if past is None:
+            attended = self._within_window(query, key, value)
+        else:
+            attended = self._with_past(query, key, value, *past)
+        attended = attended.transpose(1, 2).flatten(2)
+        if positions is not None:
+            tokens, attended = (each.flatten(0, 1).index_select(0, positions) for each in (tokens, attended))
+        tokens = tokens + self.attention_out(attended)
+        hidden = F.gelu(self.feed_forward_in(self.norm_feed_forward(tokens)))
+        after: Tensor = tokens + self.feed_forward_out(hidden)
+        return after
+
+    def _within_window(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        length = query.shape[2]
+        allowed = None
+        if self.window < length:
+            apart = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+            allowed = (apart >= 0) & (apart < self.window)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
+
+    def _with_past(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, ages: Tensor) -> Tensor:
+        rows, slots = torch.arange(len(ages), device=ages.device), ages % self.window
+        kept[0, rows, :, slots] = key[:, :, 0]
+        kept[1, rows, :, slots] = value[:, :, 0]
+        written = torch.arange(self.window, device=ages.device) <= ages[:, None]
+        return F.scaled_dot_product_attention(query, kept[0], kept[1], attn_mask=written[:, None, None])
+
+    def query_key_and_value(self, tokens: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, L, width] -> three times [B, heads, L, head size]."""
+        size = tokens.shape[2] // self.heads
+        mixed = self.query_key_value(self.norm_attention(tokens)).unflatten(2, (3, self.heads, size)).transpose(1, 3)
+        # split and unbound, never indexed: the gradient of each index would be a tensor of zeros with a part filled in
+        both, value = mixed.split([2, 1], dim=2)
+        query, key = rotated(both, angles.unflatten(-2, (1, 1, -1))).unbind(2)
+        return query, key, value.squeeze(2)

@@ -1,0 +1,1 @@
+"""Task embeddings, found by name: what gives every task its vector."""

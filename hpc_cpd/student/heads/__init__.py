@@ -1,0 +1,1 @@
+"""Heads, found by name: what makes an action of the features."""

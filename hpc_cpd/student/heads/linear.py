@@ -1,0 +1,38 @@
+"""Actions by layer norm and one linear layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from hpc_cpd.settings import PluginSettings
+
+if TYPE_CHECKING:
+    from torch import Generator, nn
+
+    from hpc_cpd.student.network import StudentShape
+
+
+class LinearHeadSettings(PluginSettings):
+    """It has none."""
+
+    name: Literal["linear"] = "linear"
+
+
+class LinearHead:
+    """See `hpc_cpd.student.heads.base.Head`."""
+
+    Settings = LinearHeadSettings
+
+    @staticmethod
+    def build(settings: Any, shape: StudentShape, generator: Generator) -> nn.Module:
+        from torch import nn
+
+        from hpc_cpd.student.moe.gate import seeded_linear
+
+        head = nn.Sequential()
+        head.add_module("norm_head", nn.LayerNorm(shape.width))
+        head.add_module("head", seeded_linear(shape.width, shape.action_size, generator))
+        return head
+
+
+plugin = LinearHead

@@ -1,0 +1,1 @@
+"""Tokenizers, found by name: what makes a token of an observation."""
