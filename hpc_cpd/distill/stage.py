@@ -17,7 +17,7 @@ from hpc_cpd.distill.batches import StageBatches, shares_of
 from hpc_cpd.distill.dagger import open_new, play_and_answer
 from hpc_cpd.distill.finalize import episode_errors, routing_by_task, samples_of
 from hpc_cpd.distill.initialize import initialize_stage, untrained
-from hpc_cpd.distill.train import train_phases
+from hpc_cpd.distill.train import expert_parallel_size, train_phases
 from hpc_cpd.distill.validation import check_settings, do_without_missing, require_stage
 from hpc_cpd.distributed.torch import (
     device_of_rank,
@@ -32,7 +32,7 @@ from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, pha
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, read_json, write_json
-from hpc_cpd.student.checkpoint import gather_method_state
+from hpc_cpd.student.checkpoint import gather_method_state, of_this_rank
 from hpc_cpd.student.method_state import MethodState
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
@@ -137,7 +137,8 @@ def _learn(
         lambda store: shares_of(store, weights),
         load_student(stage.run.stage(stage.number - 1) / "student", device_of_rank()) if stage.number > 1 else None,
     )
-    method.load_state_dict(start.method_state.tensors if start.method_state is not None else {})
+    before = start.method_state.tensors if start.method_state is not None else {}
+    method.load_state_dict(of_this_rank(before, expert_parallel_size(config)))
     method.begin_stage(stage)
     rows = method.rows(data, config.distill.batch_size)
     batches = StageBatches(rows, data, [config.seed, stage.number], device_of_rank())

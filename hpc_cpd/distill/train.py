@@ -83,6 +83,12 @@ def train_phases(
 
 def build_student(start: StudentParts, config: Config) -> Student:
     """An untrained module of the shape of `start` for this rank, on its device."""
+    size = expert_parallel_size(config)
+    return Student(start.shape, start.experts_by_stage, size, config.seed).to(device_of_rank())
+
+
+def expert_parallel_size(config: Config) -> int:
+    """How many ranks share one set of experts. Raises UserError where that does not divide the ranks."""
     world_size = torch.distributed.get_world_size()
     size = config.distill.expert_parallel_size or world_size
     if world_size % size:
@@ -90,7 +96,7 @@ def build_student(start: StudentParts, config: Config) -> Student:
             f"setting 'distill.expert_parallel_size' is {size}, which does not divide the {world_size} ranks; "
             "choose a divisor, or 0 for all of them"
         )
-    return Student(start.shape, start.experts_by_stage, size, config.seed).to(device_of_rank())
+    return size
 
 
 def new_experts_of(start: StudentParts, number: int) -> list[int]:

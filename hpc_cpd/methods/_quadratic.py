@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from hpc_cpd.methods.base import Method, MethodSettings, Samples
+from hpc_cpd.methods.base import Method, MethodSettings, Samples, sum_over_parameters
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,22 +50,18 @@ class QuadraticMethod(Method):
 
     def extra_loss(self, student: Student, batch: Any, gate: Tensor, share: float) -> Tensor | None:
         """Half the quadratic, scaled so that the mean over ranks of its gradient is the gradient of the whole."""
-        import torch
-
         if not self.importance:
             return None
-        total = torch.zeros((), device=next(student.parameters()).device)
-        for name, parameter in student.named_parameters():
-            if not parameter.requires_grad or name not in self.importance:
-                continue
-            # an expert's gradient is averaged over all ranks but only world / size of them hold it
-            copies = 1 if getattr(parameter, "allreduce", True) else student.expert_parallel_size
+
+        def half(name: str, parameter: Tensor) -> Tensor | None:
+            if name not in self.importance:
+                return None
             if name not in self._on_device:  # once, not in every step
                 self._on_device[name] = self.importance[name].to(parameter), self.anchor[name].to(parameter)
             importance, anchor = self._on_device[name]
-            distance = (parameter - anchor).square()
-            total = total + 0.5 * copies * (importance * distance).sum()
-        return self.settings.coefficient * total
+            return 0.5 * (importance * (parameter - anchor).square()).sum()
+
+        return self.settings.coefficient * sum_over_parameters(student, half)
 
     def end_stage(
         self, state: Mapping[str, Tensor], student: Callable[[], Student], samples: Callable[[int], Samples]

@@ -262,12 +262,14 @@ class Method:
         """Tensors that a resumed stage, and the next one, go on with.
 
         A key ``PARAMETER|word`` belongs to a parameter of the student: every rank gives those of the parameters that it
-        holds, and gets the same back on any number of ranks. Any other key has the same value on every rank.
+        holds, and is given those of the parameters that it holds, also on another number of ranks. Any other key has
+        the same value on every rank.
         """
         return {}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
+        """Go on from what `state_dict` gave, in this stage or the one before; empty in stage 1. The tensors are on the
+        CPU."""
 
     @staticmethod
     def acting(tensors: Mapping[str, Tensor]) -> Any:
@@ -277,6 +279,23 @@ class Method:
         the canonical state that the tasks of `stage` act with.
         """
         return None
+
+
+def sum_over_parameters(student: Student, term: Callable[[str, Tensor], Tensor | None]) -> Tensor:
+    """The sum of `term` (name, parameter) -> float32 [] over the parameters that learn, scaled as `extra_loss` must be.
+
+    None counts as zero. Experts may be spread over ranks: each enters the mean over ranks once, like all else.
+    """
+    import torch
+
+    total = torch.zeros((), device=next(student.parameters()).device)
+    for name, parameter in student.named_parameters():
+        value = term(name, parameter) if parameter.requires_grad else None
+        if value is not None:
+            # an expert's gradient is averaged over all ranks but only world / size of them hold it
+            copies = 1 if getattr(parameter, "allreduce", True) else student.expert_parallel_size
+            total = total + copies * value
+    return total
 
 
 def method_of(config: Config) -> Method:

@@ -128,6 +128,17 @@ def gather_method_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(sorted((mine | {key: tensor for part in gather(spread) for key, tensor in part.items()}).items()))
 
 
+def of_this_rank(tensors: Mapping[str, Tensor], expert_parallel_size: int) -> dict[str, Tensor]:
+    """A method's state without what belongs to experts that live on other ranks."""
+    rank = dist.get_rank() if is_distributed() else 0
+    experts = {key: expert_of(key.partition("|")[0]) if "|" in key else None for key in tensors}
+    return {
+        key: tensors[key]
+        for key, expert in experts.items()
+        if expert is None or (expert - rank) % expert_parallel_size == 0
+    }
+
+
 def _file_of(name: str) -> str:
     place = expert_place(name)
     return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
