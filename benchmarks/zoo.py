@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.metaworld import NAMES
-from hpc_cpd.tasks.registry import run_plan
+from hpc_cpd.tasks.registry import resolve_tasks, run_plan
 from hpc_cpd.teachers.policy import ZOO, load_teacher
 from hpc_cpd.teachers.sources.zoo import add_to_zoo
 from hpc_cpd.teachers.starts.demonstrations import ScriptedActor
@@ -149,12 +150,14 @@ def _page(records: dict[str, dict[str, Any]]) -> str:
         "Steps are environment steps, minutes wall-clock of one teacher. Made by `python benchmarks/zoo.py RUN ...`;",
         "each number's command, seed, commit and machine stand in `docs/teachers/*.json`.",
         "",
+        textwrap.fill(_about_clones(records), 120),
+        "",
         "| task | from scratch | steps | minutes | warm-started | minutes | scripted | in the zoo |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for task in TASKS:
         scratch, warm = records["scratch"].get(task), records["demonstrations"].get(task)
-        zoo = "" if not is_done(ZOO / task) else STARTS[load_teacher(ZOO / task).provenance["start"]]
+        zoo = _shipped(load_teacher(ZOO / task).provenance) if is_done(ZOO / task) else ""
         cells = [
             task.removeprefix("metaworld/"),
             _percent(scratch),
@@ -203,6 +206,32 @@ def _page(records: dict[str, dict[str, Any]]) -> str:
             ]
         lines += ["", "![learning on other environments](teachers/elsewhere.png)", ""]
     return "\n".join(lines)
+
+
+def _about_clones(records: dict[str, dict[str, Any]]) -> str:
+    warm, zoo = [], []
+    for tasks in ("MT25", "MT50"):
+        made = [records["demonstrations"][task] for task in resolve_tasks(tasks) if task in records["demonstrations"]]
+        warm.append(f"{sum(one['environment_steps'] == 0 for one in made)} of {tasks}'s {len(made)}")
+        there = [load_teacher(ZOO / task).provenance for task in resolve_tasks(tasks) if is_done(ZOO / task)]
+        zoo.append(f"{sum(map(_is_clone, there))} of {tasks}'s {len(there)}")
+    return (
+        "A warm-started teacher first imitates Meta-World's scripted policy (it is cloned); PPO goes on only where "
+        "that is not good enough. It was good enough, so that PPO made no step, for "
+        f"{' and '.join(warm)} warm-started teachers. "
+        "*Clone* in the last column: no step of PPO went into the weights, so the teacher copies the scripted policy. "
+        f"Of the teachers in the zoo these are {' and '.join(zoo)}. The zoo has, of both starts, the teacher that did "
+        "better on these very goals; the last column also has its success as it is shipped, with weights in float16."
+    )
+
+
+def _is_clone(provenance: dict[str, Any]) -> bool:
+    return provenance["start"] == "demonstrations" and provenance["best"]["environment_steps"] == 0
+
+
+def _shipped(provenance: dict[str, Any]) -> str:
+    kind = "clone" if _is_clone(provenance) else STARTS[provenance["start"]]
+    return f"{kind}, {_percent(provenance['evaluation'])}"
 
 
 def _percent(record: dict[str, Any] | None) -> str:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
+from hpc_cpd.former_keys import advice, former_keys
 from hpc_cpd.settings import METHOD, Choice, ClusterSettings, Config, PluginSettings, Settings, choice_of, mistake
 
 SCHEMA_VERSION = 2
@@ -28,8 +29,12 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     if path is not None:
         values = _read_mapping(Path(path), "there is no config file {}; give one of configs/*.yaml with --config")
         version = values.pop("schema_version", SCHEMA_VERSION)
+        former = former_keys(values)
         if version != SCHEMA_VERSION:
-            raise UserError(f"{path} has schema_version {version}, but this version reads {SCHEMA_VERSION}")
+            told = f": {advice(former)}" if former else ""
+            raise UserError(f"{path} has schema_version {version}, but this version reads {SCHEMA_VERSION}{told}")
+        if former:
+            raise UserError(f"{path}: {advice(former)}")
         cluster = values.get("cluster")
         if isinstance(cluster, dict) and "site" in cluster:
             values["cluster"] = _site(cluster.pop("site")) | cluster
@@ -74,6 +79,8 @@ def parse_config(values: Mapping[str, Any]) -> Config:
 
     A method may have presets: settings of other groups that it wants where nobody says otherwise.
     """
+    if former := former_keys(values):
+        raise UserError(advice(former))
     filled = dict(values)
     method = METHOD.resolve(filled.get("method", {}))
     for group, presets in plugins.load("methods", method.name).presets.items():

@@ -26,6 +26,7 @@ ORDER = [
     {"distributed"},
     {"run"},
     {"config"},
+    {"former_keys"},
     {"settings"},
     {"plugins"},
     {"progress", "errors", "optimizers", "layers"},

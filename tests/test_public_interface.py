@@ -4,13 +4,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 import hpc_cpd
-from hpc_cpd import errors
+from hpc_cpd import errors, plugins
 from hpc_cpd.config import load_config
-from hpc_cpd.settings import Config, Settings
+from hpc_cpd.settings import Config, Settings, choice_of
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_name("golden_settings.txt")
@@ -60,13 +61,19 @@ def test_python_names():
 
 
 def keys(settings: type[Settings], prefix: str = "") -> list[str]:
+    """Every dotted key; those of a plug-in as ``method[ewc].coefficient``, for each that comes with the package."""
     found = []
     for name, field in settings.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
-            found += keys(kind, f"{prefix}{name}.")
-        else:
+        choice = choice_of(settings, name)
+        if choice is not None:
             found.append(f"{prefix}{name}")
+            for plugin in plugins.built_in(choice.kind):
+                inner = keys(plugins.load(choice.kind, plugin).Settings, f"{prefix}{name}[{plugin}].")
+                found += [key for key in inner if not key.endswith("].name")]
+            continue
+        groups = [kind for kind in (field.annotation, *get_args(field.annotation)) if isinstance(kind, type)]
+        group = next((kind for kind in groups if issubclass(kind, Settings)), None)  # of "GrowthSettings | None" too
+        found += [f"{prefix}{name}"] if group is None else keys(group, f"{prefix}{name}.")
     return found
 
 

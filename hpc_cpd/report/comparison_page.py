@@ -121,9 +121,13 @@ def _settings(comparison: Comparison) -> str:
     if not settings:
         return '<section id="settings"><h2>Settings that differ</h2><p>None.</p></section>'
     head = "".join(f"<th>{_text(group.name)}</th>" for group in groups)
-    rows = "".join(
-        f"<tr><td>{_text(key)}</td>{''.join(f'<td>{_text(plain(values[g.name]))}</td>' for g in groups)}</tr>"
+    shown = {
+        key: [_text(plain(values[g.name])) if g.name in values else "" for g in groups]
         for key, values in settings.items()
+    }
+    rows = "".join(
+        f"<tr><td>{_text(key)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+        for key, values in shown.items()
     )
     return (
         '<section id="settings"><h2>Settings that differ</h2><div class="scroll"><table><thead><tr><th>Setting</th>'

@@ -15,6 +15,7 @@ from hpc_cpd.report.comparison_table import cells, headings
 from hpc_cpd.report.style import LIGHT, png
 from hpc_cpd.run.publish import write_bytes
 
+NOTES = "notes.md"  # in the folder: what a reader must know about all its sweeps
 PICTURES = ("success_by_stage", "final_success")
 _CHECK = {"episodes": 50, "seed": 123}
 
@@ -23,11 +24,14 @@ def results_page(folder: Path) -> str:
     """The text of the page. Raises UserError when there is no published sweep under `folder`."""
     sweeps = _sweeps(folder)
     parts = [
-        "# Results\n\nWritten by `hpc-cpd results`; every number is computed from the files beside this page, which "
-        "`hpc-cpd sweep FILE --publish` copied from the runs. In brackets: 95% intervals, a stratified bootstrap over "
-        f"tasks' episodes, and over seeds where there are several. {ABOUT_INTERVALS} Success is Meta-World's flag at "
-        "any step; [metrics.md](metrics.md) explains every column.\n"
+        "# Results\n\nWritten by `hpc-cpd results`; every number in the tables is computed from the files beside this "
+        "page, which `hpc-cpd sweep FILE --publish` copied from the runs; the sentences under a table were written by "
+        "hand. In brackets: 95% intervals, a stratified bootstrap over tasks' episodes, and over seeds where there are "
+        f"several. {ABOUT_INTERVALS} Success is Meta-World's flag at any step; [metrics.md](metrics.md) explains every "
+        "column.\n"
     ]
+    notes = folder / NOTES
+    parts += [notes.read_text()] if notes.is_file() else []
     parts += [_section(compare([sweep]), sweep, folder) for sweep in sweeps]
     return "\n".join(parts)
 

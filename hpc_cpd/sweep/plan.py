@@ -6,7 +6,7 @@ settings: {evaluation.episodes: 50}   # of every row
 seeds: [0]
 rows:
   ours: {seeds: [0, 1, 2], teaches: "one sentence, written when the numbers are known"}
-  no-shared-freeze: {settings: {distill.freeze_shared: false}, title: "nothing frozen"}
+  ewc: {settings: {method: {name: ewc, coefficient: 100}}, title: "EWC"}
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hpc_cpd.config import load_config
 from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
-from hpc_cpd.settings import Config, Settings
+from hpc_cpd.settings import Config, PluginSettings, Settings
 from hpc_cpd.tasks.registry import stage_plan
 
 ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
@@ -220,4 +220,4 @@ def _is_group(key: str) -> bool:
     for part in key.split("."):
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Settings) else {}
         kind = fields[part].annotation if part in fields else None
-    return isinstance(kind, type) and issubclass(kind, Settings)
+    return isinstance(kind, type) and issubclass(kind, Settings) and not issubclass(kind, PluginSettings)

@@ -121,6 +121,5 @@ def _only_teachers(config: Config, seed: int) -> Config:
 
 def _hash(config: Config) -> str:
     """Of the settings that are not at their defaults, so that a setting which is new to a version changes nothing."""
-    usual = flat_settings(Config())
-    values = {key: value for key, value in flat_settings(config).items() if value != usual[key]}
+    values = flat_settings(config, changed_only=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

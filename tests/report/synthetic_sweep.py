@@ -30,7 +30,7 @@ def synthetic_sweep(folder: Path, tasks: object = "MT10", per_stage: int = 5) ->
             run = Run(folder / row / f"seed-{seed}")
             shutil.copytree(source.folder, run.folder)
             os.symlink("../../shared/abc/teachers", run.folder / "teachers")
-            words = [f"seed={seed}", f"distill.freeze_shared={json.dumps(row == 'ours')}"]
+            words = [f"seed={seed}", f"method.freeze_shared_layers={json.dumps(row == 'ours')}"]
             run.config_file.write_text(config_as_yaml(load_config(run.config_file, words)))
             for path in run.folder.glob("stages/*"):
                 write_json(path / "attempt.json", {"number": 1, "started": 10.0, "ended": 10.0 + SECONDS})

@@ -124,10 +124,10 @@ def test_the_page_shows_every_row_setting_and_command_and_opens_without_a_networ
             assert (page.parent / address).exists(), address
     for name in ("success_by_stage", "forgetting", "final_success"):
         assert f"{name}.png" in text and f"{name}-dark.png" in text
-    assert "<td>distill.freeze_shared</td><td>true</td><td>false</td>" in text
+    assert "<td>method.freeze_shared_layers</td><td>true</td><td>false</td>" in text
     assert "hpc-cpd sweep x.yaml --only other" in text and "ours | teaches" in text
     numbers = read_json(page.parent / "metrics.json")
-    assert numbers["settings"] == {"distill.freeze_shared": {"ours": True, "other": False}}
+    assert numbers["settings"] == {"method.freeze_shared_layers": {"ours": True, "other": False}}
     assert [row["seeds_finished"] for row in numbers["rows"]] == [[0, 1], [0]]
 
 
