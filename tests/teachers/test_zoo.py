@@ -94,7 +94,7 @@ def test_a_teacher_scores_on_stock_metaworld_what_its_card_says(task: str) -> No
     goals = metaworld.MT1(task.removeprefix("metaworld/"), seed=card["seed"]).train_tasks
     succeeded = 0
     for episode in range(card["episodes"]):
-        stock.unwrapped.set_task(goals[episode % len(goals)])
+        stock.unwrapped.set_task(goals[episode % len(goals)])  # type: ignore[attr-defined]
         observation, _ = stock.reset()
         teacher.reset(task, 1)
         truncated = success = False
