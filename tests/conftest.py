@@ -46,7 +46,7 @@ def _starts_ranks(function: Callable[..., Any], known: dict[int, bool]) -> bool:
 
 
 def _functions_used(function: Callable[..., Any]) -> Iterator[FunctionType]:
-    """The functions that `function` names, by themselves or as ``module.name``; also those that functions in it name."""
+    """The functions that `function`, or one defined in it, names: by themselves or as ``module.name``."""
     codes = [function.__code__] if isinstance(function, FunctionType) else []
     while codes:
         code = codes.pop()
