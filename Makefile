@@ -26,12 +26,14 @@ demo: $(READY)
 # No GPU and one thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
 # Two workers, a file to one of them: half of the time a test waits for Slurm, for a lease to run out, for a lost rank.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+FAST     := $(PARALLEL) -m "not ranks and not cluster and not slow"
 test: $(READY)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
-# What one runs while working: lint, types, and the tests that start no ranks and no cluster; under three minutes.
+# What one runs while working: lint, types, and the tests that start no ranks and no cluster and are not slow; under
+# three minutes.
 check: lint
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not ranks and not cluster"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -49,7 +51,7 @@ LOWEST := $(VENV)/lowest
 check-lowest:
 	@$(SHELL) .ci/python "$(PYTHON)" "$(LOWEST)"
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(PARALLEL) -m "not ranks and not cluster"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(FAST)
 
 bench: bench-student bench-teachers
 

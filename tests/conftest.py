@@ -12,34 +12,36 @@ from typing import Any
 
 import pytest
 
-CLUSTER_FIXTURES = {"slurm_site", "slurm_with_accounting"}
-STARTS_RANKS = {
-    ("tests.rank_environments", "rank_environments"),
-    ("tests.teachers.jobs", "launch"),
-    ("hpc_cpd.cluster.schedulers.local", "run_jobs"),
+STARTERS = {
+    "cluster": {("tests.cluster.conftest", "need_slurm")},
+    "ranks": {
+        ("tests.rank_environments", "rank_environments"),
+        ("tests.teachers.jobs", "launch"),
+        ("hpc_cpd.cluster.schedulers.local", "run_jobs"),
+    },
 }
+"""The functions that start something, by marker."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    known: dict[int, bool] = {}
-    for item in items:
-        if not isinstance(item, pytest.Function):
-            continue
-        if CLUSTER_FIXTURES & set(item.fixturenames):
-            item.add_marker(pytest.mark.cluster)
-        fixtures = [definition.func for found in item._fixtureinfo.name2fixturedefs.values() for definition in found]
-        if any(_starts_ranks(function, known) for function in [item.function, *fixtures]):
-            item.add_marker(pytest.mark.ranks)
+    for marker, starters in STARTERS.items():
+        known: dict[int, bool] = {}
+        for item in items:
+            if isinstance(item, pytest.Function):
+                found = item._fixtureinfo.name2fixturedefs.values()
+                fixtures = [definition.func for definitions in found for definition in definitions]
+                if any(_reaches(function, starters, known) for function in [item.function, *fixtures]):
+                    item.add_marker(marker)
 
 
-def _starts_ranks(function: Callable[..., Any], known: dict[int, bool]) -> bool:
-    """Whether `function`, or one of ``tests`` that it uses, starts ranks. `known`: the answers so far, by id."""
+def _reaches(function: Callable[..., Any], starters: set[tuple[str, str]], known: dict[int, bool]) -> bool:
+    """Whether `function`, or one of ``tests`` that it uses, names one of `starters`. `known`: the answers, by id."""
     function = getattr(function, "__wrapped__", function)
     if id(function) not in known:
         known[id(function)] = False  # what it calls may come back to it
         known[id(function)] = any(
-            (used.__module__, used.__qualname__) in STARTS_RANKS
-            or (used.__module__.startswith("tests.") and _starts_ranks(used, known))
+            (used.__module__, used.__qualname__) in starters
+            or (used.__module__.startswith("tests.") and _reaches(used, starters, known))
             for used in _functions_used(function)
         )
     return known[id(function)]
