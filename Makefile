@@ -1,19 +1,22 @@
-# make setup | demo | test | lint | bench | bench-student | bench-teachers | cluster-up | cluster-down | clean.
+# make setup | demo | test | check | lint | bench | bench-student | bench-teachers | cluster-up | cluster-down | clean,
+# and for who maintains it: lock | check-lowest.
 # Needs python3 >= 3.11 with its venv module, and nothing else; cluster-up brings Slurm itself where it is root.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench bench-student bench-teachers cluster-up cluster-down clean
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: setup demo test check lint lock check-lowest bench bench-student bench-teachers cluster-up cluster-down clean
 
 setup: $(READY)
 
 # torch comes first and alone: the index then offers the wheel of this machine (a CPU wheel where there is no GPU).
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@$(SHELL) .ci/python "$(PYTHON)" "$(VENV)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^ *"\(torch==[^"]*\)",/\1/p' pyproject.toml)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e '.[dev]'
 	@touch $(READY)
 
 # On the cores, also where there are GPUs: its two ranks would need two, and its student is too small for them.
@@ -22,13 +25,33 @@ demo: $(READY)
 
 # No GPU and one thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
 # Two workers, a file to one of them: half of the time a test waits for Slurm, for a lease to run out, for a lost rank.
+PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
+FAST     := $(PARALLEL) -m "not ranks and not cluster and not slow"
 test: $(READY)
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+
+# What one runs while working: lint, types, and the tests that start no ranks and no cluster and are not slow; under
+# three minutes.
+check: lint
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(FAST)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Write constraints.txt again, with the newest versions that pyproject.toml admits; then: make check test.
+# Hold one back with KEEP, for example make lock KEEP=torch==2.13.0. Nothing is installed.
+lock: $(READY)
+	$(PIP) --dry-run --ignore-installed --report $(VENV)/lock.json '.[dev]' $(KEEP)
+	$(BIN)/python .ci/lock.py <$(VENV)/lock.json >constraints.txt
+
+# The fast tests with the lowest versions that pyproject.toml admits, in an environment of their own.
+LOWEST := $(VENV)/lowest
+check-lowest:
+	@$(SHELL) .ci/python "$(PYTHON)" "$(LOWEST)"
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(FAST)
 
 bench: bench-student bench-teachers
 

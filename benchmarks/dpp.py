@@ -23,6 +23,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ def pick_in_rounds(rows: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
     return select_episodes(rows, ones, ones.astype(np.int64), limit, "dpp", np.random.default_rng(0))
 
 
-CONTENDERS = {OURS: greedy_map, ROUNDS: pick_in_rounds, KERNEL: pick_by_kernel}
+CONTENDERS: dict[str, Callable[..., Any]] = {OURS: greedy_map, ROUNDS: pick_in_rounds, KERNEL: pick_by_kernel}
 
 
 def peak_megabytes() -> float:

@@ -47,7 +47,8 @@ def main() -> None:
         begin = time.monotonic()
         launch(whole, ranks=1).wait()
         undisturbed = time.monotonic() - begin
-        times, rng = [], random.Random(0)
+        times: list[dict[str, float]] = []
+        rng = random.Random(0)
         while not is_done(killed.trajectories(TASK)):
             job = launch(killed, ranks=1)
             if len(times) < KILLS:
@@ -65,7 +66,7 @@ def main() -> None:
         stopped = job.wait()
         at = iterations(moved)
         launch(moved, ranks=1).wait()
-        results = {
+        results: dict[str, Any] = {
             "task": TASK,
             "settings": SETTINGS,
             "kills": times,

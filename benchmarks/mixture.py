@@ -104,7 +104,7 @@ def make_ours(width: int, hidden: int, experts: int, k: int, routing: str, ranks
     old = -(-experts // 2) if routing == "newborn" else experts
     stages = [list(range(old)), list(range(old, experts))]
     layer = MixtureOfExperts(width, width, hidden, stages, ranks, k, BIRTH_BIAS, 0).train()
-    layer.set_deepspeed_parallelism()
+    layer.set_deepspeed_parallelism()  # type: ignore[operator]
     with torch.no_grad():
         for number, stage in enumerate(layer.gate.stages):
             rows = layer.gate.get_parameter(f"weight_{stage}")

@@ -83,7 +83,7 @@ def make_batches(settings: StudentSettings, rank: int, world_size: int, count: i
         valid = torch.zeros(rows, length, dtype=torch.bool)
         valid[:, -1] = True
         mine = [part[rank::world_size].contiguous() for part in (observations, means, valid, vectors)]
-        batches.append(Batch(*mine, torch.ones(len(mine[0]), dtype=torch.bool), None, rows))
+        batches.append(Batch(*mine, torch.ones(len(mine[0]), dtype=torch.bool), None, rows))  # type: ignore[arg-type, call-arg]
     return batches
 
 

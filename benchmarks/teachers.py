@@ -36,8 +36,10 @@ from hpc_cpd.tasks.metaworld import NAMES
 TASKS = ("reach-v3", "drawer-close-v3", "window-open-v3", "button-press-topdown-v3")
 CORES = 2
 WARM_UP, TIMED = 1, 3  # rounds of a speed measurement
-PEERS = ("stable-baselines3==2.9.2", "pandas==3.1.1", "cloudpickle==3.1.2")
-PEERS += ("tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.0")
+PEERS = (
+    *("stable-baselines3==2.9.2", "pandas==3.1.1", "cloudpickle==3.1.2"),
+    *("tyro==1.0.17", "docstring-parser==0.18.0", "typeguard==4.6.0"),
+)
 DIFFERENCES = """What differs, apart from the simulators:
 - ours begins at the same step size, then lets it follow the divergence (not with --fixed-step-size), lets the policy
   rest for what is left of a round that has moved it by target_kl, clips the gradients of actor and critic apart,

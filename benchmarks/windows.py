@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -159,7 +160,7 @@ def measure(
         KEPT: (lambda number: into_kept(rows[number]), given.batches),
     }
     for who, read in files.items():
-        contenders[who] = (lambda number, read=read: read(*spans[number], length), few)
+        contenders[who] = (partial(lambda read, number: read(*spans[number], length), read), few)
 
     mine = [gather(batch, length) for batch in drawn]
     for who, (make, count) in contenders.items():

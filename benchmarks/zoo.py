@@ -53,12 +53,12 @@ def main() -> None:
             print(f"scripted policy of {task}: {records['scripted'][task]['success']:.2f}", flush=True)
     order = {task: number for number, task in enumerate(TASKS)}
     records = {
-        start: dict(sorted(record.items(), key=lambda one: order.get(one[0], len(order))))
-        for start, record in records.items()
+        name: dict(sorted(record.items(), key=lambda one: order.get(one[0], len(order))))
+        for name, record in records.items()
     }
-    for start, record in records.items():
+    for name, record in records.items():
         if record:
-            _write(DOCS / "teachers" / f"{start}.json", record)
+            _write(DOCS / "teachers" / f"{name}.json", record)
     page = DOCS / "teachers.md"
     page.write_text(_page(records))
     curves(records["scratch"], DOCS / "teachers" / "scratch.png")
@@ -193,9 +193,9 @@ def _page(records: dict[str, dict[str, Any]]) -> str:
             "",
         ]
         for task in left:
-            _, success, returns = zip(*records["scratch"][task]["curve"], strict=True)
+            _, reached, returns = zip(*records["scratch"][task]["curve"], strict=True)
             shown = [f"{value:.0f}" for value in returns[:: max(1, len(returns) // 12)]]
-            lines += [f"- {task.removeprefix('metaworld/')}: {max(success):.2f}; {', '.join(shown)}"]
+            lines += [f"- {task.removeprefix('metaworld/')}: {max(reached):.2f}; {', '.join(shown)}"]
     lines += ["", "![success while training from scratch](teachers/scratch.png)", ""]
     if records["elsewhere"]:
         lines += ["## Other environments", ""]

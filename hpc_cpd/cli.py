@@ -1,4 +1,7 @@
-"""The other doors: ``hpc-cpd status | sweep | evaluate | report | results | export | verify | tasks``."""
+"""Look at runs, check them, compare them, and list what a config may name.
+
+Runs are started by another command: python -m hpc_cpd.launch --help
+"""
 
 from __future__ import annotations
 
@@ -14,17 +17,35 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+import hpc_cpd
 from hpc_cpd.errors import UserError, run_command
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import atomic_folder, is_done
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, for example runs/quickstart")]
 
 
 def main() -> None:
     """Entry point of the ``hpc-cpd`` command: exit codes as everywhere (0, 1, 2, 3)."""
-    sys.exit(run_command(app))  # typer leaves by SystemExit, with 2 for words it does not know
+    options = {"export": "--out", "sweep": "--run"}
+    command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+    # typer leaves by SystemExit, with 2 for words it does not know
+    sys.exit(run_command(app, options.get(command)))
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"hpc_cpd {hpc_cpd.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None: ...
 
 
 @app.command()
@@ -127,7 +148,6 @@ def sweep(
         Console().print(f"Runs copied: {len(copied)}. Page: {write_results(publish)}", soft_wrap=True)
         return
     code = run_sweep(plan, rows, cluster, at_once)
-    note_rows(plan)
     _compare([plan.folder], plan.folder / "report")
     if code:
         raise typer.Exit(code)
@@ -256,6 +276,26 @@ def tasks(
     console.print(table)
 
 
+@app.command()
+def plugins(
+    kind: Annotated[str | None, typer.Argument(metavar="[KIND]", help="for example methods")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one of that kind: print its settings")] = None,
+) -> None:
+    """What a config may name: methods, teacher algorithms, parts of the student, and so on; or the settings of one."""
+    from hpc_cpd.plugins import KINDS, hint
+    from hpc_cpd.report.plugin_table import print_kind, print_settings
+
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"there is no kind of plug-in '{kind}'; {hint(kind, KINDS)}known: {', '.join(KINDS)}")
+    console = Console()
+    if kind is not None and name is not None:
+        print_settings(kind, name, console)
+        return
+    for one in KINDS if kind is None else (kind,):
+        print_kind(one, console)
+    console.print("The settings of one: hpc-cpd plugins KIND NAME")
+
+
 def _compare(folders: list[Path], out: Path) -> None:
     from hpc_cpd.report.comparison import compare
     from hpc_cpd.report.comparison_page import build_comparison
@@ -282,6 +322,8 @@ def _published_stage(run: Run, stage: int | None) -> int:
     from hpc_cpd.tasks.registry import run_plan
 
     stages = range(1, len(run_plan(run)) + 1)
+    if stage is not None and stage not in stages:
+        raise UserError(f"--stage is {stage}, but {run.folder} has the stages 1 to {len(stages)}")
     published = [number for number in stages if is_done(run.stage(number))]
     if stage is None and published:
         return published[-1]

@@ -56,12 +56,33 @@ def _read_mapping(file: Path, absent: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(absent.format(file))
     try:
-        values = yaml.safe_load(file.read_text()) or {}
+        values = read_yaml(file.read_text()) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{file} must hold settings as 'key: value' lines")
     return values
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """YAML's safe loader, for which a key that stands twice is a mistake; plain YAML takes the last one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML text. Raises yaml.YAMLError, also where a key stands twice in one mapping."""
+    loader = _OnceLoader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def _site(file: Any) -> dict[str, Any]:
@@ -119,8 +140,11 @@ def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
             raise UserError(f"'{key}' is a single value, so '{'.'.join(keys)}' is not a setting")
         group = _group_of(group, key, chosen, inner)
         values = inner
+    field = group.model_fields.get(keys[-1]) if group is not None else None
+    if "," in text and not text.lstrip().startswith(("[", "{", "'", '"')) and "list" in str(field and field.annotation):
+        raise UserError(f"'{'.'.join(keys)}={text}': a list is written in brackets: '{'.'.join(keys)}=[{text}]'")
     try:
-        values[keys[-1]] = yaml.safe_load(text)
+        values[keys[-1]] = read_yaml(text)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         values[keys[-1]] = text
 

@@ -10,6 +10,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_DONE = 0
 EXIT_FAULT = 1
@@ -19,9 +20,9 @@ EXIT_STOPPED = 3
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
-    errno.EROFS: "the file system is read-only; choose a writable folder with --run",
-    errno.EACCES: "permission was refused; choose a folder that you may write to with --run",
-    errno.EPERM: "permission was refused; choose a folder that you may write to with --run",
+    errno.EROFS: "the file system is read-only{elsewhere}",
+    errno.EACCES: "permission was refused; you need the right to write there{elsewhere}",
+    errno.EPERM: "permission was refused; you need the right to write there{elsewhere}",
 }
 
 
@@ -48,9 +49,10 @@ class RankLost(Exception):
         self.ranks = ranks
 
 
-def disk_error_sentence(error: BaseException) -> str | None:
+def disk_error_sentence(error: BaseException, folder_option: str | None = "--run") -> str | None:
     """Return one sentence when `error` says that the disk refused a write, else None.
 
+    `folder_option`: the option of the command that names the folder it writes to; None: it has no such option.
     HDF5 and safetensors wrap the operating system's number in text, so the text is searched as well.
     """
     number = getattr(error, "errno", None)
@@ -62,11 +64,15 @@ def disk_error_sentence(error: BaseException) -> str | None:
     if number is None:
         return None
     name = getattr(error, "filename", None)
-    return f"cannot write {name or 'to the run folder'}: {_DISK_ERRORS[number]}"
+    elsewhere = f"; choose another folder with {folder_option}" if folder_option else ""
+    return f"cannot write {name or 'to the run folder'}: {_DISK_ERRORS[number].format(elsewhere=elsewhere)}"
 
 
-def run_command(main: Callable[[], int | None]) -> int:
-    """Run `main` and turn what it raises into the exit codes of the public interface (0, 2, 3; 1 by traceback)."""
+def run_command(main: Callable[[], int | None], folder_option: str | None = "--run") -> int:
+    """Run `main` and turn what it raises into the exit codes of the public interface (0, 2, 3; 1 by traceback).
+
+    `folder_option`: as in :func:`disk_error_sentence`.
+    """
     try:
         return main() or EXIT_DONE
     except UserError as error:
@@ -82,8 +88,20 @@ def run_command(main: Callable[[], int | None]) -> int:
         print(f"lost: {lost}", file=sys.stderr, flush=True)
         return EXIT_FAULT
     except Exception as error:
-        sentence = disk_error_sentence(error)
+        sentence = disk_error_sentence(error, folder_option)
         if sentence is None:
             raise
         print(f"error: {sentence}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
+
+
+def explain_missing(error: ModuleNotFoundError) -> NoReturn:
+    """Leave with one sentence when Python has not what the package needs. Raises `error` if a module of ours is it."""
+    if error.name is None or error.name.partition(".")[0] == "hpc_cpd":
+        raise error
+    print(
+        f"error: {sys.executable} has no package '{error.name}'; run this with .venv/bin/python, "
+        "which 'make setup' makes, or install hpc_cpd with pip",
+        file=sys.stderr,
+    )
+    sys.exit(EXIT_USER_ERROR)

@@ -12,11 +12,20 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from rich.console import Console
+from hpc_cpd.errors import explain_missing
+
+try:  # the python of the system, in place of the environment's, has some of them or none
+    import pydantic  # noqa: F401
+    import yaml  # noqa: F401
+    from rich.console import Console
+except ModuleNotFoundError as missing:
+    explain_missing(missing)
 
 from hpc_cpd.cluster import submit
 from hpc_cpd.cluster.preemption import StopFlag
+from hpc_cpd.cluster.provenance import TESTED, describe_origin, untested_versions
 from hpc_cpd.cluster.schedulers import local, slurm, slurm_allocation
 from hpc_cpd.cluster.units import LaunchRequest
 from hpc_cpd.config import load_config, taken_over
@@ -84,8 +93,20 @@ def launch(arguments: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, as for any mistake, and what to write instead."""
+        advice = f"see {HERE} --help"
+        if message.endswith("required: --stage"):
+            advice = "say what to do, for example --stage all"
+        elif message.startswith("unrecognized"):
+            advice = "settings are written without dashes, as key=value, for example seed=1; " + advice
+        print(f"error: {message}; {advice}", file=sys.stderr)
+        raise SystemExit(EXIT_USER_ERROR)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=HERE,
         description="Train the teachers, learn stage K, or all of it. Run it again at any time: it goes on.",
         epilog="key=value overrides a setting, for example seed=1 or distill.ranks=4. "
@@ -207,6 +228,8 @@ def _announce(work: LaunchRequest, where: str) -> None:
         return f"{what}: {total - left} of {total} done" + (f", {left} to do" if left else "")
 
     _say(f"Run {work.run.folder} ({_PLACES[where]})")
+    for name, version in untested_versions().items():
+        _say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
     if work.tasks:
         _say(f"  {part('teachers and trajectories', len(work.tasks), len(work.todo_tasks))}")
     if work.asked == "all":
@@ -296,7 +319,6 @@ def _dry_run(work: LaunchRequest, where: str) -> None:
 
 def _provenance(work: LaunchRequest) -> dict[str, object]:
     """Written once, when the run begins."""
-    from hpc_cpd.cluster.provenance import describe_origin
     from hpc_cpd.tasks.registry import describe
 
     if work.run.config_file.is_file():

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "hpc_cpd"
 # What stands higher may import what stands lower; rooms on one line may not import each other.
 ORDER = [
+    {"__main__"},
     {"launch", "worker"},
     {"cli"},
     {"sweep"},
@@ -44,10 +45,11 @@ def imported_rooms(path: Path) -> Iterator[tuple[str, int]]:
     """Rooms that a module imports anywhere, inside functions too, with the line."""
     here = ["hpc_cpd", *path.relative_to(PACKAGE).with_suffix("").parts]
     for node in ast.walk(ast.parse(path.read_text())):
-        names: list[str] = []
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
+        else:
             base = ".".join(here[: len(here) - node.level]) if node.level else ""
             module = ".".join(part for part in (base, node.module) if part)
             names = [f"{module}.{alias.name}" for alias in node.names] if module == "hpc_cpd" else [module]

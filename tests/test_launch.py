@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.ranks  # started by the command line
 ROOT = Path(__file__).parents[1]
 SETTINGS = """
 name: tiny

@@ -20,7 +20,9 @@ SETTINGS = Path(__file__).with_name("golden_settings.txt")
 def test_make_targets():
     text = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", text, re.M))
-    known = "setup demo test lint bench bench-student bench-teachers clean cluster-up cluster-down"
+    known = (
+        "setup demo test check lint lock check-lowest bench bench-student bench-teachers clean cluster-up cluster-down"
+    )
     assert targets == set(known.split())
     shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout
     assert "-m hpc_cpd.launch --stage all --config configs/quickstart.yaml" in shown
@@ -47,7 +49,7 @@ def test_doors():
     from hpc_cpd.cli import app
 
     names = {command.callback.__name__ for command in app.registered_commands}
-    assert names == {"status", "sweep", "evaluate", "report", "results", "export", "verify", "tasks"}
+    assert names == {"status", "sweep", "evaluate", "report", "results", "export", "verify", "tasks", "plugins"}
 
 
 def test_python_names():

@@ -46,6 +46,9 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--stage", "all", *MT10, "stream.tasks=[gymnasium/Pendulum-v1]"], ["no scripted policy", "start=scratch"]),
         (["--stage", "teachers", *MT10, "--ranks", "32"], ["teachers.ppo.num_envs is 16", "32 ranks"]),
         (["--stage", "first", *MT10], ["'first'", "teachers, or all"]),
+        ([*MT10], ["--stage", "for example --stage all"]),
+        (["--stage", "all", *MT10, "--seed", "1"], ["--seed", "without dashes", "seed=1"]),
+        (["--stage", "all", *MT10, "stream.tasks=metaworld/reach-v3,metaworld/push-v3"], ["'stream.tasks=[metaworld"]),
         (
             ["--stage", "all", *MT10, "stream.tasks=[metaworld/reach-v3, gymnasium/Pendulum-v1]"],
             ["metaworld/reach-v3", "(39, 4)", "gymnasium/Pendulum-v1", "(3, 1)"],
@@ -182,4 +185,16 @@ def test_slurm_where_there_is_none(tmp_path):
     "words", [["status", "no"], ["verify", "no"], ["report", "no"], ["evaluate", "no"], ["export", "no", "--out", "x"]]
 )
 def test_a_door_to_no_run_says_so(words):
-    refused(call("hpc_cpd.cli", *words), "no is not a run folder")
+    refused(call("hpc_cpd", *words), "no is not a run folder")
+
+
+@pytest.mark.parametrize("module", ["hpc_cpd", "hpc_cpd.launch"])
+def test_a_python_without_our_requirements_is_named(module):
+    done = subprocess.run([sys.executable, "-S", "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    refused(done, sys.executable, "no package '", ".venv/bin/python")
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    (tmp_path / "lab.yaml").write_text("stream: {tasks: MT10}\nseed: 1\nstream: {tasks_per_stage: 2}\n")
+    with pytest.raises(UserError, match=r"'stream' stands twice.*line 3"):
+        load_config(tmp_path / "lab.yaml")

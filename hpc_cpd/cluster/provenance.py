@@ -25,6 +25,8 @@ PACKAGES = (
     "mpich",
     "submitit",
 )
+TESTED = {"metaworld": "3.1.1", "mujoco": "3.3.0"}
+"""The simulators that published results come from; with another version, rewards and success can be others."""
 
 
 def describe_origin() -> dict[str, Any]:
@@ -34,6 +36,7 @@ def describe_origin() -> dict[str, Any]:
         "commit": commit,
         "uncommitted_changes": dirty,
         "packages": {name: _version(name) for name in PACKAGES},
+        "untested_versions": untested_versions(),
         "python": platform.python_version(),
         "host": {
             "system": f"{platform.system()} {platform.release()}",
@@ -44,6 +47,11 @@ def describe_origin() -> dict[str, Any]:
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": " ".join(sys.argv),
     }
+
+
+def untested_versions() -> dict[str, str | None]:
+    """The installed version of each simulator that is not the tested one; null: it is not installed."""
+    return {name: version for name, tested in TESTED.items() if (version := _version(name)) != tested}
 
 
 def _commit() -> tuple[str | None, bool | None]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from hpc_cpd.config import load_config
+from hpc_cpd.config import load_config, read_yaml
 from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
@@ -154,7 +154,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"there is no sweep file {file}; give one of configs/sweeps/*.yaml")
     try:
-        values = yaml.safe_load(file.read_text())
+        values = read_yaml(file.read_text())
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):

@@ -17,7 +17,7 @@ from hpc_cpd.cluster.snapshot import Rates, live_owner, snapshot_of
 from hpc_cpd.cluster.status import look
 from hpc_cpd.cluster.submissions import Submission
 from hpc_cpd.config import config_as_yaml, parse_config
-from hpc_cpd.progress import UnitProgress as Reporter
+from hpc_cpd.progress import Progress as Reporter
 from hpc_cpd.report.status_table import UnitProgress
 from hpc_cpd.run.lock import STALE_SECONDS, Lock, process_space
 from hpc_cpd.run.paths import Run

@@ -24,6 +24,8 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from tests.journey.conftest import TASKS, launch, run_command
 
+pytestmark = pytest.mark.ranks  # started by the command line
+
 
 def student_hash(run: Run, stage: int = 2) -> str:
     return hashlib.sha256((run.stage(stage) / "student" / "model.safetensors").read_bytes()).hexdigest()

@@ -84,7 +84,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
         if not parameter.requires_grad:
             worst["frozen"] = max(worst["frozen"], float(parameter.grad is not None))
             continue
-        gradient = parameter.get_full_hp_grad() if case.get("zero") else parameter.grad
+        gradient = parameter.get_full_hp_grad() if case.get("zero") else parameter.grad  # type: ignore[attr-defined]
         if name.endswith(".anchor"):
             worst["anchor"] = float(gradient.abs().max())
             continue

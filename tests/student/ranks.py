@@ -31,13 +31,13 @@ def run_ranks(script: str, world_size: int, folder: Path, arguments: dict[str, A
             ranks.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + seconds
     try:
-        for rank in ranks:
-            rank.wait(timeout=max(0.1, deadline - time.monotonic()))
+        for process in ranks:
+            process.wait(timeout=max(0.1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         pass
     finally:
-        for rank in ranks:
-            rank.kill()
-    codes = [rank.wait() for rank in ranks]
+        for process in ranks:
+            process.kill()
+    codes = [process.wait() for process in ranks]
     assert codes == [0] * world_size, f"exit codes {codes}\n" + "\n".join(log.read_text() for log in logs)
     return json.loads(answer.read_text())

@@ -156,7 +156,7 @@ def test_nothing_is_published_before_a_run_is_finished(write):
 def test_a_mistake_is_one_sentence_with_the_file_and_the_key(write, wrong, sentence):
     assert wrong[0] in GOOD
     with pytest.raises(UserError) as caught:
-        read_sweep(write(GOOD.replace(*wrong, 1)))
+        read_sweep(write(GOOD.replace(wrong[0], wrong[1], 1)))
     assert "sweep.yaml" in str(caught.value) and sentence in str(caught.value) and "\n" not in str(caught.value)
     assert not Path("runs").exists()
 

@@ -63,7 +63,7 @@ def test_a_description_is_what_the_environment_is():
     assert (spec.action_size,) == environment.action_space.shape
     assert spec.horizon == environment.max_path_length
     assert spec.environment_version == "metaworld 3.1.1, mujoco 3.3.0"
-    template = metaworld_family.make("door-open-v3", 1, SEED)._template
+    template = metaworld_family.make("door-open-v3", 1, SEED)._template  # type: ignore[attr-defined]
     assert template.reward_function_version == spec.reward_version == REWARD_VERSION == "v2"
 
 
@@ -81,9 +81,9 @@ def test_the_batch_is_stock_metaworld_to_the_last_bit(name):
     stock = gymnasium.make("Meta-World/MT1", env_name=name, seed=SEED)
     stock.get_wrapper_attr("toggle_sample_tasks_on_reset")(False)
     tasks = stock.get_wrapper_attr("tasks")
-    assert [task.data for task in tasks] == [task.data for task in metaworld_family.make(name, 1, SEED)._goals]
+    assert [task.data for task in tasks] == [task.data for task in metaworld_family.make(name, 1, SEED)._goals]  # type: ignore[attr-defined]
     for row, goal in enumerate(goals):
-        stock.unwrapped.set_task(tasks[goal])
+        stock.unwrapped.set_task(tasks[goal])  # type: ignore[attr-defined]
         observation, _ = stock.reset()
         assert np.array_equal(observation.astype(np.float32), observations[0, row])
         for step, action in enumerate(actions):
@@ -98,7 +98,7 @@ def play_stock(name: str, goal: int, actions: np.ndarray) -> tuple[np.ndarray, n
     """What the benchmark's own class returns in its first episode, in the form of `play` without rows."""
     environment = metaworld.env_dict.ALL_V3_ENVIRONMENTS[name](reward_function_version="v2")
     # the same task objects as MT1's: the test against gym.make holds them against upstream's
-    environment.set_task(metaworld_family.make(name, 1, SEED)._goals[goal])
+    environment.set_task(metaworld_family.make(name, 1, SEED)._goals[goal])  # type: ignore[attr-defined]
     observations, rewards, success = [environment.reset()[0]], [], []
     for action in actions:
         observation, reward, _, _, info = environment.step(action)

@@ -17,7 +17,7 @@ from hpc_cpd.tasks.metaworld import HORIZON, NAMES, REWARD_VERSION, _goals
 from hpc_cpd.tasks.metaworld_batch import MetaWorldBatch
 from hpc_cpd.tasks.metaworld_program import _touching
 
-pytestmark = pytest.mark.filterwarnings("ignore:Constant.s. may be too high")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Constant.s. may be too high")]
 # an episode per line: (row, first step, goal, kind of actions); a row's next episode interrupts the one before
 EPISODES = [(0, 0, 3, "scripted"), (1, 0, 11, "noisy"), (2, 0, 24, "random"), (1, 70, 42, "saturated")]
 EPISODES += [(2, 90, 3, "noisy"), (0, HORIZON, 49, "noisy")]

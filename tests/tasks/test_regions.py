@@ -14,7 +14,7 @@ SEED = 3
 
 
 def goals(name):
-    return [task.data for task in family.make(name, 1, SEED)._goals]
+    return [task.data for task in family.make(name, 1, SEED)._goals]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["reach-v3", "stick-pull-v3"])

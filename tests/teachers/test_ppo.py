@@ -28,7 +28,7 @@ from tests.teachers.jobs import PENDULUM
 
 def _advantages(rewards, values, next_values, terminated, ended, discount=0.5, gae_lambda=0.5):
     columns = [np.array(column)[:, None] for column in (rewards, values, next_values, terminated, ended)]
-    return generalised_advantages(*columns, discount, gae_lambda)[:, 0].tolist()
+    return generalised_advantages(*columns, discount, gae_lambda)[:, 0].tolist()  # type: ignore[call-arg]
 
 
 def test_advantages_of_a_hand_computed_example() -> None:

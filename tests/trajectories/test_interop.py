@@ -7,11 +7,11 @@ import json
 import h5py
 import numpy as np
 import pytest
-from recorded import TASK, assert_same_episode, make_episode, write_folder
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.trajectories.formats.robomimic import export_robomimic, import_robomimic
 from hpc_cpd.trajectories.store import open_trajectories, verify_folder
+from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, write_folder
 
 
 def test_an_export_imports_to_the_same_episodes(tmp_path):

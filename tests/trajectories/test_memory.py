@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recorded import TASK, assert_same_episode, make_episode, write_folder
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import read_json
@@ -22,6 +21,7 @@ from hpc_cpd.trajectories.memory import (
     write_memory,
 )
 from hpc_cpd.trajectories.store import open_trajectories, verify_folder
+from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, write_folder
 
 OTHER = "metaworld/push-v3"
 

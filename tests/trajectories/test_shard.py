@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorded import TASK, assert_same_episode, make_episode, open_writer, write_shard
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import mark_done, read_json, sha256
@@ -28,6 +27,7 @@ from hpc_cpd.trajectories.shard import (
     read_shard,
     write_manifest,
 )
+from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, open_writer, write_shard
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

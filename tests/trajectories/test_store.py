@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorded import TASK, assert_same_episode, make_episode, publish, write_folder, write_shard
 
 import hpc_cpd
 from hpc_cpd.errors import UserError
 from hpc_cpd.trajectories.columns import MappedColumn
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, verify_folder
+from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, publish, write_folder, write_shard
 
 OTHER = "metaworld/push-v3"
 

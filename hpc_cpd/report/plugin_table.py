@@ -1,0 +1,88 @@
+"""What ``hpc-cpd plugins`` prints: every plug-in of a kind, or the settings of one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from hpc_cpd import plugins
+from hpc_cpd.errors import UserError
+from hpc_cpd.settings import Choice
+
+
+def print_kind(kind: str, console: Console) -> None:
+    """A table of the plug-ins of `kind`. One that cannot be loaded is listed with what is wrong."""
+    about = plugins.KINDS[kind]
+    table = Table(title=f"{kind}: what '{about.key}' may name", title_justify="left")
+    for heading in ("Name", "From", "What it is"):
+        table.add_column(heading)
+    for name in plugins.names(kind):
+        try:
+            what = _first_line(plugins.load(kind, name))
+        except UserError as error:
+            what = f"error: {error}"
+        table.add_row(name, plugins.origin(kind, name), Text(what))
+    console.print(table)
+    console.print(f"Installed packages add more in the entry-point group {about.group}.\n", soft_wrap=True)
+
+
+def print_settings(kind: str, name: str, console: Console) -> None:
+    """A table of the settings of one plug-in. Raises UserError: no such plug-in, or one that cannot be loaded."""
+    plugin, key = plugins.load(kind, name), plugins.KINDS[kind].key
+    console.print(Text(f"{name}, from {plugins.origin(kind, name)}: {_first_line(plugin)}"), soft_wrap=True)
+    rows = list(_rows(plugin.Settings, f"{key}.")) if hasattr(plugin, "Settings") else []
+    if not rows:
+        console.print("It has no settings.")
+        return
+    table = Table()
+    for heading in ("Setting", "Type", "Default", "Meaning"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _rows(settings: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in settings.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and not _choice(field):
+            yield from _rows(kind, f"{prefix}{name}.")
+        elif name != "name":
+            required = field.is_required()
+            default = "" if required else field.get_default(call_default_factory=True)
+            shown = "none: must be given" if required else str(getattr(default, "name", default))
+            yield f"{prefix}{name}", _type_of(field), "null" if default is None else shown, field.description or ""
+
+
+def _choice(field: FieldInfo) -> Choice | None:
+    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None)
+
+
+def _type_of(field: FieldInfo) -> str:
+    chosen = _choice(field)
+    return f"one of: hpc-cpd plugins {chosen.kind}" if chosen else _words(field.annotation)
+
+
+def _words(annotation: Any) -> str:
+    """A type as a reader of YAML would say it: ``list[float] or null``, ``mean or executed``."""
+    if annotation is None or annotation is type(None):
+        return "null"
+    parts = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(map(str, parts))
+    if isinstance(annotation, type) and not parts:
+        return annotation.__name__
+    if get_origin(annotation) in (list, tuple, dict):
+        return f"{get_origin(annotation).__name__}[{', '.join(map(_words, parts))}]"
+    return " or ".join(map(_words, parts)) if parts else str(annotation)
+
+
+def _first_line(plugin: Any) -> str:
+    return (inspect.getdoc(plugin) or "(it has no docstring)").partition("\n")[0]
