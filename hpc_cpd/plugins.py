@@ -40,14 +40,20 @@ class Kind:
 
 
 _FAMILY = ("names", "describe", "make")
+_ALGORITHM, _START = ("Settings", "check", "learner", "load_policy"), ("Settings", "check", "hints", "pretraining")
+_SOURCE = ("Settings", "check", "make")
 _TEACHERS, _STUDENT = "hpc_cpd.teachers", "hpc_cpd.student"
 KINDS = {
     "tasks": Kind("task family", "stream.tasks", "hpc_cpd.tasks.families", "hpc_cpd.tasks", needs=_FAMILY),
     "methods": Kind("method", "method", "hpc_cpd.methods", "hpc_cpd.methods"),
     "selections": Kind("selection", "method.memory.selection", "hpc_cpd.trajectories.selection", "hpc_cpd.selections"),
-    "algorithms": Kind("teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", "hpc_cpd.teachers"),
-    "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
-    "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),
+    "algorithms": Kind(
+        "teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", "hpc_cpd.teachers", needs=_ALGORITHM
+    ),
+    "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts", needs=_START),
+    "sources": Kind(
+        "source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources", needs=_SOURCE
+    ),
     "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", "hpc_cpd.students", "tokenizer."),
     "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", "hpc_cpd.students", "backbone."),
     "heads": Kind("head", "student.head", f"{_STUDENT}.heads", "hpc_cpd.students", "head."),

@@ -28,7 +28,7 @@ ORDER = [
     {"config"},
     {"settings"},
     {"plugins"},
-    {"progress", "errors", "optimizers", "layers"},
+    {"progress", "errors", "optimizers", "layers", "losses"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import hpc_cpd
-from hpc_cpd import errors
+from hpc_cpd import errors, plugins
 from hpc_cpd.config import load_config
-from hpc_cpd.settings import Config, Settings
+from hpc_cpd.settings import Config, Settings, choice_of
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_name("golden_settings.txt")
@@ -62,8 +62,13 @@ def test_python_names():
 def keys(settings: type[Settings], prefix: str = "") -> list[str]:
     found = []
     for name, field in settings.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
+        kind, choice = field.annotation, choice_of(settings, name)
+        if choice is not None:
+            found.append(f"{prefix}{name}")
+            for plugin in plugins.built_in(choice.kind):
+                inner = keys(plugins.load(choice.kind, plugin).Settings, f"{prefix}{name}[{plugin}].")
+                found += [key for key in inner if not key.endswith("].name")]
+        elif isinstance(kind, type) and issubclass(kind, Settings):
             found += keys(kind, f"{prefix}{name}.")
         else:
             found.append(f"{prefix}{name}")

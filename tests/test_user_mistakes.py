@@ -44,7 +44,7 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--stage", "all", *MT10, "distill.isolation=lora"], ["distill.isolation is 'lora'", "student.grow=false"]),
         (["--stage", "3", *MT10], ["--stage is '3'", "1 to 2"]),
         (["--stage", "all", *MT10, "stream.tasks=[gymnasium/Pendulum-v1]"], ["no scripted policy", "start=scratch"]),
-        (["--stage", "teachers", *MT10, "--ranks", "32"], ["teachers.ppo.num_envs is 16", "32 ranks"]),
+        (["--stage", "teachers", *MT10, "--ranks", "32"], ["teachers.algorithm.num_envs is 16", "32 ranks"]),
         (["--stage", "first", *MT10], ["'first'", "teachers, or all"]),
         (
             ["--stage", "all", *MT10, "stream.tasks=[metaworld/reach-v3, gymnasium/Pendulum-v1]"],
@@ -87,8 +87,8 @@ def test_other_settings_for_an_existing_run_are_refused_key_by_key(tmp_path):
     [
         (["student.heads=3"], ["student.width is 128", "student.heads"]),
         (["student.mixtures=2"], ["student.mixtures is 2", "student.layers, 1"]),
-        (["teachers.hidden=[256, 0]"], ["teachers.hidden.1", "greater than 0"]),
-        (["teachers.student=runs/x/student"], ["teachers.source is 'train'", "set teachers.source=student"]),
+        (["teachers.algorithm.hidden=[256, 0]"], ["teachers.algorithm.hidden.1", "greater than 0"]),
+        (["teachers.source.folder=runs/x/student"], ["unknown setting 'teachers.source.folder'"]),
         (["distill.ranks=4", "distill.expert_parallel_size=3"], ["expert_parallel_size is 3", "distill.ranks, 4"]),
         (["distill.target=executed", "distill.relabelled_episodes=5"], ["the student's own", "distill.target=mean"]),
         (["seed=20260115123456"], ["'seed'", "4294967295"]),

@@ -27,7 +27,7 @@ from hpc_cpd.config import load_config
 from hpc_cpd.distill.validation import require_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
-from hpc_cpd.settings import Config, Settings
+from hpc_cpd.settings import Config, PluginSettings, Settings
 from hpc_cpd.tasks.registry import stage_plan
 
 ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
@@ -220,4 +220,4 @@ def _is_group(key: str) -> bool:
     for part in key.split("."):
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Settings) else {}
         kind = fields[part].annotation if part in fields else None
-    return isinstance(kind, type) and issubclass(kind, Settings)
+    return isinstance(kind, type) and issubclass(kind, Settings) and not issubclass(kind, PluginSettings)

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator, open_communicator, share
+from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator, open_communicator
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.save_due import SaveDue
@@ -78,7 +78,7 @@ def test_environments_are_shared_out_whole() -> None:
         ranks = [Communicator() for _ in range(size)]
         for rank, communicator in enumerate(ranks):
             communicator.rank, communicator.size = rank, size
-        parts = [share(7, communicator) for communicator in ranks]
+        parts = [communicator.local_range(7) for communicator in ranks]
         assert [number for part in parts for number in part] == list(range(7))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
