@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator
 from hpc_cpd.distributed.outcome import run_on_all_ranks
@@ -39,12 +40,12 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     due = SaveDue(run, config.checkpoint_every_seconds)
     boundary = CheckpointBoundary(communicator, stop, due, f"the trajectories of {task_id}")
     progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
+    tell = partial(progress.update, phase="recording", total=settings.episodes)
     plan = EpisodePlan(config.seed, task_id, "trajectory", settings.action_noise, settings.steps_after_success)
 
     def keep(episodes: list[Episode], kept: int) -> None:
         shards.add(episodes)
-        text = f"recorded {kept}/{settings.episodes} episodes"
-        progress.update(text, phase="recording", step=kept, total=settings.episodes)
+        tell(f"recorded {kept}/{settings.episodes} episodes", step=kept)
         boundary(shards.close)
 
     kept, played = keep_successes(
@@ -77,7 +78,7 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
         mark_done(folder, {key: manifest[key] for key in ("episodes", "steps", "success", "attempts", "complete")})
 
     communicator.on_root(publish)
-    progress.update(f"published {kept} of {settings.episodes} episodes from {played} that were played", last=True)
+    tell(f"published {kept} of {settings.episodes} episodes from {played} that were played", last=True, step=kept)
 
 
 class _Shards:

@@ -30,6 +30,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 _NORMALISED_LIMIT = 10.0
 SMALLEST_STD = 1e-3
 """A coordinate that never moved must not be blown up by its rounding noise."""
+_DESCRIBED = ("observation_size", "action_size", "hidden", "activation", "smallest_std")
+"""What a policy is made with, besides its task; smallest_std is new since the first teachers of the zoo."""
 ZOO_PREFIX = "zoo:"
 _REMEDY = "delete the folder and run 'python -m hpc_cpd.launch --stage teachers' again"
 
@@ -90,27 +92,13 @@ class TeacherPolicy(nn.Module):
     @classmethod
     def from_description(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TeacherPolicy:
         """The policy that `description` and `tensors` were taken from. Raises KeyError, TypeError or RuntimeError."""
-        policy = cls(
-            description["task_id"],
-            description["observation_size"],
-            description["action_size"],
-            description["hidden"],
-            description["activation"],
-            smallest_std=description.get("smallest_std", SMALLEST_STD),
-        )
+        policy = cls(description["task_id"], **{name: description[name] for name in _DESCRIBED if name in description})
         policy.has_critic = description.get("critic", True)
         policy.set_tensors(tensors)
         return policy.eval()
 
     def description(self) -> dict[str, Any]:
-        return {
-            "observation_size": self.observation_size,
-            "action_size": self.action_size,
-            "hidden": list(self.hidden),
-            "activation": self.activation,
-            "smallest_std": self.smallest_std,
-            "critic": self.has_critic,
-        }
+        return {**{name: getattr(self, name) for name in _DESCRIBED}, "critic": self.has_critic}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over every weight and statistic (the names of `state_dict`)."""

@@ -6,29 +6,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
 from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done, write_json
 from hpc_cpd.tasks.policy import Policy
+from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 
-def evaluate_on_all_ranks(
-    policy: Policy, task_id: str, episodes: int, seed: int, communicator: Communicator
-) -> list[EpisodeResult]:
+def evaluate_on_all_ranks(policy: Policy, context: TeacherContext, episodes: int, seed: int) -> list[EpisodeResult]:
     """The results of all episodes in order, on every rank; the ranks share the playing."""
+    communicator = context.communicator
     mine = list(range(communicator.rank, episodes, communicator.size))
-    results = evaluate_policy(policy, task_id, episodes, seed, mine)
+    results = evaluate_policy(policy, context.task.task_id, episodes, seed, mine)
     gathered = [result for rank in communicator.gather(list(results)) for result in rank]
     return sorted(gathered, key=lambda result: result.episode)
 
 
 def publish_teacher(
     run: Run,
-    task_id: str,
     policy: Policy,
-    communicator: Communicator,
+    context: TeacherContext,
     write_policy: Callable[[Path], None] | None,
     *,
     seconds: Callable[[], float],
@@ -42,8 +40,9 @@ def publish_teacher(
 
     Returns the successes, such as ``49/50``.
     """
-    folder, settings = run.teacher(task_id), run.config().evaluation
-    record = task_record(evaluate_on_all_ranks(policy, task_id, settings.episodes, settings.seed, communicator))
+    task_id, settings = context.task.task_id, run.config().evaluation
+    folder = run.teacher(task_id)
+    record = task_record(evaluate_on_all_ranks(policy, context, settings.episodes, settings.seed))
 
     def write() -> None:
         if write_policy is not None:
@@ -60,5 +59,5 @@ def publish_teacher(
             },
         )
 
-    communicator.on_root(write)
+    context.communicator.on_root(write)
     return f"{record['successes']}/{record['episodes']}"

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hpc_cpd import plugins
-from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator
+from hpc_cpd.distributed.mpi import CheckpointBoundary
 from hpc_cpd.evaluation.episodes import task_record
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.metrics_log import MetricsLog
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.save_due import SaveDue
-from hpc_cpd.tasks.registry import TaskSpec
 from hpc_cpd.teachers.algorithms.base import Learner, TeacherContext
 from hpc_cpd.teachers.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from hpc_cpd.teachers.policy import save_teacher
@@ -35,15 +33,13 @@ START_STEPS_BETWEEN_BOUNDARIES = 20
 START_LOG_EVERY = 50
 
 
-def train_teacher(
-    settings: TrainSettings, run: Run, task: TaskSpec, communicator: Communicator, stop: Callable[[], bool]
-) -> None:
-    """Train and publish the teacher of `task` with the algorithm and the start that the run's settings name.
+def train_teacher(settings: TrainSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
+    """Train and publish the teacher of `context.task` with the algorithm and the start that the run's settings name.
 
     All ranks call it together. Raises StopRequested after saving when `stop()` is true on any rank, and whatever the
     start or the algorithm raise.
     """
-    training = _Training(settings, run, task, communicator, stop)
+    training = _Training(settings, run, context, stop)
     training.resume()
     training.start()
     training.improve()
@@ -70,24 +66,19 @@ class _State:
 class _Training:
     """The state of `train_teacher`, identical on every rank."""
 
-    def __init__(
-        self, settings: TrainSettings, run: Run, task: TaskSpec, communicator: Communicator, stop: Callable[[], bool]
-    ) -> None:
-        self.settings, self.run, self.task, self.communicator = settings, run, task, communicator
-        self.config = run.config()
-        teachers = self.config.teachers
-        self.folder: Path = run.teacher(task.task_id)
-        self.context = TeacherContext(task, self.config.seed, communicator)
+    def __init__(self, settings: TrainSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
+        self.settings, self.run, self.context = settings, run, context
+        self.config, task_id, self.communicator = run.config(), context.task.task_id, context.communicator
+        self.folder, teachers = run.teacher(task_id), self.config.teachers
         self.start_plugin: Start = plugins.load("starts", teachers.start.name)
         algorithm = plugins.load("algorithms", teachers.algorithm.name)
-        self.learner: Learner = algorithm.learner(
-            teachers.algorithm, self.start_plugin.hints(teachers.start), self.context
-        )
+        hints = self.start_plugin.hints(teachers.start)
+        self.learner: Learner = algorithm.learner(teachers.algorithm, hints, context)
         self.policy = self.learner.policy
         self.pretraining: Pretraining | None = None
         due = SaveDue(run, self.config.checkpoint_every_seconds)
-        self.boundary = CheckpointBoundary(communicator, stop, due, what=f"the teacher of {task.task_id}")
-        self.progress = Progress(f"teacher {task.task_id}", enabled=communicator.rank == 0, folder=self.folder)
+        self.boundary = CheckpointBoundary(self.communicator, stop, due, what=f"the teacher of {task_id}")
+        self.progress = Progress(f"teacher {task_id}", enabled=self.communicator.rank == 0, folder=self.folder)
         self.log: MetricsLog | None = None
         self.state = _State()
         self.saved: dict[str, dict[str, Tensor]] = {}
@@ -111,7 +102,7 @@ class _Training:
             self.policy.set_tensors(self.saved["policy"])
             self.learner.load_state_dict(self.saved["learner"], found.state["learner"])
             self.best = self.saved["best"]
-            self.progress.update(f"goes on after step {self.state.step}")
+            self._tell(f"goes on after step {self.state.step}")
         if self.communicator.rank == 0:
             self.log = MetricsLog(self.folder / "metrics.jsonl", self.state.step)
 
@@ -120,7 +111,7 @@ class _Training:
         state, settings = self.state, self.config.teachers.start
         if state.started:
             return
-        self.progress.update(f"starts from {settings.name}")
+        self._tell(f"starts from {settings.name}")
         work = self.pretraining = self.start_plugin.pretraining(settings, self.policy, self.context)
         if work is None:
             state.started = True
@@ -134,8 +125,7 @@ class _Training:
             last = state.start_step == work.steps
             if state.start_step % START_LOG_EVERY == 0 or last:
                 self._log(phase="start", loss=loss)
-                text = f"start {state.start_step}/{work.steps}, loss {loss:.4f}"
-                self.progress.update(text, phase="start", step=state.start_step, total=work.steps, loss=loss)
+                self._tell(f"start {state.start_step}/{work.steps}, loss {loss:.4f}", loss=loss)
             if last:
                 state.started, self.pretraining = True, None
                 self._consider()
@@ -153,7 +143,9 @@ class _Training:
             state.step += 1
             state.environment_steps += result.environment_steps
             self._log(phase="improve", **result.numbers)
-            self._tell(result.numbers)
+            shown = {"success": "success {:.2f} with noise", "mean_return": "return {:.0f}"}
+            said = [form.format(result.numbers[name]) for name, form in shown.items() if name in result.numbers]
+            self._tell(", ".join([f"{self.config.teachers.algorithm.name} {state.round}/{learner.rounds}", *said]))
             if state.round == learner.rounds or state.round % self.settings.evaluate_every_rounds == 0:
                 self._consider(goals=1 + state.streak)
             self.boundary(self._save)
@@ -170,22 +162,21 @@ class _Training:
             "start": teachers.start.name,
             "ranks": self.communicator.size,
             "best": self.state.best,
-            "reward_version": self.task.reward_version,
-            "environment_version": self.task.environment_version,
+            "reward_version": self.context.task.reward_version,
+            "environment_version": self.context.task.environment_version,
             "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
         }
         successes = publish_teacher(
             self.run,
-            self.task.task_id,
             self.policy,
-            self.communicator,
+            self.context,
             lambda folder: save_teacher(folder, self.policy, provenance, teachers.algorithm.name),
             environment_steps=self.state.environment_steps,
             seconds=self._seconds,
             while_training=self.state.evaluations,
         )
         self.communicator.on_root(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
-        self.progress.update(f"published, success {successes} after {self._seconds():.0f} s", last=True)
+        self._tell(f"published, success {successes} after {self._seconds():.0f} s", last=True)
 
     def _consider(self, goals: int = 1) -> None:
         """Evaluate the policy as it stands, and remember it if it is better than every one before."""
@@ -193,7 +184,7 @@ class _Training:
         # other goals than those of the final comparison: choosing on them would flatter the teacher. A second success
         # in a row must be one on yet other goals
         episodes, seed = self.settings.evaluation_episodes, self.config.evaluation.seed + goals
-        results = evaluate_on_all_ranks(self.policy, self.task.task_id, episodes, seed, self.communicator)
+        results = evaluate_on_all_ranks(self.policy, self.context, episodes, seed)
         record = {"step": state.step, "environment_steps": state.environment_steps, **task_record(results)}
         rate = record["successes"] / record["episodes"]
         state.streak = state.streak + 1 if rate >= self.settings.target_success else 0
@@ -202,16 +193,16 @@ class _Training:
             state.best = record
             self.best = self.policy.tensors()
         self._log(phase="evaluation", success=rate, mean_return=record["mean_return"])
-        self.progress.update(f"evaluated, success {record['successes']}/{record['episodes']}", last=True)
+        self._tell(f"evaluated, success {record['successes']}/{record['episodes']}", last=True)
 
-    def _tell(self, numbers: Mapping[str, float]) -> None:
-        name, done, total = self.config.teachers.algorithm.name, self.state.round, self.learner.rounds
-        text = f"{name} {done}/{total}"
-        if "success" in numbers:
-            text += f", success {numbers['success']:.2f} with noise"
-        if "mean_return" in numbers:
-            text += f", return {numbers['mean_return']:.0f}"
-        self.progress.update(text, phase=name, step=done, total=total)
+    def _tell(self, text: str, last: bool = False, loss: float | None = None) -> None:
+        """Say `text`, and where the training is."""
+        state, work = self.state, self.pretraining
+        if state.started:
+            name = self.config.teachers.algorithm.name
+            self.progress.update(text, last, name, state.round, self.learner.rounds, loss)
+        else:
+            self.progress.update(text, last, "start", state.start_step, None if work is None else work.steps, loss)
 
     def _log(self, **values: Any) -> None:
         if self.log is not None:

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,22 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_exit_code(kind: str, c
     job = jobs.launch(2, FAILURE, kind, 2, timeout=30)
     assert job.returncode == code
     assert job.stderr.count(text) == 1, job.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "met"),
+    [
+        ("agreed", ("UserError", None, None)),
+        ("stopped", ("StopRequested", None, None)),
+        ("fenced", ("LockLost", None, None)),
+        ("full", ("OSError", errno.ENOSPC, "/runs/x/DONE")),
+    ],
+)
+def test_every_rank_meets_the_error_of_the_root_as_the_error_that_it_was(
+    kind: str, met: tuple[str, int | None, str | None]
+) -> None:
+    job = jobs.launch(2, FAILURE, kind, 2, timeout=30)
+    assert [f"rank {rank} met {met}" in job.stdout for rank in (0, 1)] == [True, True], job.stdout + job.stderr
 
 
 def test_a_stop_that_the_root_alone_meets_is_a_stop_of_all_ranks() -> None:

@@ -83,6 +83,13 @@ def test_a_teacher_of_another_schema_is_refused(published: Path) -> None:
         hpc_cpd.load_teacher(published)
 
 
+def test_a_teacher_of_an_algorithm_that_is_not_installed_is_named(published: Path) -> None:
+    description = json.loads((published / "policy.json").read_text())
+    (published / "policy.json").write_text(json.dumps({**description, "algorithm": "ppp"}))
+    with pytest.raises(UserError, match=r"policy\.json: .*no teacher algorithm 'ppp'; did you mean 'ppo'\?.*install"):
+        hpc_cpd.load_teacher(published)
+
+
 def test_damaged_weights_are_refused(published: Path) -> None:
     weights = bytearray((published / "policy.safetensors").read_bytes())
     weights[-1] ^= 1

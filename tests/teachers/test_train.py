@@ -11,8 +11,9 @@ from hpc_cpd.errors import StopRequested
 from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluate_policy
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
-from hpc_cpd.run.publish import is_done
+from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.teachers import publish
+from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.sources.base import make_teacher
 from hpc_cpd.trajectories.schema import Episode
@@ -100,6 +101,22 @@ def test_what_is_published_says_how_it_came_about(undisturbed: dict[str, Run]) -
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["phase"] for line in lines] == ["start"] * 2 + ["evaluation"] + ["improve", "evaluation"] * 3
     assert [line["step"] for line in lines] == [50, 60, 60, 61, 61, 62, 62, 63, 63]
+
+
+def test_a_training_says_where_it_is_in_a_file(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    told = []
+
+    def stop() -> bool:
+        told.append(read_json(run.teacher(REACH) / "progress.json"))
+        return False
+
+    _train(run, REACH, stop)
+    assert (told[0]["phase"], told[0]["step"]) == ("start", 0)
+    assert (told[-1]["phase"], told[-1]["step"], told[-1]["total"]) == ("ppo", 3, 3)
+    collect_trajectories(run, REACH, Communicator(), lambda: False)
+    last = read_json(run.teacher(REACH) / "progress.json")
+    assert (last["phase"], last["total"]) == ("recording", 5)
 
 
 class _Examiner:

@@ -75,6 +75,13 @@ def test_what_the_zoo_has_not_is_named_with_what_it_has(zoo: TeacherPolicy, tmp_
         make_teacher(run, "metaworld/reach-v3", Communicator(), lambda: False)
 
 
+@pytest.mark.parametrize("name", ["reach-v3", "metaworld/raech-v3"])
+def test_a_name_that_the_zoo_almost_has_is_answered_with_the_right_one(name: str) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'metaworld/reach-v3'\?") as refusal:
+        hpc_cpd.load_teacher(f"zoo:{name}")
+    assert len(str(refusal.value)) < 300  # not all fifty names
+
+
 def test_a_teacher_of_another_reward_is_refused(zoo: TeacherPolicy, tmp_path: Path) -> None:
     add_to_zoo(zoos.ZOO, zoo, {**CARD, "reward_version": "v1"})
     run = tiny_run(tmp_path / "run", *FROM_ZOO)

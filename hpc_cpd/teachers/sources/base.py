@@ -12,6 +12,7 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import Config, PluginSettings
 from hpc_cpd.tasks.registry import TaskSpec, describe
+from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 if TYPE_CHECKING:
     from hpc_cpd.distributed.mpi import Communicator
@@ -25,10 +26,8 @@ class Source(Protocol):
     def check(self, settings: Any, config: Config, task: TaskSpec, ranks: int) -> None:
         """Raise UserError when the teacher of `task` cannot come from here, on so many ranks. Imports no torch."""
 
-    def make(
-        self, settings: Any, run: Run, task: TaskSpec, communicator: Communicator, stop: Callable[[], bool]
-    ) -> None:
-        """Publish the teacher of `task` in `run` (`hpc_cpd.teachers.publish`); all ranks call it together.
+    def make(self, settings: Any, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
+        """Publish the teacher of `context.task` in `run` (`hpc_cpd.teachers.publish`); all ranks call it together.
 
         Raises StopRequested after saving when `stop()` is true on any rank.
         """
@@ -62,4 +61,4 @@ def make_teacher(run: Run, task_id: str, communicator: Communicator, stop: Calla
     config = run.config()
     check_teachers(config, [task_id], communicator.size)
     source: Source = plugins.load("sources", config.teachers.source.name)
-    source.make(config.teachers.source, run, describe(task_id), communicator, stop)
+    source.make(config.teachers.source, run, TeacherContext(describe(task_id), config.seed, communicator), stop)

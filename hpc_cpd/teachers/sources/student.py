@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -22,9 +22,7 @@ from hpc_cpd.run.publish import atomic_folder, read_json
 from hpc_cpd.settings import Config, PluginSettings
 from hpc_cpd.tasks.family import TaskSpec
 from hpc_cpd.tasks.policy import Policy
-
-if TYPE_CHECKING:
-    from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 STUDENT_FOLDER = "student"
 """A teacher that is a student has it instead of a policy of its own."""
@@ -56,20 +54,13 @@ class StudentSource:
                 f"{', '.join(learnt)}"
             )
 
-    def make(
-        self,
-        settings: StudentSettings,
-        run: Run,
-        task: TaskSpec,
-        communicator: Communicator,
-        stop: Callable[[], bool],
-    ) -> None:
+    def make(self, settings: StudentSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
         from hpc_cpd.student.policy import load_student
         from hpc_cpd.teachers.publish import publish_teacher
 
-        began = time.monotonic()
-        folder = run.teacher(task.task_id)
-        progress = Progress(f"teacher {task.task_id}", enabled=communicator.rank == 0, folder=folder)
+        began, task_id, communicator = time.monotonic(), context.task.task_id, context.communicator
+        folder = run.teacher(task_id)
+        progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0, folder=folder)
 
         def copy() -> None:
             load_student(settings.folder)  # a damaged one is not copied
@@ -78,9 +69,7 @@ class StudentSource:
 
         communicator.on_root(copy)
         policy = run_on_all_ranks(communicator, lambda: load_student(folder / STUDENT_FOLDER))
-        successes = publish_teacher(
-            run, task.task_id, policy, communicator, None, seconds=lambda: time.monotonic() - began
-        )
+        successes = publish_teacher(run, policy, context, None, seconds=lambda: time.monotonic() - began)
         progress.update(f"taken from the student {settings.folder}, success {successes}", last=True)
 
 

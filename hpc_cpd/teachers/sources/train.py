@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -11,9 +11,7 @@ from hpc_cpd import plugins
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config, PluginSettings
 from hpc_cpd.tasks.family import TaskSpec
-
-if TYPE_CHECKING:
-    from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 
 class TrainSettings(PluginSettings):
@@ -38,17 +36,10 @@ class Train:
         start.check(config.teachers.start, task, ranks, algorithm)
         algorithm.check(config.teachers.algorithm, task, ranks)
 
-    def make(
-        self,
-        settings: TrainSettings,
-        run: Run,
-        task: TaskSpec,
-        communicator: Communicator,
-        stop: Callable[[], bool],
-    ) -> None:
+    def make(self, settings: TrainSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
         from hpc_cpd.teachers.train import train_teacher
 
-        train_teacher(settings, run, task, communicator, stop)
+        train_teacher(settings, run, context, stop)
 
 
 plugin = Train()

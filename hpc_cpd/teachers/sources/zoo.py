@@ -18,9 +18,9 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import atomic_folder, is_done, mark_done, read_json
 from hpc_cpd.settings import Config, PluginSettings
 from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 if TYPE_CHECKING:
-    from hpc_cpd.distributed.mpi import Communicator
     from hpc_cpd.teachers.policy import TeacherPolicy
 
 ZOO = Path(__file__).parents[2] / "zoo"
@@ -45,19 +45,13 @@ class Zoo:
                 f"{task.reward_version}; set teachers.source=train"
             )
 
-    def make(
-        self,
-        settings: ZooSettings,
-        run: Run,
-        task: TaskSpec,
-        communicator: Communicator,
-        stop: Callable[[], bool],
-    ) -> None:
+    def make(self, settings: ZooSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
         from hpc_cpd.teachers.policy import load_teacher, save_teacher
         from hpc_cpd.teachers.publish import publish_teacher
 
-        began = time.monotonic()
-        progress = Progress(f"teacher {task.task_id}", enabled=communicator.rank == 0, folder=run.teacher(task.task_id))
+        began, task = time.monotonic(), context.task
+        here = context.communicator.rank == 0
+        progress = Progress(f"teacher {task.task_id}", enabled=here, folder=run.teacher(task.task_id))
         card, policy = _card(task), load_teacher(zoo_folder(task.skill))
         policy.task_id = task.task_id
         provenance = {**card["provenance"], "source": "zoo"}
@@ -65,9 +59,7 @@ class Zoo:
         def write(folder: Path) -> None:
             save_teacher(folder, policy, provenance, card.get("algorithm", "ppo"))
 
-        successes = publish_teacher(
-            run, task.task_id, policy, communicator, write, seconds=lambda: time.monotonic() - began
-        )
+        successes = publish_teacher(run, policy, context, write, seconds=lambda: time.monotonic() - began)
         progress.update(f"taken from the zoo, success {successes}", last=True)
 
 
