@@ -39,6 +39,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from hpc_cpd.distill.learn import _Saver, position_of
 from mixture import RESULT, run_ranks
 from student_step import EXPERTS, OBSERVATION, count_parameters, shape_of
 from torch import Tensor
@@ -46,7 +47,6 @@ from torch import distributed as dist
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distill.engine import PhaseEngine
-from hpc_cpd.distill.learn import _Saver, position_of
 from hpc_cpd.distributed.torch import all_ranks_max, finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
 from hpc_cpd.run.paths import Run

@@ -28,20 +28,15 @@ from torch import nn
 from hpc_cpd.distributed.mpi import open_communicator
 from hpc_cpd.evaluation.rollouts import Policy, evaluate_policy
 from hpc_cpd.optimizers import Adam
-from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.algorithms.ppo import (
-    adapted_step_size,
-    collect_rollout,
-    environments_of,
-    update,
-    update_normaliser,
-)
+from hpc_cpd.teachers.algorithms._ppo_learner import NORMALISER_STEPS
+from hpc_cpd.teachers.algorithms._ppo_update import adapted_learning_rate, collect_rollout, update, update_normaliser
+from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.seeds import generator
-from hpc_cpd.teachers.train import NORMALISER_STEPS
+from hpc_cpd.teachers.rollouts import generator
+from hpc_cpd.teachers.starts.scratch import ScratchSettings
 
-SETTINGS = PPOSettings()
+SETTINGS, START = PPOSettings(), ScratchSettings()
 WIDTH, OBSERVATION, ACTION = 128, 39, 4
 PARAMETERS = 2 * (OBSERVATION + 1 + WIDTH + 1) * WIDTH + (WIDTH + 1) * (ACTION + 1) + ACTION
 GOALS_SEED, HELD_OUT_SEED = 1, 10_001
@@ -110,16 +105,16 @@ def deterministic(means: Callable[[np.ndarray], np.ndarray]) -> Policy:
     return SimpleNamespace(reset=lambda task_id, num_envs: None, act=act)
 
 
-def train_ours(training: Training, ranks: int, fixed_step_size: bool) -> None:
+def train_ours(training: Training, ranks: int, fixed_learning_rate: bool) -> None:
     """The rounds of hpc_cpd.teachers.train from scratch, but all with the one set of goals that the peers have."""
-    task_id, seed, step_size = f"metaworld/{training.task}", training.seed, SETTINGS.learning_rate
+    task_id, seed, learning_rate = f"metaworld/{training.task}", training.seed, SETTINGS.learning_rate
     communicator = open_communicator(ranks)
     layers, weights = [WIDTH, WIDTH], generator(seed, task_id, "weights")
-    log_std, smallest_std = SETTINGS.initial_log_std, SETTINGS.smallest_std
+    log_std, smallest_std = START.initial_log_std, START.smallest_std
     policy = TeacherPolicy(task_id, OBSERVATION, ACTION, layers, "tanh", log_std, weights, smallest_std)
-    communicator.broadcast_parameters(policy.parameters())
-    optimizer = Adam(policy.parameters(), lr=step_size, eps=1e-5, fused=True)
-    mine = environments_of(SETTINGS, communicator)
+    communicator.broadcast(policy.parameters())
+    optimizer = Adam(policy.parameters(), lr=learning_rate, eps=1e-5, fused=True)
+    mine = communicator.local_range(SETTINGS.num_envs)
     envs = make_batch(task_id, len(mine), GOALS_SEED)
     training.begin()
     first = collect_rollout(envs, policy, SETTINGS, seed, 0, mine.start, steps=NORMALISER_STEPS)
@@ -129,9 +124,9 @@ def train_ours(training: Training, ranks: int, fixed_step_size: bool) -> None:
         rollout = collect_rollout(envs, policy, SETTINGS, seed, 1 + iteration, mine.start)
         measured = update(policy, optimizer, rollout, SETTINGS, seed, iteration, communicator)
         update_normaliser(policy, rollout.observations, communicator)
-        if SETTINGS.desired_kl is not None and not fixed_step_size:
-            step_size = adapted_step_size(step_size, measured["kl_met"], SETTINGS.desired_kl)
-            optimizer.param_groups[0]["lr"] = step_size
+        if START.desired_kl is not None and not fixed_learning_rate:
+            learning_rate = adapted_learning_rate(learning_rate, measured["kl_met"], START.desired_kl)
+            optimizer.param_groups[0]["lr"] = learning_rate
         if communicator.on_root(lambda: training.round_over(policy)):
             break
     communicator.on_root(lambda: training.tell(policy))

@@ -43,7 +43,7 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.metaworld import NAMES
 from hpc_cpd.tasks.metaworld_batch import _STATE, MetaWorldBatch
 from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.starts.demonstrations import ScriptedActor
+from hpc_cpd.teachers.scripted import ScriptedPolicy
 
 SEED, NOISE, PIECE = 1, 0.2, 5
 FRAMES = 5
@@ -86,13 +86,12 @@ def simulator_of(envs: BatchEnv) -> MetaWorldBatch:
 def record(envs: BatchEnv, steps: int) -> Recording:
     rng = np.random.default_rng(SEED)
     goals = rng.integers(envs.num_goals or 0, size=envs.num_envs)
-    actor = ScriptedActor(envs.task.task_id.partition("/")[2], envs.task.action_size)
-    actor.begin(envs.num_envs)
-    everyone = np.ones(envs.num_envs, np.bool_)
+    policy = ScriptedPolicy(envs.task.task_id)
+    policy.reset(envs.task.task_id, envs.num_envs)
     observations, _ = envs.reset(options={"goal_index": goals})
     actions, mocap = [], []
     for _ in range(steps):
-        noisy = actor.means(observations, everyone) + NOISE * rng.standard_normal((envs.num_envs, 4))
+        noisy = policy.act(observations) + NOISE * rng.standard_normal((envs.num_envs, 4))
         actions.append(np.clip(noisy, -1.0, 1.0).astype(np.float32))
         observations = envs.step(actions[-1])[0]
         mocap.append(simulator_of(envs)._mocap.copy())

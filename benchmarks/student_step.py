@@ -33,13 +33,13 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from hpc_cpd.distill.learn import batch_loss
 from mixture import RESULT, run_ranks
 from torch import distributed as dist
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine, learning_rate
-from hpc_cpd.distill.learn import batch_loss
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpc_cpd.evaluation.episodes import EpisodeResult
 from hpc_cpd.evaluation.rollouts import evaluate_policy
@@ -24,9 +23,9 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.metaworld import NAMES
 from hpc_cpd.tasks.registry import resolve_tasks, run_plan
-from hpc_cpd.teachers.policy import ZOO, load_teacher
-from hpc_cpd.teachers.sources.zoo import add_to_zoo
-from hpc_cpd.teachers.starts.demonstrations import ScriptedActor
+from hpc_cpd.teachers.policy import load_teacher
+from hpc_cpd.teachers.scripted import ScriptedPolicy
+from hpc_cpd.teachers.sources.zoo import ZOO, add_to_zoo
 
 DOCS = Path(__file__).parents[1] / "docs"
 EPISODES, SEED = 50, 10_000
@@ -40,7 +39,7 @@ def main() -> None:
     records = {start: _read(DOCS / "teachers" / f"{start}.json") for start in [*STARTS, "scripted", "elsewhere"]}
     for folder in sys.argv[1:]:
         run = Run(Path(folder))
-        start = run.config().teachers.start
+        start = run.config().teachers.start.name
         for task in [task for tasks in run_plan(run) for task in tasks]:
             if is_done(run.teacher(task)):
                 kind = start if task in TASKS else "elsewhere"
@@ -49,7 +48,7 @@ def main() -> None:
                     _enter(run.teacher(task), records[start][task])
     for task in TASKS:
         if task not in records["scripted"]:
-            records["scripted"][task] = _score(_play(_Scripted(task), task))
+            records["scripted"][task] = _score(_play(ScriptedPolicy(task), task))
             print(f"scripted policy of {task}: {records['scripted'][task]['success']:.2f}", flush=True)
     order = {task: number for number, task in enumerate(TASKS)}
     records = {
@@ -126,19 +125,6 @@ def _score(results: list[EpisodeResult]) -> dict[str, Any]:
         "episodes": EPISODES,
         "seed": SEED,
     }
-
-
-class _Scripted:
-    """The benchmark's scripted policy, in the form that is evaluated."""
-
-    def __init__(self, task: str) -> None:
-        self._actor = ScriptedActor(task.removeprefix("metaworld/"), 4)
-
-    def reset(self, task_id: str | None, num_envs: int) -> None:
-        self._actor.begin(num_envs)
-
-    def act(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
-        return self._actor.means(observations, np.ones(len(observations), np.bool_))
 
 
 def _page(records: dict[str, dict[str, Any]]) -> str:

@@ -9,7 +9,6 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -229,7 +228,7 @@ def verify(run: RunFolder) -> None:
     for task in (task for tasks in plan for task in tasks):
         if is_done(at.teacher(task)):
             checked["teachers"] += 1
-            problems += _problem(partial(load_any_teacher, task_id=task), at.teacher(task))
+            problems += _problem(load_any_teacher, at.teacher(task))
         if is_done(at.trajectories(task)):
             checked["trajectory folders"] += 1
             problems += verify_folder(at.trajectories(task), task)

@@ -163,15 +163,13 @@ def _settle(arguments: argparse.Namespace) -> LaunchRequest:
 
 def _require_means(work: LaunchRequest, where: str) -> None:
     """Refuse what jobs would find out one by one, some of them after hours."""
-    from hpc_cpd.teachers.validation import require_teacher
+    from hpc_cpd.teachers.sources.base import check_teachers
 
     if where == "local" and work.todo_stages and NVIDIA_GPUS.is_dir():
         from hpc_cpd.distributed.torch import require_gpus
 
         require_gpus(work.config.distill.ranks)
-    settings = work.config.teachers
-    for task in work.todo_tasks if settings.source == "train" else ():
-        require_teacher(task, settings, settings.ranks)
+    check_teachers(work.config, work.todo_tasks)
 
 
 def _open(work: LaunchRequest, where: str) -> None:

@@ -39,29 +39,19 @@ class Kind:
     needs: tuple[str, ...] = ("Settings",)
 
 
-_FAMILY = ("names", "describe", "make")
-_PART = ("Settings", "build")
-_TEACHERS, _STUDENT = "hpc_cpd.teachers", "hpc_cpd.student"
+_TEACHERS, _STUDENT, _PARTS, _PART = "hpc_cpd.teachers", "hpc_cpd.student", "hpc_cpd.students", ("Settings", "build")
+_SELECTIONS, _LEARNER = "hpc_cpd.trajectories.selection", ("Settings", "learner")
 KINDS = {
-    "tasks": Kind("task family", "stream.tasks", "hpc_cpd.tasks.families", "hpc_cpd.tasks", needs=_FAMILY),
+    "tasks": Kind("task family", "stream.tasks", "hpc_cpd.tasks.families", "hpc_cpd.tasks", "", ("describe", "make")),
     "methods": Kind("method", "method", "hpc_cpd.methods", "hpc_cpd.methods"),
-    "selections": Kind("selection", "method.memory.selection", "hpc_cpd.trajectories.selection", "hpc_cpd.selections"),
-    "algorithms": Kind("teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", "hpc_cpd.teachers"),
+    "selections": Kind("selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections"),
+    "algorithms": Kind("algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
     "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
     "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),
-    "tokenizers": Kind(
-        "tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", "hpc_cpd.students", "tokenizer.", _PART
-    ),
-    "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", "hpc_cpd.students", "backbone.", _PART),
-    "heads": Kind("head", "student.head", f"{_STUDENT}.heads", "hpc_cpd.students", "head.", _PART),
-    "embeddings": Kind(
-        "task embedding",
-        "student.task_embedding",
-        f"{_STUDENT}.embeddings",
-        "hpc_cpd.students",
-        "embedding.",
-        ("Settings", "learn"),
-    ),
+    "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", _PARTS, "tokenizer.", _PART),
+    "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", _PARTS, "backbone.", _PART),
+    "heads": Kind("head", "student.head", f"{_STUDENT}.heads", _PARTS, "head.", _PART),
+    "embeddings": Kind("embedding", "student.task_embedding", f"{_STUDENT}.embeddings", _PARTS, "embedding."),
     "schedulers": Kind("scheduler", "cluster.scheduler", "hpc_cpd.cluster.schedulers", "hpc_cpd.schedulers"),
 }
 

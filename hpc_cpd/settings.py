@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
 from hpc_cpd import plugins
@@ -94,6 +94,8 @@ def mistake(error: Mapping[str, Any], settings: type[BaseModel], prefix: str = "
         return f"unknown setting '{key}'; {near}Known here: {', '.join(group.model_fields)}"
     name = next((part for part in reversed(location) if part in group.model_fields), None)
     about = f" ({group.model_fields[name].description})" if name and group.model_fields[name].description else ""
+    if error["type"] == "missing":
+        return f"setting '{key}'{about} has no default; write {key}=VALUE"
     text = error["msg"][0].lower() + error["msg"][1:]
     return f"setting '{key}'{about}: {text}, but it is {error['input']!r}"
 
@@ -108,80 +110,19 @@ class StreamSettings(Settings):
     order_seed: int | None = Field(None, description="shuffle the tasks with this seed; null keeps the list order")
 
 
-class DemonstrationSettings(Settings):
-    """Warm start of a teacher by behavioural cloning."""
-
-    folder: str | None = Field(
-        None, description="trajectory folder holding TASK/ folders to clone; null records the scripted policy"
-    )
-    episodes: int = Field(100, ge=1, description="successful demonstrations recorded per task")
-    action_noise: list[float] = Field(
-        [0.0, 0.1, 0.3, 0.5], min_length=1, description="standard deviations of the noise, one drawn per episode"
-    )
-    gradient_steps: int = Field(3000, ge=1, description="Adam steps of cloning (facts: 3,000 reach 98% on MT25)")
-    batch_size: int = Field(512, ge=1, description="samples per step, over all ranks")
-    learning_rate: float = Field(1e-3, gt=0, description="Adam step size of cloning")
-
-
-class PPOSettings(Settings):
-    """Proximal policy optimisation (arXiv 1707.06347) with generalised advantages (arXiv 1506.02438)."""
-
-    iterations: int = Field(40, ge=0, description="rollout and update rounds; 0 publishes the warm start")
-    num_envs: int = Field(16, ge=1, description="environments over all ranks")
-    rollout_steps: int = Field(
-        500, ge=1, description="steps per environment and iteration, from fresh episodes (Meta-World's end after 500)"
-    )
-    epochs: int = Field(10, ge=1, description="passes over a rollout")
-    minibatches: int = Field(8, ge=1, description="gradient steps per pass")
-    learning_rate: float = Field(3e-4, gt=0, description="Adam step size")
-    desired_kl: float | None = Field(
-        0.01, gt=0, description="from scratch, the step size follows this divergence per round; null keeps it fixed"
-    )
-    discount: float = Field(0.99, gt=0, le=1, description="gamma")
-    gae_lambda: float = Field(0.95, ge=0, le=1, description="lambda of the advantage estimate")
-    clip_range: float = Field(0.2, gt=0, description="clip of the probability ratio")
-    value_coefficient: float = Field(0.5, ge=0, description="weight of the value loss")
-    entropy_coefficient: float = Field(0.0, ge=0, description="entropy bonus (Metaworld#115: none works best)")
-    max_gradient_norm: float = Field(0.5, gt=0, description="global gradient norm clip")
-    initial_log_std: float = Field(0.0, description="start of the state-independent log standard deviation")
-    warm_log_std: float = Field(-1.0, description="the same after a warm start: explore close to the demonstrations")
-    warm_learning_rate: float = Field(3e-5, gt=0, description="Adam step size of the policy after a warm start")
-    warm_value_iterations: int = Field(1, ge=0, description="after a warm start, rounds that fit the critic alone")
-    smallest_std: float = Field(
-        0.1,
-        gt=0,
-        description="from scratch, observations that vary less are divided by this, not by their standard deviation",
-    )
-    target_kl: float = Field(0.03, gt=0, description="a round ends early past this divergence from the rollout policy")
-    reward_scale: float = Field(0.1, gt=0, description="rewards are multiplied by this before learning")
-
-
 class TeacherSettings(Settings):
-    """Single-task experts."""
+    """Single-task experts. `algorithm` and `start` say how those are trained that ``source: train`` trains."""
 
-    source: Literal["train", "zoo", "student"] = Field(
-        "train", description="train them, take the trained ones that come with the package, or one student for all"
+    source: Annotated[PluginSettings, Choice("sources", "train")] = Field(
+        "train", validate_default=True, description="where teachers come from: trained in the run, the zoo, a student"
     )
-    student: str | None = Field(None, description="source student: its folder, RUN/stages/K/student")
-    start: Literal["demonstrations", "scratch"] = Field("demonstrations", description="how a teacher begins")
+    algorithm: Annotated[PluginSettings, Choice("algorithms", "ppo")] = Field(
+        "ppo", validate_default=True, description="what trains a teacher"
+    )
+    start: Annotated[PluginSettings, Choice("starts", "demonstrations")] = Field(
+        "demonstrations", validate_default=True, description="the first weights of a teacher"
+    )
     ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
-    hidden: list[PositiveInt] = Field([256, 256], min_length=1, description="widths of the hidden layers")
-    demonstrations: DemonstrationSettings = DemonstrationSettings()
-    ppo: PPOSettings = PPOSettings()
-    evaluation_episodes: int = Field(20, ge=1, description="episodes per evaluation while training")
-    evaluate_every_iterations: int = Field(5, ge=1, description="PPO rounds between two evaluations")
-    target_success: float = Field(
-        0.95, gt=0, le=1, description="stop once evaluated at this twice in a row; a clone is evaluated twice at once"
-    )
-
-    @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.student is not None and self.source != "student":
-            raise UserError(
-                f"teachers.student names the teacher of all tasks, but teachers.source is '{self.source}'; "
-                "set teachers.source=student, or leave teachers.student out"
-            )
-        return self
 
 
 class TrajectorySettings(Settings):
@@ -379,7 +320,7 @@ class Config(Settings):
         20.0, gt=0, description="most work lost to a kill", json_schema_extra=RESUMABLE
     )
     stream: StreamSettings = StreamSettings()
-    teachers: TeacherSettings = TeacherSettings()
+    teachers: TeacherSettings = Field(default_factory=TeacherSettings)
     trajectories: TrajectorySettings = TrajectorySettings()
     student: StudentSettings = Field(default_factory=StudentSettings)
     distill: DistillSettings = DistillSettings()

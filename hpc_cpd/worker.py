@@ -111,9 +111,8 @@ def rendezvous(place: Place, environment: dict[str, str]) -> dict[str, str]:
 def train(run: Run, task_id: str, place: Place, stop: Stop) -> None:
     """One rank of one teacher: train it, then record its trajectories."""
     from hpc_cpd.distributed.mpi import open_communicator
-    from hpc_cpd.evaluation.rollouts import evaluate_policy
     from hpc_cpd.teachers.collect import collect_trajectories
-    from hpc_cpd.teachers.train import train_teacher
+    from hpc_cpd.teachers.sources.base import make_teacher
 
     remove_leftovers()
     communicator = open_communicator(place.size)
@@ -121,7 +120,7 @@ def train(run: Run, task_id: str, place: Place, stop: Stop) -> None:
     log = _log_of(place, run)
     communicator.on_root(lambda: _enter(lock, log))
     try:
-        train_teacher(run, task_id, communicator, evaluate_policy, stop)
+        make_teacher(run, task_id, communicator, stop)
         collect_trajectories(run, task_id, communicator, stop)
     finally:
         if communicator.rank == 0:

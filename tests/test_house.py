@@ -30,7 +30,7 @@ ORDER = [
     {"former_keys"},
     {"settings"},
     {"plugins"},
-    {"progress", "errors", "optimizers", "layers"},
+    {"progress", "errors", "optimizers", "layers", "losses"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -20,10 +20,9 @@ name: tiny
 checkpoint_every_seconds: 1
 stream: {tasks: [gymnasium/Pendulum-v1], tasks_per_stage: 1}
 teachers:
+  source: {evaluation_episodes: 2}
   start: scratch
-  hidden: [8]
-  evaluation_episodes: 2
-  ppo: {iterations: 3, num_envs: 2, rollout_steps: 20}
+  algorithm: {hidden: [8], iterations: 3, num_envs: 2, rollout_steps: 20}
 trajectories: {episodes: 2, success_only: false}
 student:
   width: 8

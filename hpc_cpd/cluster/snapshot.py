@@ -177,10 +177,10 @@ def _teacher_progress(record: Mapping[str, Any] | None, config: Config) -> UnitP
     if record is None:
         return None
     settings = config.teachers
-    cloned = settings.demonstrations.gradient_steps if settings.start == "demonstrations" else 0
+    cloned = getattr(settings.start, "gradient_steps", 0)
     if record["step"] <= cloned:
         return UnitProgress("cloning", record["step"], cloned, _number(record.get("loss")))
-    return UnitProgress("PPO", record["step"] - cloned, settings.ppo.iterations)
+    return UnitProgress("PPO", record["step"] - cloned, getattr(settings.algorithm, "iterations", 0))
 
 
 def _stage_progress(record: Mapping[str, Any] | None, config: Config) -> UnitProgress | None:

@@ -19,9 +19,8 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, sha256
 from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.tasks.registry import describe, make_batch
-from hpc_cpd.teachers.collect import TeacherActor
-from hpc_cpd.teachers.rollouts import BLOCK, AttemptPlan, play_block
-from hpc_cpd.teachers.sources.student import StudentTeacher, load_any_teacher, weights_of
+from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, play_block
+from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
@@ -64,14 +63,13 @@ def _play(stage: Stage, task: str, folder: Path, student: StudentPolicy, wanted:
     """This rank's blocks of episodes."""
     run, config, spec = stage.run, stage.config, describe(task)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    plan = AttemptPlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
-    teacher = TeacherActor(load_any_teacher(run.teacher(task), task))
-    player = TeacherActor(StudentTeacher(task, student))
+    plan = EpisodePlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
+    teacher = load_any_teacher(run.teacher(task))
     origin = (task, sha256(weights_of(run.teacher(task))), config.seed, spec.reward_version, spec.environment_version)
     writer = ShardWriter(folder, rank, 0, *origin)
     with closing(make_batch(task, BLOCK, config.seed)) as envs:
         for block in range(rank, -(-wanted // BLOCK), world_size):
-            for episode in play_block(envs, player, plan, block, teacher):
+            for episode in play_block(envs, student, plan, block, teacher):
                 if episode.index < wanted:
                     writer.add(replace(episode, index=FIRST_INDEX + episode.index))
     writer.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hpc_cpd.teachers.bounds import bounded_errors
+from hpc_cpd.losses import bounded_errors
 
 
 def action_mean_error(predicted: Tensor, target: Tensor, valid: Tensor) -> Tensor:

@@ -48,11 +48,16 @@ class Communicator:
         """Every rank's `value` in rank order, on every rank."""
         return [value] if self.size == 1 else self._mpi.allgather(value)
 
+    def local_range(self, total: int) -> range:
+        """The contiguous part of range(`total`) that belongs to this rank; parts differ by one at most."""
+        begin, end = (total * (self.rank + part) // self.size for part in (0, 1))
+        return range(begin, end)
+
     def on_root(self, work: Callable[[], Value]) -> Value:
         """Let rank 0 do `work` (files are touched by one rank only) and give its result, or its error, to all."""
         return run_on_rank(self, work)
 
-    def broadcast_parameters(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
@@ -124,12 +129,6 @@ class CheckpointBoundary:
             self.due.saved()
         if stop:
             raise StopRequested(f"{self.what} stands on disk; the same command goes on from there")
-
-
-def share(total: int, communicator: Communicator) -> range:
-    """The contiguous part of range(`total`) that belongs to this rank; parts differ by one at most."""
-    begin, end = (total * (communicator.rank + part) // communicator.size for part in (0, 1))
-    return range(begin, end)
 
 
 def _in_place() -> Any:

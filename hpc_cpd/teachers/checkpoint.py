@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, write_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
 _NAME = re.compile(r"\d{10}")

@@ -14,20 +14,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.layers import empty_linear
 from hpc_cpd.run.publish import is_done, read_json, sha256, write_bytes, write_json
+from hpc_cpd.teachers.algorithms.base import TrainablePolicy
+from hpc_cpd.teachers.sources.student import STUDENT_FOLDER
+from hpc_cpd.teachers.sources.zoo import zoo_folder
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSIONS = (1, 2)
+"""Version 1 is always PPO's; version 2 names the algorithm whose policy it is."""
 WEIGHTS = "policy.safetensors"
 DESCRIPTION = "policy.json"
-STUDENT_FOLDER = "student"
-"""A teacher that is a student (`joint.py`) has it instead of the two files above."""
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
 _NORMALISED_LIMIT = 10.0
 SMALLEST_STD = 1e-3
 """A coordinate that never moved must not be blown up by its rounding noise."""
-ZOO = Path(__file__).parents[1] / "zoo"
+_DESCRIBED = ("observation_size", "action_size", "hidden", "activation", "smallest_std")
+"""What a policy is made with, besides its task; smallest_std is new since the first teachers of the zoo."""
 ZOO_PREFIX = "zoo:"
 _REMEDY = "delete the folder and run 'python -m hpc_cpd.launch --stage teachers' again"
 
@@ -85,14 +89,27 @@ class TeacherPolicy(nn.Module):
         self.normaliser_count = torch.tensor(count, dtype=torch.float64)
         self._cache_normaliser()
 
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> TeacherPolicy:
+        """The policy that `description` and `tensors` were taken from. Raises KeyError, TypeError or RuntimeError."""
+        policy = cls(description["task_id"], **{name: description[name] for name in _DESCRIBED if name in description})
+        policy.has_critic = description.get("critic", True)
+        policy.set_tensors(tensors)
+        return policy.eval()
+
+    def description(self) -> dict[str, Any]:
+        return {**{name: getattr(self, name) for name in _DESCRIBED}, "critic": self.has_critic}
+
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over every weight and statistic (the names of `state_dict`)."""
-        self.load_state_dict(dict(tensors))
+        absent = {} if self.has_critic else {f"critic.{name}": x for name, x in self.critic.state_dict().items()}
+        self.load_state_dict({**absent, **tensors})
         self._cache_normaliser()
 
     def tensors(self) -> dict[str, Tensor]:
-        """A copy of every weight and statistic."""
-        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+        """A copy of every weight and statistic; without the critic where it was stored without."""
+        held = self.state_dict().items()
+        return {name: x.detach().clone() for name, x in held if self.has_critic or not name.startswith("critic.")}
 
     def normalise(self, observations: Tensor) -> Tensor:
         """float32 [..., obs] -> float32 [..., obs], zero mean and unit variance at most, limited to +-10."""
@@ -139,36 +156,38 @@ class TeacherPolicy(nn.Module):
         self._scale = (self.normaliser_var.clamp_min(self.smallest_std**2)).rsqrt().to(torch.float32)
 
 
-def save_teacher(folder: Path, policy: TeacherPolicy, provenance: Mapping[str, Any], small: bool = False) -> None:
-    """Write policy.safetensors, then policy.json (sizes, `provenance`, the weights' SHA-256).
+def save_teacher(
+    folder: Path,
+    policy: TrainablePolicy,
+    provenance: Mapping[str, Any],
+    algorithm: str = "ppo",
+    small: bool = False,
+) -> None:
+    """Write policy.safetensors, then policy.json (`algorithm`, description, `provenance`, the weights' SHA-256).
 
     `small`: without the critic, weights in float16 (the statistics of the normaliser stay float64).
     """
-    tensors, critic = policy.tensors(), policy.has_critic and not small
-    if not critic:
-        tensors = {name: value for name, value in tensors.items() if not name.startswith("critic.")}
+    description, tensors = policy.description(), policy.tensors()
     if small:
-        tensors = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+        description["critic"] = False
+        tensors = {
+            name: value.half() if value.dtype == torch.float32 else value
+            for name, value in tensors.items()
+            if not name.startswith("critic.")
+        }
     write_bytes(folder / WEIGHTS, save(tensors))
-    description = {
-        "schema_version": SCHEMA_VERSION,
-        "task_id": policy.task_id,
-        "observation_size": policy.observation_size,
-        "action_size": policy.action_size,
-        "hidden": list(policy.hidden),
-        "activation": policy.activation,
-        "smallest_std": policy.smallest_std,
-        "critic": critic,
-        "sha256": sha256(folder / WEIGHTS),
-        "provenance": dict(provenance),
-    }
-    write_json(folder / DESCRIPTION, description)
+    about = {"schema_version": SCHEMA_VERSIONS[-1], "algorithm": algorithm, "task_id": policy.task_id}
+    digest = {"sha256": sha256(folder / WEIGHTS), "provenance": dict(provenance)}
+    write_json(folder / DESCRIPTION, {**about, **description, **digest})
 
 
-def load_teacher(folder: str | Path) -> TeacherPolicy:
+def load_teacher(folder: str | Path) -> Any:
     """Load a published teacher folder (such as runs/NAME/teachers/metaworld/reach-v3), or ``zoo:metaworld/reach-v3``.
 
-    Raises UserError: not published, not in the zoo, another schema, or damaged files.
+    The policy (`hpc_cpd.tasks.policy.Policy`) is of the class of the algorithm that trained it, of PPO a
+    `TeacherPolicy`, and has the attributes `task_id` and `provenance`.
+
+    Raises UserError: not published, not in the zoo, of an algorithm that is not installed, another schema, or damaged.
     """
     named = str(folder)
     folder = zoo_folder(named.removeprefix(ZOO_PREFIX)) if named.startswith(ZOO_PREFIX) else Path(folder)
@@ -180,9 +199,9 @@ def load_teacher(folder: str | Path) -> TeacherPolicy:
         raise UserError(f"the teacher in {folder} is a student; load it with load_student({folder / STUDENT_FOLDER})")
     description = read_json(folder / DESCRIPTION)
     version = description.get("schema_version") if isinstance(description, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in SCHEMA_VERSIONS:
         raise UserError(
-            f"{folder / DESCRIPTION} has schema_version {version}, but this version reads {SCHEMA_VERSION}; {_REMEDY}"
+            f"{folder / DESCRIPTION} has schema_version {version}, but this version reads 1 and 2; {_REMEDY}"
         )
     weights = folder / WEIGHTS
     if not weights.is_file():
@@ -190,34 +209,15 @@ def load_teacher(folder: str | Path) -> TeacherPolicy:
     if sha256(weights) != description.get("sha256"):
         raise UserError(f"{weights} is damaged (its SHA-256 is not the one in {DESCRIPTION}); {_REMEDY}")
     try:
-        policy = TeacherPolicy(
-            description["task_id"],
-            description["observation_size"],
-            description["action_size"],
-            description["hidden"],
-            description["activation"],
-            smallest_std=description.get("smallest_std", SMALLEST_STD),
-        )
-        tensors = load_file(weights)
-        policy.has_critic = description.get("critic", True)
-        if not policy.has_critic:
-            tensors |= {f"critic.{name}": value for name, value in policy.critic.state_dict().items()}
-        policy.set_tensors(tensors)
+        algorithm = plugins.load("algorithms", description.get("algorithm", "ppo"))
+    except UserError as error:
+        raise UserError(f"{folder / DESCRIPTION}: {error}; install the package that brings it") from None
+    try:
+        policy: Any = algorithm.load_policy(description, load_file(weights))
         policy.provenance = dict(description["provenance"])
     except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
-        raise UserError(f"{folder} is no teacher of schema {SCHEMA_VERSION} ({error}); {_REMEDY}") from None
-    return policy.eval()
-
-
-def zoo_folder(task_id: str) -> Path:
-    """The folder of the zoo's teacher of `task_id`. Raises UserError when it has none."""
-    folder = ZOO / task_id
-    if not is_done(folder):
-        known = sorted(str(path.parent.relative_to(ZOO)) for path in ZOO.glob("*/*/DONE"))
-        raise UserError(
-            f"the zoo has no teacher of {task_id} (it has {', '.join(known) or 'none yet'}); set teachers.source=train"
-        )
-    return folder
+        raise UserError(f"{folder} is no teacher of schema {version} ({error}); {_REMEDY}") from None
+    return policy
 
 
 def _network(

@@ -1,57 +1,79 @@
-"""Playing numbered episodes with action noise, until enough of them succeeded.
+"""Episodes and environments that are pure functions of the seed, the task and their numbers.
 
-Attempt i is a pure function of (seed, task, purpose, i). Attempts are played in blocks of BLOCK, attempt i
-always in row i % BLOCK of a policy call of exactly BLOCK rows, so the same bits come out whoever plays it.
+A resumed run needs no generator's state, and ranks that share the work draw what one rank would have drawn. Recorded
+episodes are played in blocks of BLOCK, episode i always in row i % BLOCK of a policy call of exactly BLOCK rows, so the
+same bits come out whoever plays it.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.teachers.seeds import generator
+from hpc_cpd.tasks.policy import Policy
+from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.trajectories.schema import Episode
 
 BLOCK = 8
 UNBOUNDED_GOALS = 2**31
+ROUNDS_PER_GOAL_SET = 20
+"""A seed has 50 goals; training moves on to those of another seed, so that it learns the task and not its goals."""
 
 
-class Actor(Protocol):
-    """Whoever acts: the scripted policy of a task, or a teacher."""
+def generator(seed: int, task_id: str, purpose: str, *indices: int) -> np.random.Generator:
+    """A fresh generator for (`seed`, `task_id`, `purpose`, `indices`); the same arguments give the same numbers."""
+    words = np.frombuffer(hashlib.sha256(f"{task_id}\n{purpose}".encode()).digest()[:16], dtype=np.uint32)
+    return np.random.default_rng([seed, *(int(word) for word in words), *indices])
 
-    def begin(self, rows: int) -> None:
-        """New episodes begin in all `rows`."""
 
-    def means(self, observations: NDArray[np.float32], active: NDArray[np.bool_]) -> NDArray[np.float32]:
-        """Noiseless actions float32 [rows, act] in [-1, 1]; rows that are not `active` do not matter."""
+class TrainingEnvironments:
+    """`count` environments to learn a task in, whose goals depend on the seed and the number of the round."""
+
+    def __init__(self, task_id: str, seed: int, count: int) -> None:
+        self.task_id, self.seed, self.count = task_id, seed, count
+        self._goal_set = -1
+        self._envs: BatchEnv | None = None
+
+    def of_round(self, number: int) -> BatchEnv:
+        """The environments of round `number`. Reset them: what was played before must not matter."""
+        goal_set = number // ROUNDS_PER_GOAL_SET
+        if self._envs is None or goal_set != self._goal_set:
+            self.close()
+            goals = int(generator(self.seed, self.task_id, "goals", goal_set).integers(2**31))
+            self._envs, self._goal_set = make_batch(self.task_id, self.count, goals), goal_set
+        return self._envs
+
+    def close(self) -> None:
+        if self._envs is not None:
+            self._envs.close()
+            self._envs = None
 
 
 @dataclass(frozen=True)
-class AttemptPlan:
-    """What decides an attempt, besides its number."""
+class EpisodePlan:
+    """What decides a recorded episode, besides its number."""
 
     seed: int
     task_id: str
     purpose: str
-    """Keeps the attempts of one kind of work apart from those of another."""
+    """Keeps the episodes of one kind of work apart from those of another."""
     action_noise: Sequence[float]
-    """Standard deviations, one of them drawn per attempt."""
+    """Standard deviations, one of them drawn per episode."""
     steps_after_success: int
-    """An attempt ends this many steps after its first success."""
+    """An episode ends this many steps after its first success."""
 
 
 def play_block(
-    envs: BatchEnv, actor: Actor, plan: AttemptPlan, block: int, teacher: Actor | None = None
+    envs: BatchEnv, policy: Policy, plan: EpisodePlan, block: int, teacher: Policy | None = None
 ) -> list[Episode]:
-    """Play the attempts of `block`, in order of their numbers, successful or not.
+    """Play the episodes of `block`, in order of their numbers, successful or not.
 
-    `teacher`: whose means are recorded at what `actor` meets; None: those of `actor`.
+    `teacher`: whose actions are recorded as the target for what `policy` meets; None: those of `policy`.
     """
     horizon, goals = envs.task.horizon, envs.num_goals or UNBOUNDED_GOALS
     numbers = range(block * BLOCK, (block + 1) * BLOCK)
@@ -65,19 +87,19 @@ def play_block(
 
     observations, _ = envs.reset(options={"goal_index": goal_index})
     active = np.ones(BLOCK, np.bool_)
-    for one in (actor, teacher):
+    for one in (policy, teacher):
         if one is not None:
-            one.begin(BLOCK)
+            one.reset(plan.task_id, BLOCK)
     lengths = np.zeros(BLOCK, np.int64)
     succeeded_at = np.full(BLOCK, -1)
     seen, means, executed, rewards, success = [], [], [], [], []
     for step in range(horizon):
         if not active.any():
             break
-        mean = actor.means(observations, active)
+        mean = policy.act(observations)
         action = np.clip(mean + noise[step], -1.0, 1.0)
         seen.append(observations)
-        means.append(mean if teacher is None else teacher.means(observations, active))
+        means.append(mean if teacher is None else teacher.act(observations))
         executed.append(action)
         observations, reward, terminated, truncated, info = envs.step(action)
         rewards.append(reward)
@@ -105,26 +127,26 @@ def play_block(
 
 def keep_successes(
     wanted: int,
-    attempts: int,
+    limit: int,
     success_only: bool,
     play: Callable[[int], list[Episode]],
-    keep: Callable[[list[Episode]], None],
+    keep: Callable[[list[Episode], int], None],
     stored: Container[int],
     communicator: Communicator,
 ) -> tuple[int, int]:
-    """Keep the first `wanted` successful attempts (any attempts without `success_only`) below `attempts`.
+    """Keep the first `wanted` successful episodes (any episodes without `success_only`) of those below `limit`.
 
     Blocks are shared among the ranks round by round. A block of which anything is `stored` was kept before:
     it is not played again, and what is not stored of it had failed. After each round in which anything was
-    played, every rank is called with `keep(its own kept episodes)`, also with none, in step with the others.
-    What is kept does not depend on the number of ranks.
+    played, every rank is called with `keep(its own kept episodes, how many all ranks have kept so far)`, also with
+    none, in step with the others. What is kept does not depend on the number of ranks.
 
-    Returns how many were kept, and how many attempts that took.
+    Returns how many were kept, and how many episodes had to be played for them.
     """
     kept, last = 0, 0
-    for first in range(0, -(-attempts // BLOCK), communicator.size):
+    for first in range(0, -(-limit // BLOCK), communicator.size):
         block = first + communicator.rank
-        numbers = [number for number in range(block * BLOCK, (block + 1) * BLOCK) if number < attempts]
+        numbers = [number for number in range(block * BLOCK, (block + 1) * BLOCK) if number < limit]
         good = {number for number in numbers if number in stored}
         played: dict[int, Episode] = {}
         if numbers and not good:
@@ -134,10 +156,10 @@ def keep_successes(
         chosen = sorted(set().union(*(numbers for _, numbers in rounds)))[: wanted - kept]
         kept += len(chosen)
         if any(anything for anything, _ in rounds):
-            keep([played[number] for number in chosen if number in played])
+            keep([played[number] for number in chosen if number in played], kept)
         if kept == wanted:
             last = chosen[-1] + 1
             break
     else:
-        last = attempts
+        last = limit
     return kept, last

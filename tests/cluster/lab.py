@@ -26,12 +26,17 @@ def settings(tasks: Sequence[str], **cluster: Any) -> dict[str, Any]:
         "checkpoint_every_seconds": 0.5,
         "stream": {"tasks": list(tasks), "tasks_per_stage": 2},
         "teachers": {
+            "source": {"evaluation_episodes": 2, "evaluate_every_rounds": 1},
             "start": "scratch",
+            "algorithm": {
+                "hidden": [16],
+                "iterations": 1,
+                "num_envs": 2,
+                "rollout_steps": 25,
+                "epochs": 1,
+                "minibatches": 1,
+            },
             "ranks": 1,
-            "hidden": [16],
-            "ppo": {"iterations": 1, "num_envs": 2, "rollout_steps": 25, "epochs": 1, "minibatches": 1},
-            "evaluation_episodes": 2,
-            "evaluate_every_iterations": 1,
         },
         "trajectories": {"episodes": 8, "success_only": False, "episodes_per_shard": 4},
         "student": {

@@ -19,10 +19,9 @@ stream:
   tasks: [{tasks}]
   tasks_per_stage: 2
 teachers:
-  ppo: {{iterations: 1, num_envs: 4, rollout_steps: 100}}
-  evaluate_every_iterations: 1
-  demonstrations: {{episodes: 20, gradient_steps: 500}}
-  evaluation_episodes: 6
+  source: {{evaluate_every_rounds: 1, evaluation_episodes: 6}}
+  start: {{episodes: 20, gradient_steps: 500}}
+  algorithm: {{iterations: 1, num_envs: 4, rollout_steps: 100}}
 trajectories: {{episodes: 20, episodes_per_shard: 10}}
 student: {{width: 64, expert_hidden: 64}}
 distill: {{phase1_steps: 300, phase2_steps: 200}}

@@ -10,10 +10,9 @@ from pathlib import Path
 
 from hpc_cpd.distributed.mpi import open_communicator
 from hpc_cpd.errors import run_command
-from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.teachers.collect import collect_trajectories
-from hpc_cpd.teachers.train import train_teacher
+from hpc_cpd.teachers.sources.base import make_teacher
 
 
 def main() -> None:
@@ -36,7 +35,7 @@ def main() -> None:
 
     communicator = open_communicator(arguments.ranks)
     if arguments.only != "collect":
-        train_teacher(run, arguments.task, communicator, evaluate_policy, stop)
+        make_teacher(run, arguments.task, communicator, stop)
     if arguments.only != "train":
         collect_trajectories(run, arguments.task, communicator, stop)
 

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import torch
 
-from hpc_cpd.distributed.mpi import open_communicator, share
-from hpc_cpd.settings import PPOSettings
-from hpc_cpd.teachers.algorithms.ppo import Rollout, update, update_normaliser
+from hpc_cpd.distributed.mpi import open_communicator
+from hpc_cpd.teachers.algorithms._ppo_update import Rollout, update, update_normaliser
+from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.policy import TeacherPolicy
 
 STEPS, ENVIRONMENTS = 11, 5
@@ -18,7 +18,7 @@ STEPS, ENVIRONMENTS = 11, 5
 def main(out: str, ranks: int) -> None:
     communicator = open_communicator(ranks)
     rng = np.random.default_rng(0)
-    mine = share(ENVIRONMENTS, communicator)
+    mine = communicator.local_range(ENVIRONMENTS)
     columns = slice(mine.start, mine.stop)
     observations = rng.normal(2.0, 3.0, size=(STEPS, ENVIRONMENTS, 6)).astype(np.float32)
     actions = rng.normal(size=(STEPS, ENVIRONMENTS, 2)).astype(np.float32)

@@ -6,14 +6,13 @@ import pytest
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import StopRequested, UserError
-from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.rollouts import BLOCK
-from hpc_cpd.teachers.train import train_teacher
+from hpc_cpd.teachers.sources.base import make_teacher
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import closed_shards, load_shard, read_shard
 from hpc_cpd.trajectories.store import verify_folder
@@ -21,6 +20,8 @@ from tests.teachers import rank
 from tests.teachers.jobs import PENDULUM, REACH, launch, tiny_run, until_done
 
 RANK = Path(rank.__file__)
+BASKETBALL = "metaworld/basketball-v3"
+"""Nobody succeeds at it by accident."""
 NOISE = "trajectories.action_noise=[0.0,1.5]"
 """Noise enough that some attempts of the half-taught teacher succeed and some do not."""
 
@@ -32,11 +33,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Run:
         tmp_path_factory.mktemp("collect"),
         NOISE,
         "trajectories.episodes=12",
-        "teachers.demonstrations.episodes=8",
-        "teachers.demonstrations.gradient_steps=150",
-        "teachers.ppo.iterations=0",
+        "teachers.start.episodes=8",
+        "teachers.start.gradient_steps=150",
+        "teachers.algorithm.iterations=0",
     )
-    train_teacher(run, REACH, Communicator(), evaluate_policy, lambda: False)
+    make_teacher(run, REACH, Communicator(), lambda: False)
     collect_trajectories(run, REACH, Communicator(), lambda: False)
     return run
 
@@ -141,8 +142,8 @@ def test_shards_of_another_teacher_are_refused(teacher: Run, tmp_path: Path) -> 
     other = _copy(teacher, tmp_path / "again")
     shutil.rmtree(other.teacher(REACH))
     shutil.copytree(run.trajectories(REACH), other.trajectories(REACH))
-    changed = tiny_run(tmp_path / "changed", "teachers.ppo.iterations=0", NOISE)
-    train_teacher(changed, REACH, Communicator(), evaluate_policy, lambda: False)
+    changed = tiny_run(tmp_path / "changed", "teachers.algorithm.iterations=0", NOISE)
+    make_teacher(changed, REACH, Communicator(), lambda: False)
     shutil.copytree(changed.teacher(REACH), other.teacher(REACH))
     with pytest.raises(UserError, match="was recorded by another teacher"):
         collect_trajectories(other, REACH, Communicator(), lambda: False)
@@ -154,13 +155,13 @@ def test_the_teacher_must_be_published_first(tmp_path: Path) -> None:
 
 
 def test_a_task_without_successes_keeps_all_or_says_what_to_set(tmp_path: Path) -> None:
-    scratch = ("teachers.start=scratch", "teachers.ppo.iterations=0", "trajectories.max_attempts_factor=1")
+    scratch = ("teachers.start=scratch", "teachers.algorithm.iterations=0", "trajectories.max_attempts_factor=1")
     failing = tiny_run(tmp_path / "failing", *scratch)
-    train_teacher(failing, PENDULUM, Communicator(), evaluate_policy, lambda: False)
-    with pytest.raises(UserError, match=r"never succeeded in 5 attempts.*trajectories\.success_only=false"):
-        collect_trajectories(failing, PENDULUM, Communicator(), lambda: False)
+    make_teacher(failing, BASKETBALL, Communicator(), lambda: False)
+    with pytest.raises(UserError, match=r"never succeeded in 5 episodes.*trajectories\.success_only=false"):
+        collect_trajectories(failing, BASKETBALL, Communicator(), lambda: False)
     keeping = tiny_run(tmp_path / "keeping", *scratch, "trajectories.success_only=false")
-    train_teacher(keeping, PENDULUM, Communicator(), evaluate_policy, lambda: False)
+    make_teacher(keeping, PENDULUM, Communicator(), lambda: False)
     collect_trajectories(keeping, PENDULUM, Communicator(), lambda: False)
     episodes = _episodes(keeping, PENDULUM)
     assert [(episode.index, len(episode)) for episode in episodes] == [(number, 200) for number in range(5)]

@@ -78,8 +78,15 @@ def test_a_folder_without_done_is_no_teacher(tmp_path: Path) -> None:
 
 def test_a_teacher_of_another_schema_is_refused(published: Path) -> None:
     description = json.loads((published / "policy.json").read_text())
-    (published / "policy.json").write_text(json.dumps({**description, "schema_version": 2}))
-    with pytest.raises(UserError, match=r"policy\.json has schema_version 2, but this version reads 1"):
+    (published / "policy.json").write_text(json.dumps({**description, "schema_version": 3}))
+    with pytest.raises(UserError, match=r"policy\.json has schema_version 3, but this version reads 1 and 2"):
+        hpc_cpd.load_teacher(published)
+
+
+def test_a_teacher_of_an_algorithm_that_is_not_installed_is_named(published: Path) -> None:
+    description = json.loads((published / "policy.json").read_text())
+    (published / "policy.json").write_text(json.dumps({**description, "algorithm": "ppp"}))
+    with pytest.raises(UserError, match=r"policy\.json: .*no teacher algorithm 'ppp'; did you mean 'ppo'\?.*install"):
         hpc_cpd.load_teacher(published)
 
 
@@ -94,7 +101,7 @@ def test_damaged_weights_are_refused(published: Path) -> None:
 def test_a_description_that_does_not_fit_the_weights_is_refused(published: Path) -> None:
     description = json.loads((published / "policy.json").read_text())
     (published / "policy.json").write_text(json.dumps({**description, "hidden": [16, 9]}))
-    with pytest.raises(UserError, match="is no teacher of schema 1"):
+    with pytest.raises(UserError, match="is no teacher of schema 2"):
         hpc_cpd.load_teacher(published)
 
 

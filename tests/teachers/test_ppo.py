@@ -7,21 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_cpd.distributed.mpi import Communicator
-from hpc_cpd.settings import PPOSettings
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.algorithms.ppo import (
-    LARGEST_STEP_SIZE,
-    SMALLEST_STEP_SIZE,
+from hpc_cpd.teachers.algorithms._ppo_update import (
+    LARGEST_LEARNING_RATE,
+    SMALLEST_LEARNING_RATE,
     _prepare,
-    adapted_step_size,
+    adapted_learning_rate,
     clipped_policy_loss,
     collect_rollout,
     divergence,
     generalised_advantages,
-    moments,
+    observation_statistics,
     update,
     update_normaliser,
 )
+from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.policy import TeacherPolicy
 from tests.teachers.jobs import PENDULUM
 
@@ -85,12 +85,12 @@ def test_the_objective_has_no_gradient_beyond_the_clip(ratio: float, advantage: 
     assert log_prob.grad.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_step_size_follows_the_divergence_within_its_bounds() -> None:
-    assert adapted_step_size(3e-4, 0.010, desired_kl=0.01) == 3e-4
-    assert adapted_step_size(3e-4, 0.021, desired_kl=0.01) == pytest.approx(2e-4)
-    assert adapted_step_size(3e-4, 0.004, desired_kl=0.01) == pytest.approx(4.5e-4)
-    assert adapted_step_size(SMALLEST_STEP_SIZE, 1.0, desired_kl=0.01) == SMALLEST_STEP_SIZE
-    assert adapted_step_size(LARGEST_STEP_SIZE, 0.0, desired_kl=0.01) == LARGEST_STEP_SIZE
+def test_the_learning_rate_follows_the_divergence_within_its_bounds() -> None:
+    assert adapted_learning_rate(3e-4, 0.010, desired_kl=0.01) == 3e-4
+    assert adapted_learning_rate(3e-4, 0.021, desired_kl=0.01) == pytest.approx(2e-4)
+    assert adapted_learning_rate(3e-4, 0.004, desired_kl=0.01) == pytest.approx(4.5e-4)
+    assert adapted_learning_rate(SMALLEST_LEARNING_RATE, 1.0, desired_kl=0.01) == SMALLEST_LEARNING_RATE
+    assert adapted_learning_rate(LARGEST_LEARNING_RATE, 0.0, desired_kl=0.01) == LARGEST_LEARNING_RATE
 
 
 def test_divergence_is_zero_only_for_the_same_policy() -> None:
@@ -153,22 +153,22 @@ def test_a_round_ends_past_the_divergence_limit_and_spares_the_actor_when_told()
     assert changed == {"critic"}
 
 
-def test_a_round_that_goes_too_far_at_once_makes_the_step_size_smaller() -> None:
+def test_a_round_that_goes_too_far_at_once_makes_the_learning_rate_smaller() -> None:
     rules = PPOSettings(num_envs=2, rollout_steps=50, epochs=10, minibatches=2, learning_rate=0.02)
     rollout_of = partial(collect_rollout, make_batch(PENDULUM, 2, 0), settings=rules, seed=0, first_environment=0)
-    policy, step_size = TeacherPolicy(PENDULUM, 3, 1, (256, 256)), rules.learning_rate
+    policy, learning_rate = TeacherPolicy(PENDULUM, 3, 1, (256, 256)), rules.learning_rate
     with torch.no_grad():
         policy.log_std.fill_(-3.0)
-    optimizer = torch.optim.Adam(policy.parameters(), lr=step_size)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     for iteration in range(2):
         rollout = rollout_of(policy, iteration=iteration)
         measured = update(policy, optimizer, rollout, rules, 0, iteration, Communicator())
         assert measured["policy_steps"] == 1 and measured["kl"] < 1e-6
-        before, step_size = step_size, adapted_step_size(step_size, measured["kl_met"], 0.01)
-        assert step_size < before
+        before, learning_rate = learning_rate, adapted_learning_rate(learning_rate, measured["kl_met"], 0.01)
+        assert learning_rate < before
 
 
-def test_the_normaliser_holds_the_moments_of_everything_it_saw() -> None:
+def test_the_normaliser_holds_the_statistics_of_everything_it_saw() -> None:
     rng = np.random.default_rng(0)
     batches = [rng.normal(3.0, 2.0, size=(7, 4, 5)).astype(np.float32) for _ in range(3)]
     policy = TeacherPolicy("lab/task", 5, 1, (4,))
@@ -178,5 +178,5 @@ def test_the_normaliser_holds_the_moments_of_everything_it_saw() -> None:
     assert np.allclose(policy.normaliser_mean.numpy(), everything.mean(axis=0), rtol=1e-12)
     assert np.allclose(policy.normaliser_var.numpy(), everything.var(axis=0), rtol=1e-12)
     assert int(policy.normaliser_count) == len(everything)
-    mean, var, count = moments(batches[0], Communicator())
+    mean, var, count = observation_statistics(batches[0], Communicator())
     assert (mean.dtype, var.dtype, count) == (np.float64, np.float64, 28)

@@ -1,6 +1,7 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,26 +11,29 @@ from hpc_cpd.errors import StopRequested
 from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluate_policy
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
-from hpc_cpd.run.publish import is_done
+from hpc_cpd.run.publish import is_done, read_json
+from hpc_cpd.teachers import publish
+from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
-from hpc_cpd.teachers.train import train_teacher
+from hpc_cpd.teachers.sources.base import make_teacher
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import ShardWriter
 from tests.teachers import rank
 from tests.teachers.jobs import PENDULUM, REACH, launch, teacher_files, tiny_run, until_done
 
 RANK = Path(rank.__file__)
-SCRATCH = "teachers.start=scratch"
+SCRATCH = ("teachers.start=scratch", "trajectories.success_only=false")
+"""For the pendulum, which reports no success."""
 
 
 def _train(run: Run, task_id: str, stop: Callable[[], bool] = lambda: False) -> None:
-    train_teacher(run, task_id, Communicator(), evaluate_policy, stop)
+    make_teacher(run, task_id, Communicator(), stop)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("undisturbed")
-    runs = {REACH: tiny_run(folder / "warm"), PENDULUM: tiny_run(folder / "scratch", SCRATCH)}
+    runs = {REACH: tiny_run(folder / "warm"), PENDULUM: tiny_run(folder / "scratch", *SCRATCH)}
     for task_id, run in runs.items():
         _train(run, task_id)
     return runs
@@ -39,7 +43,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 def test_a_teacher_that_was_stopped_again_and_again_is_the_same_bit_for_bit(
     tmp_path: Path, undisturbed: dict[str, Run], task_id: str, stop_after: int
 ) -> None:
-    run = tiny_run(tmp_path, *([SCRATCH] if task_id == PENDULUM else []))
+    run = tiny_run(tmp_path, *(SCRATCH if task_id == PENDULUM else ()))
     launches = until_done(lambda stop: _train(run, task_id, stop), stop_after)
     assert launches >= 3
     assert teacher_files(run, task_id) == teacher_files(undisturbed[task_id], task_id)
@@ -61,7 +65,7 @@ def test_a_job_of_two_ranks_that_was_killed_goes_on_to_the_same_bits(tmp_path: P
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     tmp_path: Path, undisturbed: dict[str, Run], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tiny_run(tmp_path, SCRATCH)
+    run = tiny_run(tmp_path, *SCRATCH)
     for _ in range(2):
         with pytest.raises(StopRequested):
             _train(run, PENDULUM, lambda: True)
@@ -73,16 +77,13 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     assert teacher_files(run, PENDULUM) == teacher_files(undisturbed[PENDULUM], PENDULUM)
 
 
-def test_a_published_teacher_is_left_alone(undisturbed: dict[str, Run]) -> None:
+def test_a_published_teacher_is_left_alone(undisturbed: dict[str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run = undisturbed[REACH]
     folder = run.teacher(REACH)
     assert not (folder / "checkpoints").exists()
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
-
-    def never(*_: object) -> list[EpisodeResult]:
-        raise AssertionError("a finished teacher was evaluated again")
-
-    train_teacher(run, REACH, Communicator(), never, lambda: True)
+    monkeypatch.setattr(publish, "evaluate_policy", None)
+    _train(run, REACH, lambda: True)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()} == before
 
 
@@ -98,8 +99,24 @@ def test_what_is_published_says_how_it_came_about(undisturbed: dict[str, Run]) -
     description = json.loads((folder / "policy.json").read_text())
     assert description["provenance"]["reward_version"] and description["provenance"]["start"] == "demonstrations"
     lines = read_metrics(folder / "metrics.jsonl")
-    assert [line["phase"] for line in lines] == ["clone"] * 2 + ["evaluation"] + ["improve", "evaluation"] * 3
+    assert [line["phase"] for line in lines] == ["start"] * 2 + ["evaluation"] + ["improve", "evaluation"] * 3
     assert [line["step"] for line in lines] == [50, 60, 60, 61, 61, 62, 62, 63, 63]
+
+
+def test_a_training_says_where_it_is_in_a_file(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    told = []
+
+    def stop() -> bool:
+        told.append(read_json(run.teacher(REACH) / "progress.json"))
+        return False
+
+    _train(run, REACH, stop)
+    assert (told[0]["phase"], told[0]["step"]) == ("start", 0)
+    assert (told[-1]["phase"], told[-1]["step"], told[-1]["total"]) == ("ppo", 3, 3)
+    collect_trajectories(run, REACH, Communicator(), lambda: False)
+    last = read_json(run.teacher(REACH) / "progress.json")
+    assert (last["phase"], last["total"]) == ("recording", 5)
 
 
 class _Examiner:
@@ -109,16 +126,34 @@ class _Examiner:
         self.successes = list(successes)
         self.returns = list(returns or [0.0] * len(self.successes))
         self.seen: list[dict[str, np.ndarray]] = []
+        self.seeds: list[int] = []
 
     def __call__(
         self, policy: TeacherPolicy, task_id: str, episodes: int, seed: int, indices: list[int]
     ) -> list[EpisodeResult]:
         number = min(len(self.seen), len(self.successes) - 1)
+        self.seeds.append(seed)
         self.seen.append({name: value.numpy() for name, value in policy.tensors().items()})
         return [
             EpisodeResult(i, i, i < self.successes[number], self.returns[number], 5 if i < 2 else None, 9)
             for i in indices
         ]
+
+
+Examined = Callable[..., _Examiner]
+
+
+@pytest.fixture
+def examined(monkeypatch: pytest.MonkeyPatch) -> Examined:
+    """Train a teacher under the examiner that is asked for with (run, task, successes, returns)."""
+
+    def train(run: Run, task_id: str, *marks: Sequence[Any] | None) -> _Examiner:
+        examiner = _Examiner(*marks)
+        monkeypatch.setattr(publish, "evaluate_policy", examiner)
+        _train(run, task_id)
+        return examiner
+
+    return train
 
 
 @pytest.mark.parametrize(
@@ -130,11 +165,10 @@ class _Examiner:
     ],
 )
 def test_the_published_teacher_is_the_best_evaluated(
-    tmp_path: Path, successes: list[int], returns: list[float] | None, best: int
+    tmp_path: Path, examined: Examined, successes: list[int], returns: list[float] | None, best: int
 ) -> None:
-    run = tiny_run(tmp_path, SCRATCH)
-    examiner = _Examiner(successes, returns)
-    train_teacher(run, PENDULUM, Communicator(), examiner, lambda: False)
+    run = tiny_run(tmp_path, *SCRATCH)
+    examiner = examined(run, PENDULUM, successes, returns)
     assert len(examiner.seen) == 4  # three while training, and the published one on the final goals
     published = load_teacher(run.teacher(PENDULUM)).tensors()
     for name, value in published.items():
@@ -142,32 +176,39 @@ def test_the_published_teacher_is_the_best_evaluated(
     assert not np.array_equal(examiner.seen[0]["critic.0.weight"], examiner.seen[1]["critic.0.weight"])
 
 
-def test_training_ends_when_the_target_is_reached_twice_in_a_row(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, SCRATCH, "teachers.ppo.iterations=9", "teachers.target_success=0.6")
-    examiner = _Examiner([2, 1, 2, 3, 3])
-    train_teacher(run, PENDULUM, Communicator(), examiner, lambda: False)
+def test_training_ends_when_the_target_is_reached_twice_in_a_row(tmp_path: Path, examined: Examined) -> None:
+    run = tiny_run(tmp_path, *SCRATCH, "teachers.algorithm.iterations=9", "teachers.source.target_success=0.6")
+    examiner = examined(run, PENDULUM, [2, 1, 2, 3, 3])
     assert len(examiner.seen) == 5
     done = json.loads((run.teacher(PENDULUM) / "DONE").read_text())
     assert done["environment_steps"] == 4 * 90
 
 
-def test_after_a_warm_start_the_critic_learns_first_and_the_policy_does_not_move(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "teachers.ppo.warm_value_iterations=2")
-    examiner = _Examiner([0, 0, 0, 0])
-    train_teacher(run, REACH, Communicator(), examiner, lambda: False)
+def test_a_teacher_is_chosen_on_other_goals_than_those_it_is_compared_on(tmp_path: Path, examined: Examined) -> None:
+    run = tiny_run(tmp_path, "teachers.source.target_success=0.6", "teachers.algorithm.iterations=1")
+    *chosen_on, compared_on = examined(run, REACH, [2, 1, 0, 0]).seeds
+    assert compared_on == run.config().evaluation.seed
+    assert len(chosen_on) == 3 and compared_on not in chosen_on
+    assert chosen_on[0] != chosen_on[1]  # a success is confirmed on yet other goals
+
+
+def test_after_a_warm_start_the_critic_learns_first_and_the_policy_does_not_move(
+    tmp_path: Path, examined: Examined
+) -> None:
+    run = tiny_run(tmp_path, "teachers.start.critic_only_rounds=2")
+    examiner = examined(run, REACH, [0, 0, 0, 0])
     clone, first, second, third = examiner.seen[:4]
     acts = [name for name in clone if not name.startswith("critic")]
     assert all(np.array_equal(clone[name], second[name]) for name in acts)
     assert not np.array_equal(clone["critic.0.weight"], first["critic.0.weight"])
     assert not np.array_equal(clone["actor.0.weight"], third["actor.0.weight"])
     assert np.array_equal(clone["normaliser_mean"], third["normaliser_mean"])
-    assert np.allclose(clone["log_std"], run.config().teachers.ppo.warm_log_std)
+    assert np.allclose(clone["log_std"], run.config().teachers.start.initial_log_std)
 
 
-def test_no_iterations_publish_the_warm_start(tmp_path: Path) -> None:
-    run = tiny_run(tmp_path, "teachers.ppo.iterations=0")
-    examiner = _Examiner([1, 1])
-    train_teacher(run, REACH, Communicator(), examiner, lambda: False)
+def test_no_iterations_publish_the_warm_start(tmp_path: Path, examined: Examined) -> None:
+    run = tiny_run(tmp_path, "teachers.algorithm.iterations=0")
+    examiner = examined(run, REACH, [1, 1])
     assert len(examiner.seen) == 2
 
 
@@ -179,9 +220,9 @@ def test_a_clone_can_be_made_of_a_users_trajectories(tmp_path: Path, undisturbed
     target = np.clip(seen[:, :1], -1, 1)
     writer.add(Episode(seen, -target, target, np.zeros(40), np.zeros(40, bool), seen[0], 0, 0))
     writer.close()
-    given = f"teachers.demonstrations.folder={tmp_path / 'given'}"
-    steps = ("teachers.demonstrations.gradient_steps=600", "teachers.demonstrations.batch_size=4")
-    run = tiny_run(tmp_path / "run", given, "teachers.ppo.iterations=0", *steps)
+    given = f"teachers.start.folder={tmp_path / 'given'}"
+    steps = ("teachers.start.gradient_steps=600", "teachers.start.batch_size=4")
+    run = tiny_run(tmp_path / "run", given, "teachers.algorithm.iterations=0", *steps)
     _train(run, PENDULUM)
     acted = load_teacher(run.teacher(PENDULUM)).act(seen)  # batches of 4, so each must have drawn other samples
     assert np.abs(acted - target).mean() < 0.1

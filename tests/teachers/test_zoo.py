@@ -10,14 +10,14 @@ import pytest
 import hpc_cpd
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.publish import is_done, read_json
-from hpc_cpd.teachers import policy as policies
-from hpc_cpd.teachers.policy import ZOO, TeacherPolicy
-from hpc_cpd.teachers.sources.zoo import add_to_zoo
-from hpc_cpd.teachers.train import train_teacher
+from hpc_cpd.teachers.policy import TeacherPolicy
+from hpc_cpd.teachers.sources import zoo as zoos
+from hpc_cpd.teachers.sources.base import make_teacher
+from hpc_cpd.teachers.sources.zoo import ZOO, add_to_zoo
 from tests.teachers.jobs import PENDULUM, tiny_run
 
+FROM_ZOO = ("teachers.source=zoo", "trajectories.success_only=false")
 CARD = {"reward_version": "native", "start": "scratch"}
 TASKS = sorted(str(path.parent.relative_to(ZOO)) for path in ZOO.glob("metaworld/*/DONE"))
 
@@ -26,7 +26,7 @@ TASKS = sorted(str(path.parent.relative_to(ZOO)) for path in ZOO.glob("metaworld
 def zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TeacherPolicy:
     """A zoo of one pendulum teacher."""
     folder = tmp_path / "zoo"
-    monkeypatch.setattr(policies, "ZOO", folder)
+    monkeypatch.setattr(zoos, "ZOO", folder)
     policy = TeacherPolicy(PENDULUM, 3, 1, (32,), rng=np.random.default_rng(1))
     policy.set_normaliser(np.array([0.1, 0.2, 0.3]), np.array([0.5, 0.7, 9.0]), 10)
     add_to_zoo(folder, policy, CARD)
@@ -45,8 +45,8 @@ def test_a_small_teacher_acts_as_the_whole_one_up_to_float16(zoo: TeacherPolicy)
 def test_a_run_takes_its_teacher_from_the_zoo_and_evaluates_it_on_its_own_goals(
     zoo: TeacherPolicy, tmp_path: Path
 ) -> None:
-    run = tiny_run(tmp_path / "run", "teachers.source=zoo")
-    train_teacher(run, PENDULUM, Communicator(), evaluate_policy, lambda: False)
+    run = tiny_run(tmp_path / "run", *FROM_ZOO)
+    make_teacher(run, PENDULUM, Communicator(), lambda: False)
     folder = run.teacher(PENDULUM)
     assert is_done(folder) and not (folder / "checkpoints").exists()
     evaluation = read_json(folder / "evaluation.json")
@@ -58,7 +58,7 @@ def test_a_run_takes_its_teacher_from_the_zoo_and_evaluates_it_on_its_own_goals(
 def test_who_can_do_a_task_can_do_a_part_of_its_goals(tmp_path: Path) -> None:
     part = "metaworld/drawer-close-v3@2of2"
     run = tiny_run(tmp_path / "run", "teachers.source=zoo", f"stream.tasks=[{part}]", "evaluation.episodes=3")
-    train_teacher(run, part, Communicator(), evaluate_policy, lambda: False)
+    make_teacher(run, part, Communicator(), lambda: False)
     taken = hpc_cpd.load_teacher(run.teacher(part))
     assert taken.task_id == part
     assert np.array_equal(
@@ -69,15 +69,24 @@ def test_who_can_do_a_task_can_do_a_part_of_its_goals(tmp_path: Path) -> None:
 
 def test_what_the_zoo_has_not_is_named_with_what_it_has(zoo: TeacherPolicy, tmp_path: Path) -> None:
     run = tiny_run(tmp_path / "run", "teachers.source=zoo")
-    with pytest.raises(UserError, match=f"no teacher of metaworld/reach-v3 .it has {PENDULUM}.; set teachers.source"):
-        train_teacher(run, "metaworld/reach-v3", Communicator(), evaluate_policy, lambda: False)
+    with pytest.raises(
+        UserError, match=r"no teacher of metaworld/reach-v3; it has those of 1 tasks.*teachers\.source=train"
+    ):
+        make_teacher(run, "metaworld/reach-v3", Communicator(), lambda: False)
+
+
+@pytest.mark.parametrize("name", ["reach-v3", "metaworld/raech-v3"])
+def test_a_name_that_the_zoo_almost_has_is_answered_with_the_right_one(name: str) -> None:
+    with pytest.raises(UserError, match=r"did you mean 'metaworld/reach-v3'\?") as refusal:
+        hpc_cpd.load_teacher(f"zoo:{name}")
+    assert len(str(refusal.value)) < 300  # not all fifty names
 
 
 def test_a_teacher_of_another_reward_is_refused(zoo: TeacherPolicy, tmp_path: Path) -> None:
-    add_to_zoo(policies.ZOO, zoo, {**CARD, "reward_version": "v1"})
-    run = tiny_run(tmp_path / "run", "teachers.source=zoo")
+    add_to_zoo(zoos.ZOO, zoo, {**CARD, "reward_version": "v1"})
+    run = tiny_run(tmp_path / "run", *FROM_ZOO)
     with pytest.raises(UserError, match="learnt reward version v1, but this run has native"):
-        train_teacher(run, PENDULUM, Communicator(), evaluate_policy, lambda: False)
+        make_teacher(run, PENDULUM, Communicator(), lambda: False)
 
 
 def test_the_zoo_is_small_enough_to_ship() -> None:

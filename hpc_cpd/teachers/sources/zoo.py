@@ -7,51 +7,88 @@ comes from and how it scored in just this form.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
-from hpc_cpd.run.publish import atomic_folder, mark_done
-from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher, save_teacher, zoo_folder
-from hpc_cpd.teachers.publish import Evaluate, publish_teacher
+from hpc_cpd.run.publish import atomic_folder, is_done, mark_done, read_json
+from hpc_cpd.settings import Config, PluginSettings
+from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.teachers.algorithms.base import TeacherContext
+
+if TYPE_CHECKING:
+    from hpc_cpd.teachers.policy import TeacherPolicy
+
+ZOO = Path(__file__).parents[2] / "zoo"
 
 
-def take_from_zoo(run: Run, task_id: str, communicator: Communicator, evaluate: Evaluate) -> None:
-    """Publish the zoo's teacher of `task_id` in `run`, evaluated on the run's own goals; all ranks call it together.
+class ZooSettings(PluginSettings):
+    """The zoo has nothing to set."""
 
-    Raises UserError: the zoo has none, or one of another version of the reward.
-    """
-    began = time.monotonic()
-    progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0)
-    task = describe(task_id)
-    policy = load_teacher(zoo_folder(task.skill))
-    policy.task_id = task_id
-    provenance = policy.provenance
-    known = provenance.get("reward_version")
-    if known != task.reward_version:
+    name: Literal["zoo"] = "zoo"
+
+
+class Zoo:
+    """See `hpc_cpd.teachers.sources.base.Source`."""
+
+    Settings = ZooSettings
+
+    def check(self, settings: ZooSettings, config: Config, task: TaskSpec, ranks: int) -> None:
+        known = _card(task)["provenance"].get("reward_version")
+        if known != task.reward_version:
+            raise UserError(
+                f"the zoo's teacher of {task.task_id} learnt reward version {known}, but this run has "
+                f"{task.reward_version}; set teachers.source=train"
+            )
+
+    def make(self, settings: ZooSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
+        from hpc_cpd.teachers.policy import load_teacher, save_teacher
+        from hpc_cpd.teachers.publish import publish_teacher
+
+        began, task = time.monotonic(), context.task
+        here = context.communicator.rank == 0
+        progress = Progress(f"teacher {task.task_id}", enabled=here, folder=run.teacher(task.task_id))
+        card, policy = _card(task), load_teacher(zoo_folder(task.skill))
+        policy.task_id = task.task_id
+        provenance = {**card["provenance"], "source": "zoo"}
+
+        def write(folder: Path) -> None:
+            save_teacher(folder, policy, provenance, card.get("algorithm", "ppo"))
+
+        successes = publish_teacher(run, policy, context, write, seconds=lambda: time.monotonic() - began)
+        progress.update(f"taken from the zoo, success {successes}", last=True)
+
+
+def zoo_folder(task_id: str) -> Path:
+    """The folder of the zoo's teacher of `task_id`. Raises UserError when it has none."""
+    folder = ZOO / task_id
+    if not is_done(folder):
+        known = sorted(str(path.parent.relative_to(ZOO)) for path in ZOO.glob("*/*/DONE"))
+        near = [name for name in known if name.endswith(f"/{task_id}")]
+        hint = plugins.hint(near[0] if near else task_id, known)
         raise UserError(
-            f"the zoo's teacher of {task_id} learnt reward version {known}, but this run has {task.reward_version}; "
-            "set teachers.source=train"
+            f"the zoo has no teacher of {task_id}; {hint}it has those of {len(known)} tasks, the folders in {ZOO}; "
+            "others are trained with teachers.source=train"
         )
-    successes = publish_teacher(
-        run,
-        policy,
-        communicator,
-        evaluate,
-        {**provenance, "source": "zoo"},
-        environment_steps=0,
-        seconds=lambda: time.monotonic() - began,
-    )
-    progress.update(f"taken from the zoo, success {successes}", last=True)
+    return folder
 
 
 def add_to_zoo(zoo: Path, policy: TeacherPolicy, card: Mapping[str, Any]) -> None:
     """Write `policy` to ``zoo/TASK`` in the small form, replacing one that is there; `card` becomes its provenance."""
+    from hpc_cpd.teachers.policy import save_teacher
+
     with atomic_folder(zoo / policy.task_id) as temporary:
         save_teacher(temporary, policy, card, small=True)
         mark_done(temporary, {"task_id": policy.task_id})
+
+
+def _card(task: TaskSpec) -> dict[str, Any]:
+    card: dict[str, Any] = read_json(zoo_folder(task.skill) / "policy.json")
+    return card
+
+
+plugin = Zoo()

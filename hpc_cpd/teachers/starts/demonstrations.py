@@ -1,139 +1,77 @@
-"""Demonstrations to clone: the benchmark's scripted policies with noise on their actions, or a user's trajectories.
-
-The noise takes the expert off its own path, and the target there is the clean action: this is what lets a
-clone recover from its own errors (DART, arXiv 1703.09327).
-"""
+"""Teachers that start as clones of demonstrations: ``teachers.start=demonstrations``."""
 
 from __future__ import annotations
 
-import warnings
-from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
+from pydantic import Field
 
-from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import UserError
-from hpc_cpd.run.publish import is_done
-from hpc_cpd.settings import DemonstrationSettings
-from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.registry import TaskSpec, make_batch
-from hpc_cpd.teachers.rollouts import BLOCK, AttemptPlan, keep_successes, play_block
-from hpc_cpd.teachers.seeds import generator
-from hpc_cpd.teachers.validation import SCRIPTED_PREFIX
-from hpc_cpd.trajectories.schema import Episode
-from hpc_cpd.trajectories.shard import closed_shards, read_shard
-from hpc_cpd.trajectories.store import verify_folder
+from hpc_cpd.settings import PluginSettings
+from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.teachers.algorithms.base import Algorithm, Hints, TeacherContext
+from hpc_cpd.teachers.scripted import has_script
 
-STEPS_AFTER_SUCCESS = 15
-"""A clone must learn to hold still at the goal, not to finish the episode."""
-MAX_ATTEMPTS_FACTOR = 4
-BLOCKS_PER_GOAL_SET = 6
-"""48 attempts: a seed has 50 goals, and a clone of more goals generalises better to others."""
+if TYPE_CHECKING:
+    from hpc_cpd.teachers.starts._cloning import Cloning
 
 
-@dataclass
+class DemonstrationsSettings(PluginSettings):
+    """Behavioural cloning, and an algorithm that goes on from a policy that can do something already."""
+
+    name: Literal["demonstrations"] = "demonstrations"
+    folder: str | None = Field(
+        None, description="trajectory folder holding TASK/ folders to clone; null records the scripted policy"
+    )
+    episodes: int = Field(100, ge=1, description="successful demonstrations recorded per task")
+    action_noise: list[float] = Field(
+        [0.0, 0.1, 0.3, 0.5], min_length=1, description="standard deviations of the noise, one drawn per episode"
+    )
+    gradient_steps: int = Field(3000, ge=1, description="Adam steps of cloning; 3,000 reach 98% success on MT25")
+    batch_size: int = Field(512, ge=1, description="samples per step, over all ranks")
+    learning_rate: float = Field(1e-3, gt=0, description="learning rate of Adam while cloning")
+    initial_log_std: float = Field(
+        -1.0, description="first log standard deviation afterwards: explore close to the demonstrations"
+    )
+    policy_learning_rate: float = Field(3e-5, gt=0, description="learning rate of the cloned policy afterwards")
+    critic_only_rounds: int = Field(1, ge=0, description="rounds afterwards that fit the critic alone")
+
+
 class Demonstrations:
-    """Samples to clone, in the order of their episodes."""
+    """See `hpc_cpd.teachers.starts.base.Start`."""
 
-    observations: NDArray[np.float32]
-    """[samples, obs]"""
-    targets: NDArray[np.float32]
-    """[samples, act], clean actions in [-1, 1]"""
-    episodes: int
+    Settings = DemonstrationsSettings
 
+    def check(self, settings: DemonstrationsSettings, task: TaskSpec, ranks: int, algorithm: Algorithm) -> None:
+        if not getattr(algorithm, "can_clone", False):
+            raise UserError(
+                "teachers.algorithm names one whose policy cannot be cloned from demonstrations; set "
+                "teachers.start=scratch"
+            )
+        if settings.folder is None and not has_script(task.task_id):
+            raise UserError(
+                f"there is no scripted policy for {task.task_id}, so its teacher cannot start from demonstrations; set "
+                "teachers.start=scratch, or teachers.start.folder to a folder of trajectories to clone"
+            )
+        if settings.batch_size < ranks:
+            raise UserError(
+                f"teachers.start.batch_size is {settings.batch_size}, but there are {ranks} ranks; give each at least "
+                "one"
+            )
 
-@dataclass
-class ScriptedActor:
-    """The scripted Meta-World policy of one task (`metaworld.policies`), one per row."""
-
-    name: str
-    action_size: int
-    _policies: list[Any] = field(default_factory=list)
-
-    def begin(self, rows: int) -> None:
-        from metaworld.policies import ENV_POLICY_MAP
-
-        self._policies = [ENV_POLICY_MAP[self.name]() for _ in range(rows)]
-
-    def means(self, observations: NDArray[np.float32], active: NDArray[np.bool_]) -> NDArray[np.float32]:
-        actions = np.zeros((len(observations), self.action_size), np.float32)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # each policy remarks that its gains are high: the clip below sees to that
-            for row in np.flatnonzero(active):
-                actions[row] = self._policies[row].get_action(observations[row].astype(np.float64))
-        return np.clip(actions, -1.0, 1.0)
-
-
-def record_demonstrations(
-    task: TaskSpec, settings: DemonstrationSettings, seed: int, communicator: Communicator
-) -> Demonstrations:
-    """Record `settings.episodes` successful episodes of the scripted policy, the same on every rank.
-
-    Raises UserError when the scripted policy hardly ever succeeds.
-    """
-
-    @lru_cache(maxsize=1)
-    def environments(goal_set: int) -> BatchEnv:
-        goal_seed = int(generator(seed, task.task_id, "demonstrated goals", goal_set).integers(2**31))
-        return make_batch(task.task_id, BLOCK, goal_seed)
-
-    actor = ScriptedActor(task.skill.removeprefix(SCRIPTED_PREFIX), task.action_size)
-    plan = AttemptPlan(seed, task.task_id, "demonstration", settings.action_noise, STEPS_AFTER_SUCCESS)
-    mine: list[Episode] = []
-    kept, attempts = keep_successes(
-        settings.episodes,
-        settings.episodes * MAX_ATTEMPTS_FACTOR,
-        True,
-        lambda block: play_block(environments(block // BLOCKS_PER_GOAL_SET), actor, plan, block),
-        mine.extend,
-        (),
-        communicator,
-    )
-    if kept < settings.episodes:
-        raise UserError(
-            f"the scripted policy of {task.task_id} succeeded in {kept} of {attempts} attempts, but "
-            f"{settings.episodes} demonstrations were asked for; lower teachers.demonstrations.action_noise"
+    def hints(self, settings: DemonstrationsSettings) -> Hints:
+        return Hints(
+            initial_log_std=settings.initial_log_std,
+            activation="relu",  # measured: it clones better than tanh
+            policy_learning_rate=settings.policy_learning_rate,
+            critic_only_rounds=settings.critic_only_rounds,
+            freeze_normaliser=True,  # a moving normaliser would move the cloned policy
         )
-    return _as_samples([episode for episodes in communicator.gather(mine) for episode in episodes])
+
+    def pretraining(self, settings: DemonstrationsSettings, policy: Any, context: TeacherContext) -> Cloning:
+        from hpc_cpd.teachers.starts._cloning import Cloning
+
+        return Cloning(settings, policy, context)
 
 
-def read_demonstrations(task: TaskSpec, folder: Path, communicator: Communicator) -> Demonstrations:
-    """Read the trajectories under ``folder/TASK`` to clone, the same on every rank.
-
-    Raises UserError: no shards there, or broken ones, or sizes that are not those of the task.
-    """
-
-    def read() -> Demonstrations:
-        shards = closed_shards(folder / task.task_id)
-        if not shards:
-            raise UserError(
-                f"{folder / task.task_id} holds no trajectories (shard-*.h5) to clone; set "
-                "teachers.demonstrations.folder to a folder that holds TASK folders of shards"
-            )
-        if is_done(folder / task.task_id):
-            problems = verify_folder(folder / task.task_id)
-            if problems:
-                raise UserError(problems[0])
-        samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
-        found = (samples.observations.shape[-1], samples.targets.shape[-1])
-        if found != (task.observation_size, task.action_size):
-            raise UserError(
-                f"the trajectories in {folder / task.task_id} have (observation, action) sizes {found}, but "
-                f"{task.task_id} has {(task.observation_size, task.action_size)}; record them with this version"
-            )
-        return samples
-
-    return communicator.on_root(read)
-
-
-def _as_samples(episodes: list[Episode]) -> Demonstrations:
-    ordered = sorted(episodes, key=lambda episode: episode.index)
-    return Demonstrations(
-        observations=np.concatenate([episode.observations for episode in ordered]),
-        targets=np.clip(np.concatenate([episode.teacher_mean for episode in ordered]), -1.0, 1.0),
-        episodes=len(ordered),
-    )
+plugin = Demonstrations()

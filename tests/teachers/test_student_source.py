@@ -8,14 +8,13 @@ import pytest
 import hpc_cpd
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import UserError
-from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, load_student, save_student
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.teachers.collect import collect_trajectories
-from hpc_cpd.teachers.train import train_teacher
+from hpc_cpd.teachers.sources.base import make_teacher
 from tests.student.reference import small_shape
 from tests.teachers.jobs import PENDULUM, tiny_run
 
@@ -32,12 +31,12 @@ def student(tmp_path: Path) -> Path:
 
 def teach(folder: Path, *words: str) -> Run:
     run = tiny_run(folder, "teachers.source=student", "trajectories.success_only=false", *words)
-    train_teacher(run, PENDULUM, Communicator(), evaluate_policy, lambda: False)
+    make_teacher(run, PENDULUM, Communicator(), lambda: False)
     return run
 
 
 def test_a_student_teaches_what_it_does(student: Path, tmp_path: Path) -> None:
-    run = teach(tmp_path / "run", f"teachers.student={student}", "trajectories.action_noise=[0.0]")
+    run = teach(tmp_path / "run", f"teachers.source.folder={student}", "trajectories.action_noise=[0.0]")
     assert is_done(run.teacher(PENDULUM))
     assert read_json(run.teacher(PENDULUM) / "evaluation.json")["tasks"][PENDULUM]["episodes"] == 2
     collect_trajectories(run, PENDULUM, Communicator(), lambda: False)
@@ -50,7 +49,7 @@ def test_a_student_teaches_what_it_does(student: Path, tmp_path: Path) -> None:
 
 
 def test_such_a_teacher_is_loaded_as_the_student_that_it_is(student: Path, tmp_path: Path) -> None:
-    run = teach(tmp_path / "run", f"teachers.student={student}")
+    run = teach(tmp_path / "run", f"teachers.source.folder={student}")
     with pytest.raises(UserError, match=r"is a student; load it with load_student"):
         hpc_cpd.load_teacher(run.teacher(PENDULUM))
 
@@ -58,8 +57,8 @@ def test_such_a_teacher_is_loaded_as_the_student_that_it_is(student: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ([], r"teachers\.student names no folder; give RUN/stages/K/student"),
-        (["teachers.student=/nowhere"], r"/nowhere is not a student folder"),
+        ([], r"teachers\.source\.folder.*folder of the student.* write teachers\.source\.folder=VALUE"),
+        (["teachers.source.folder=/nowhere"], r"/nowhere is not a student folder"),
     ],
 )
 def test_a_student_that_is_not_there_is_one_sentence(words: list[str], sentence: str, tmp_path: Path) -> None:
@@ -68,7 +67,7 @@ def test_a_student_that_is_not_there_is_one_sentence(words: list[str], sentence:
 
 
 def test_a_task_that_the_student_has_not_learnt_is_named(student: Path, tmp_path: Path) -> None:
-    run = tiny_run(tmp_path / "run", "teachers.source=student", f"teachers.student={student}")
+    run = tiny_run(tmp_path / "run", "teachers.source=student", f"teachers.source.folder={student}")
     with pytest.raises(UserError, match=r"has not learnt metaworld/reach-v3; it has learnt gymnasium/Pendulum-v1"):
-        train_teacher(run, "metaworld/reach-v3", Communicator(), evaluate_policy, lambda: False)
+        make_teacher(run, "metaworld/reach-v3", Communicator(), lambda: False)
     assert not run.teacher("metaworld/reach-v3").exists()

@@ -1,9 +1,10 @@
+import errno
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator, open_communicator, share
+from hpc_cpd.distributed.mpi import CheckpointBoundary, Communicator, open_communicator
 from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.save_due import SaveDue
@@ -57,6 +58,22 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_exit_code(kind: str, c
     assert job.stderr.count(text) == 1, job.stderr
 
 
+@pytest.mark.parametrize(
+    ("kind", "met"),
+    [
+        ("agreed", ("UserError", None, None)),
+        ("stopped", ("StopRequested", None, None)),
+        ("fenced", ("LockLost", None, None)),
+        ("full", ("OSError", errno.ENOSPC, "/runs/x/DONE")),
+    ],
+)
+def test_every_rank_meets_the_error_of_the_root_as_the_error_that_it_was(
+    kind: str, met: tuple[str, int | None, str | None]
+) -> None:
+    job = jobs.launch(2, FAILURE, kind, 2, timeout=30)
+    assert [f"rank {rank} met {met}" in job.stdout for rank in (0, 1)] == [True, True], job.stdout + job.stderr
+
+
 def test_a_stop_that_the_root_alone_meets_is_a_stop_of_all_ranks() -> None:
     job = jobs.launch(2, FAILURE, "stopped", 2, timeout=30)
     assert job.returncode == 3 and "Traceback" not in job.stderr
@@ -78,7 +95,7 @@ def test_environments_are_shared_out_whole() -> None:
         ranks = [Communicator() for _ in range(size)]
         for rank, communicator in enumerate(ranks):
             communicator.rank, communicator.size = rank, size
-        parts = [share(7, communicator) for communicator in ranks]
+        parts = [communicator.local_range(7) for communicator in ranks]
         assert [number for part in parts for number in part] == list(range(7))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -8,14 +8,14 @@ from hpc_cpd.trajectories.schema import Episode
 FAILING = {1, 2, 9, 10}
 
 
-def _attempt(number: int) -> Episode:
+def _episode(number: int) -> Episode:
     flags = np.array([False, number not in FAILING])
     column = np.zeros((2, 1), np.float32)
     return Episode(column, column, column, np.zeros(2, np.float32), flags, column[0], 0, number)
 
 
 def _keep(
-    wanted: int, attempts: int, success_only: bool = True, stored: frozenset[int] = frozenset()
+    wanted: int, limit: int, success_only: bool = True, stored: frozenset[int] = frozenset()
 ) -> tuple[list[int], tuple[int, int], list[int]]:
     """Indices kept, what was returned, and the blocks that were played."""
     kept: list[int] = []
@@ -23,12 +23,13 @@ def _keep(
 
     def play(block: int) -> list[Episode]:
         blocks.append(block)
-        return [_attempt(number) for number in range(block * BLOCK, (block + 1) * BLOCK)]
+        return [_episode(number) for number in range(block * BLOCK, (block + 1) * BLOCK)]
 
-    def keep(episodes: list[Episode]) -> None:
+    def keep(episodes: list[Episode], kept_by_all: int) -> None:
         kept.extend(episode.index for episode in episodes)
+        assert kept_by_all == len(kept) + len(stored)
 
-    answer = keep_successes(wanted, attempts, success_only, play, keep, stored, Communicator())
+    answer = keep_successes(wanted, limit, success_only, play, keep, stored, Communicator())
     return kept, answer, blocks
 
 
@@ -38,7 +39,7 @@ def test_exactly_the_first_successes_are_kept() -> None:
     assert _keep(4, 100, success_only=False) == ([0, 1, 2, 3], (4, 4), [0])
 
 
-def test_attempts_are_limited() -> None:
+def test_the_episodes_played_are_limited() -> None:
     assert _keep(50, 10) == ([0, 3, 4, 5, 6, 7, 8], (7, 10), [0, 1])
 
 

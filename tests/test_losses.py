@@ -2,7 +2,7 @@
 
 import torch
 
-from hpc_cpd.teachers.bounds import bounded_errors
+from hpc_cpd.losses import bounded_errors
 
 
 def test_nothing_is_asked_beyond_the_bounds_of_an_action() -> None:

@@ -1,4 +1,4 @@
-"""What counts as an error of an action mean when actions are clipped: for cloning and for distillation."""
+"""Errors of actions that are clipped when they are executed: for cloning and for distillation."""
 
 from __future__ import annotations
 

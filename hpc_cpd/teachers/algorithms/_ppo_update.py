@@ -1,0 +1,335 @@
+"""One round of PPO: what a rollout holds, the losses, the gradient steps, and the statistics of the observations.
+
+Every iteration starts from fresh episodes whose goals and noise are pure functions of (seed, task,
+iteration, environment number), so a resumed run needs no state of the simulator.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.teachers.algorithms.ppo import PPOSettings
+from hpc_cpd.teachers.policy import TeacherPolicy
+from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, generator
+
+SMALLEST_LEARNING_RATE, LARGEST_LEARNING_RATE = 5e-5, 3e-3
+
+Floats = NDArray[np.float32]
+Flags = NDArray[np.bool_]
+
+
+@dataclass
+class Rollout:
+    """What one rank saw in one iteration; T steps of its N environments. Rewards are scaled."""
+
+    observations: Floats
+    """[T, N, obs]"""
+    actions: Floats
+    """[T, N, act], before the environment clips them"""
+    rewards: Floats
+    """[T, N]"""
+    terminated: Flags
+    """[T, N]: the episode ended for good, so nothing follows"""
+    ended: Flags
+    """[T, N]: terminated, truncated, or the last step of the rollout"""
+    final_observations: Floats
+    """[E, obs], E = ended.sum(), in the order of np.argwhere(ended): where those episodes stood"""
+    episodes: int
+    successes: int
+    """whole or started episodes, and those with the success flag at any step"""
+    mean_return: float
+    """mean unscaled reward per environment and rollout"""
+
+
+@torch.inference_mode()
+def collect_rollout(
+    envs: BatchEnv,
+    policy: TeacherPolicy,
+    settings: PPOSettings,
+    seed: int,
+    iteration: int,
+    first_environment: int,
+    steps: int | None = None,
+) -> Rollout:
+    """Act with exploration noise for `steps` (None: settings.rollout_steps) from fresh episodes.
+
+    `first_environment` is the number of the first of these environments among those of all ranks.
+    """
+    steps = settings.rollout_steps if steps is None else steps
+    count, task = envs.num_envs, envs.task
+    limit = envs.num_goals or UNBOUNDED_GOALS
+    draws = [generator(seed, task.task_id, "rollout", iteration, first_environment + env) for env in range(count)]
+    noise = np.stack([rng.standard_normal((steps, task.action_size)) for rng in draws], axis=1).astype(np.float32)
+    std = policy.log_std.detach().exp().numpy().copy()
+
+    def goals(mask: Flags) -> NDArray[np.int64]:
+        return np.array([rng.integers(limit) if new else 0 for rng, new in zip(draws, mask, strict=True)])
+
+    seen = np.zeros((steps, count, task.observation_size), np.float32)
+    actions = np.zeros((steps, count, task.action_size), np.float32)
+    rewards = np.zeros((steps, count), np.float32)
+    terminated = np.zeros((steps, count), np.bool_)
+    ended = np.zeros((steps, count), np.bool_)
+    finals: list[Floats] = []
+    episodes, successes = count, 0
+    succeeded = np.zeros(count, np.bool_)
+    observations, _ = envs.reset(options={"goal_index": goals(np.ones(count, np.bool_))})
+    for step in range(steps):
+        mean = policy.action_mean(torch.from_numpy(observations)).numpy()
+        seen[step] = observations
+        actions[step] = mean + std * noise[step]
+        observations, reward, terminated[step], truncated, info = envs.step(actions[step])
+        rewards[step] = reward
+        succeeded |= info["success"]
+        over = terminated[step] | truncated
+        ended[step] = over if step + 1 < steps else True
+        if ended[step].any():
+            finals.extend(observations[env].copy() for env in np.flatnonzero(ended[step]))
+            successes += int(succeeded[ended[step]].sum())
+        if over.any() and step + 1 < steps:
+            episodes += int(over.sum())
+            succeeded[over] = False
+            observations, _ = envs.reset(options={"reset_mask": over, "goal_index": goals(over)})
+    return Rollout(
+        observations=seen,
+        actions=actions,
+        rewards=rewards * np.float32(settings.reward_scale),
+        terminated=terminated,
+        ended=ended,
+        final_observations=np.array(finals, np.float32).reshape(-1, task.observation_size),
+        episodes=episodes,
+        successes=successes,
+        mean_return=float(rewards.sum(axis=0, dtype=np.float64).mean()),
+    )
+
+
+def generalised_advantages(
+    rewards: NDArray[np.float64],
+    values: NDArray[np.float64],
+    next_values: NDArray[np.float64],
+    terminated: Flags,
+    ended: Flags,
+    discount: float,
+    gae_lambda: float,
+) -> NDArray[np.float64]:
+    """Advantages [T, N] from rewards, values, flags [T, N].
+
+    `next_values[t]` is the value of where step t led, before any reset. A terminated episode has no
+    future; a truncated one has, so its last step still counts `next_values`. No advantage flows over
+    an end of either kind.
+    """
+    advantages = np.zeros_like(values)
+    following = np.zeros(values.shape[1])
+    for step in reversed(range(len(values))):
+        future = np.where(terminated[step], 0.0, next_values[step])
+        delta = rewards[step] + discount * future - values[step]
+        following = delta + discount * gae_lambda * np.where(ended[step], 0.0, following)
+        advantages[step] = following
+    return advantages
+
+
+def clipped_policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip_range: float) -> Tensor:
+    """The clipped surrogate, negated, per sample [B]: no gradient beyond the clip (arXiv 1707.06347, eq. 7)."""
+    ratio = torch.exp(log_probs - old_log_probs)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages)
+
+
+def divergence(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
+    """KL(old, new) per sample [B], the low-variance estimate (ratio - 1) - log ratio (joschu.net/blog/kl-approx)."""
+    log_ratio = log_probs - old_log_probs
+    return torch.expm1(log_ratio) - log_ratio
+
+
+def adapted_learning_rate(learning_rate: float, kl: float, desired_kl: float) -> float:
+    """The next round's learning rate: smaller after too large a change of the policy, larger after too small a one.
+
+    `kl`: the mean of a round, with the divergence that ended it. Without, a round that goes too far with its first
+    step would seem not to have moved. Tasks differ in how fast a policy may change (arXiv 1707.02286, section 3; the
+    factor of rsl_rl).
+    """
+    if kl > 2.0 * desired_kl:
+        return max(learning_rate / 1.5, SMALLEST_LEARNING_RATE)
+    return min(learning_rate * 1.5, LARGEST_LEARNING_RATE) if kl < 0.5 * desired_kl else learning_rate
+
+
+def update(
+    policy: TeacherPolicy,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    settings: PPOSettings,
+    seed: int,
+    iteration: int,
+    communicator: Communicator,
+    train_actor: bool = True,
+) -> dict[str, float]:
+    """One round of epochs over the rollouts of all ranks; `train_actor=False` fits the critic alone.
+
+    Past settings.target_kl the policy stands still for the rest of the round; the critic goes on.
+
+    Returns policy_loss, value_loss, kl (means over their gradient steps), kl_met (the mean with the divergence that
+    ended the round), policy_steps (gradient steps of the policy), and explained_variance of the critic before the
+    round. The same on every rank.
+    """
+    samples = _prepare(policy, rollout, settings, communicator)
+    actor = [*policy.actor.parameters(), policy.log_std]
+    critic = list(policy.critic.parameters())
+    count = len(samples.returns)
+    counts = communicator.gather(count)
+    totals = np.zeros(3)
+    policy_steps, value_steps = 0, 0
+    met: list[float] = []
+    for epoch in range(settings.epochs):
+        order = generator(seed, policy.task_id, "minibatches", iteration, epoch, communicator.rank).permutation(count)
+        shuffled = samples.take(torch.tensor(order))
+        for part in range(settings.minibatches):
+            begin, end = (count * (part + shift) // settings.minibatches for shift in (0, 1))
+            whole = sum(
+                n * (part + 1) // settings.minibatches - n * part // settings.minibatches for n in counts
+            )  # samples of all ranks in this gradient step
+            if whole == 0:
+                continue
+            batch = shuffled.take(slice(begin, end))
+            optimizer.zero_grad(set_to_none=True)
+            value_loss = 0.5 * (policy.critic(batch.normalised).squeeze(-1) - batch.returns).square().sum() / whole
+            policy_loss, kl = torch.zeros(()), torch.zeros(())
+            loss = settings.value_coefficient * value_loss
+            if train_actor:
+                log_probs = policy.log_prob(policy.actor(batch.normalised), batch.actions)
+                policy_loss = (
+                    clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, settings.clip_range).sum() / whole
+                )
+                kl = divergence(log_probs, batch.log_probs).sum() / whole
+                share_of_entropy = settings.entropy_coefficient * len(batch.returns) / whole
+                loss = loss + policy_loss - share_of_entropy * policy.entropy()
+            loss.backward()
+            sums = communicator.sum_gradients([*actor, *critic], [policy_loss, value_loss, kl])
+            if train_actor:
+                met.append(sums[2])
+            if train_actor and sums[2] > settings.target_kl:
+                train_actor = False
+                for parameter in actor:
+                    parameter.grad = None
+            # apart, because the critic's gradient is many times the actor's and would clip it away
+            torch.nn.utils.clip_grad_norm_(actor, settings.max_gradient_norm, foreach=True)
+            torch.nn.utils.clip_grad_norm_(critic, settings.max_gradient_norm, foreach=True)
+            optimizer.step()
+            totals += np.array(sums) * (train_actor, 1.0, train_actor)
+            policy_steps += train_actor
+            value_steps += 1
+    return {
+        "policy_loss": float(totals[0] / max(policy_steps, 1)),
+        "value_loss": float(totals[1] / max(value_steps, 1)),
+        "kl": float(totals[2] / max(policy_steps, 1)),
+        "kl_met": float(np.mean(met)) if met else 0.0,
+        "policy_steps": policy_steps,
+        "explained_variance": samples.explained_variance,
+    }
+
+
+class Statistics(NamedTuple):
+    """Mean and variance, float64 [obs] each, of so many `samples`."""
+
+    mean: NDArray[np.float64]
+    var: NDArray[np.float64]
+    samples: int
+
+
+def observation_statistics(observations: Floats, communicator: Communicator) -> Statistics:
+    """The statistics of `observations` [T, N, obs] over the environments of all ranks.
+
+    Summed environment by environment in their global order: any number of ranks gives the same bits.
+    """
+    exact = observations.astype(np.float64)
+    mine = [Statistics(column.mean(axis=0), column.var(axis=0), len(column)) for column in np.moveaxis(exact, 1, 0)]
+    return reduce(merge_statistics, [one for rank in communicator.gather(mine) for one in rank])
+
+
+def merge_statistics(one: Statistics, other: Statistics) -> Statistics:
+    """The statistics of two sets of samples together (Chan, Golub & LeVeque 1983)."""
+    total = one.samples + other.samples
+    difference = other.mean - one.mean
+    mean = one.mean + difference * (other.samples / total)
+    squares = one.var * one.samples + other.var * other.samples + difference**2 * (one.samples * other.samples / total)
+    return Statistics(mean, squares / total, total)
+
+
+def update_normaliser(policy: TeacherPolicy, observations: Floats, communicator: Communicator) -> None:
+    """Let the policy's running normaliser take in the `observations` [T, N, obs] of all ranks."""
+    found = observation_statistics(observations, communicator)
+    if count := int(policy.normaliser_count):
+        old = Statistics(policy.normaliser_mean.numpy().copy(), policy.normaliser_var.numpy().copy(), count)
+        found = merge_statistics(old, found)
+    policy.set_normaliser(*found)
+
+
+@dataclass
+class _Samples:
+    """A rollout as flat tensors [B, ...]."""
+
+    normalised: Tensor
+    """observations, by the normaliser that stands still during the round"""
+    actions: Tensor
+    log_probs: Tensor
+    advantages: Tensor
+    returns: Tensor
+    explained_variance: float
+    """of the critic before the round"""
+
+    def take(self, rows: Tensor | slice) -> _Samples:
+        return _Samples(
+            self.normalised[rows],
+            self.actions[rows],
+            self.log_probs[rows],
+            self.advantages[rows],
+            self.returns[rows],
+            self.explained_variance,
+        )
+
+
+def _prepare(policy: TeacherPolicy, rollout: Rollout, settings: PPOSettings, communicator: Communicator) -> _Samples:
+    """Values, advantages (normalised over all ranks), returns and log densities of a rollout."""
+    shape = rollout.rewards.shape
+    observations = torch.tensor(rollout.observations.reshape(-1, rollout.observations.shape[-1]))
+    actions = torch.tensor(rollout.actions.reshape(-1, rollout.actions.shape[-1]))
+    inputs = policy.normalise(observations)
+    with torch.inference_mode():
+        values = policy.critic(inputs).squeeze(-1).numpy().astype(np.float64).reshape(shape)
+        final_values = policy.value(torch.tensor(rollout.final_observations)).numpy().astype(np.float64)
+    with torch.no_grad():
+        log_probs = policy.log_prob(policy.actor(inputs), actions)
+    next_values = np.zeros(shape)
+    next_values[:-1] = values[1:]
+    next_values[rollout.ended] = final_values
+    advantages = generalised_advantages(
+        rollout.rewards.astype(np.float64),
+        values,
+        next_values,
+        rollout.terminated,
+        rollout.ended,
+        settings.discount,
+        settings.gae_lambda,
+    )
+    returns = advantages + values
+    sums = communicator.sum(np.array([advantages.size, advantages.sum(), returns.sum()], np.float64))
+    mean, mean_return = sums[1] / sums[0], sums[2] / sums[0]
+    squares = communicator.sum(
+        np.array([((advantages - mean) ** 2).sum(), ((returns - mean_return) ** 2).sum(), (advantages**2).sum()])
+    )
+    normalised = (advantages - mean) / (np.sqrt(squares[0] / sums[0]) + 1e-8)
+    return _Samples(
+        inputs,
+        actions,
+        log_probs,
+        torch.tensor(normalised.reshape(-1), dtype=torch.float32),
+        torch.tensor(returns.reshape(-1), dtype=torch.float32),
+        float(1.0 - squares[2] / squares[1]) if squares[1] > 0 else 0.0,
+    )
