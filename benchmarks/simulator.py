@@ -40,9 +40,10 @@ from numpy.typing import NDArray
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import UserError, run_command
 from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.metaworld import NAMES
-from hpc_cpd.tasks.metaworld_batch import _STATE, MetaWorldBatch
+from hpc_cpd.tasks.families.metaworld import NAMES
+from hpc_cpd.tasks.metaworld.batch import _STATE, MetaWorldBatch
 from hpc_cpd.tasks.registry import describe
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.starts.demonstrations import ScriptedActor
 
 SEED, NOISE, PIECE = 1, 0.2, 5
@@ -86,7 +87,7 @@ def simulator_of(envs: BatchEnv) -> MetaWorldBatch:
 def record(envs: BatchEnv, steps: int) -> Recording:
     rng = np.random.default_rng(SEED)
     goals = rng.integers(envs.num_goals or 0, size=envs.num_envs)
-    actor = ScriptedActor(envs.task.task_id.partition("/")[2], envs.task.action_size)
+    actor = ScriptedActor(envs.task.task_id.partition("/")[2], flat_size(envs.task.action_space))
     actor.begin(envs.num_envs)
     everyone = np.ones(envs.num_envs, np.bool_)
     observations, _ = envs.reset(options={"goal_index": goals})

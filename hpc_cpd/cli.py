@@ -237,22 +237,28 @@ def tasks(
         str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), or a task id")
     ] = None,
 ) -> None:
-    """The task sets, or the tasks of one set with their sizes."""
+    """The task sets and families, or the tasks of one set with their spaces."""
+    from hpc_cpd import plugins
     from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks
 
     console = Console()
     if name is None:
         for known, size in TASK_SETS.items():
-            console.print(f"{known}: {size} tasks")
-        console.print("Any other: a list of ids such as metaworld/reach-v3 or gymnasium/Pendulum-v1")
+            console.print(f"{known}: {size} tasks; {known}x2: {2 * size}, each with half of a task's goals")
+        console.print("Or a list of task ids. They begin with the word of a family:")
+        for family in plugins.names("tasks"):
+            console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
+        console.print(
+            "such as metaworld/reach-v3, gymnasium/Pendulum-v1, gymnasium/MODULE:ID (MODULE is imported and registers ID)"
+        )
         return
     table = Table(title=name)
-    table.add_column("Task")
-    for heading in ("Observation", "Action", "Horizon"):
-        table.add_column(heading, justify="right")
+    for heading in ("Task", "Observation", "Action"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("Horizon", justify="right")
     for task in resolve_tasks(name):
         spec = describe(task)
-        table.add_row(task, str(spec.observation_size), str(spec.action_size), str(spec.horizon))
+        table.add_row(task, str(spec.observation_space), str(spec.action_space), str(spec.horizon))
     console.print(table)
 
 

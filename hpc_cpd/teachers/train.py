@@ -30,6 +30,7 @@ from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import TaskSpec, describe, make_batch
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.ppo import (
     adapted_step_size,
     collect_rollout,
@@ -121,8 +122,8 @@ class _Training:
         self.best: dict[str, Tensor] = {}
         self.policy = TeacherPolicy(
             task_id,
-            self.task.observation_size,
-            self.task.action_size,
+            flat_size(self.task.observation_space),
+            flat_size(self.task.action_space),
             self.settings.hidden,
             "relu" if self.warm else "tanh",  # measured: ReLU clones better, tanh explores better
             self.settings.ppo.warm_log_std if self.warm else self.settings.ppo.initial_log_std,
@@ -171,7 +172,7 @@ class _Training:
         observations, targets = torch.tensor(data.observations), torch.tensor(data.targets)
         parameters = list(self.policy.actor.parameters())
         part = slice(*(settings.batch_size * (self.communicator.rank + k) // self.communicator.size for k in (0, 1)))
-        summed, scale = 0.0, 1.0 / (settings.batch_size * self.task.action_size)
+        summed, scale = 0.0, 1.0 / (settings.batch_size * flat_size(self.task.action_space))
         while state.clone_step < settings.gradient_steps:
             rows = generator(self.config.seed, self.task.task_id, "clone", state.clone_step).integers(
                 len(observations), size=settings.batch_size

@@ -21,6 +21,7 @@ from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import DemonstrationSettings
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import TaskSpec, make_batch
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.rollouts import BLOCK, AttemptPlan, keep_successes, play_block
 from hpc_cpd.teachers.seeds import generator
 from hpc_cpd.teachers.validation import SCRIPTED_PREFIX
@@ -81,7 +82,7 @@ def record_demonstrations(
         goal_seed = int(generator(seed, task.task_id, "demonstrated goals", goal_set).integers(2**31))
         return make_batch(task.task_id, BLOCK, goal_seed)
 
-    actor = ScriptedActor(task.skill.removeprefix(SCRIPTED_PREFIX), task.action_size)
+    actor = ScriptedActor(task.skill.removeprefix(SCRIPTED_PREFIX), flat_size(task.action_space))
     plan = AttemptPlan(seed, task.task_id, "demonstration", settings.action_noise, STEPS_AFTER_SUCCESS)
     mine: list[Episode] = []
     kept, attempts = keep_successes(
@@ -120,10 +121,10 @@ def read_demonstrations(task: TaskSpec, folder: Path, communicator: Communicator
                 raise UserError(problems[0])
         samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
         found = (samples.observations.shape[-1], samples.targets.shape[-1])
-        if found != (task.observation_size, task.action_size):
+        if found != (wanted := (flat_size(task.observation_space), flat_size(task.action_space))):
             raise UserError(
                 f"the trajectories in {folder / task.task_id} have (observation, action) sizes {found}, but "
-                f"{task.task_id} has {(task.observation_size, task.action_size)}; record them with this version"
+                f"{task.task_id} has {wanted}; record them with this version"
             )
         return samples
 
