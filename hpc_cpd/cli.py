@@ -240,6 +240,7 @@ def tasks(
     """The task sets and families, or the tasks of one set with their spaces."""
     from hpc_cpd import plugins
     from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks
+    from hpc_cpd.tasks.spaces import shown
 
     console = Console()
     if name is None:
@@ -248,9 +249,7 @@ def tasks(
         console.print("Or a list of task ids. They begin with the word of a family:")
         for family in plugins.names("tasks"):
             console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
-        console.print(
-            "such as metaworld/reach-v3, gymnasium/Pendulum-v1, gymnasium/MODULE:ID (MODULE is imported and registers ID)"
-        )
+        console.print("for example metaworld/reach-v3, or gymnasium/MODULE:ID where MODULE registers ID")
         return
     table = Table(title=name)
     for heading in ("Task", "Observation", "Action"):
@@ -258,7 +257,7 @@ def tasks(
     table.add_column("Horizon", justify="right")
     for task in resolve_tasks(name):
         spec = describe(task)
-        table.add_row(task, str(spec.observation_space), str(spec.action_space), str(spec.horizon))
+        table.add_row(task, shown(spec.observation_space), shown(spec.action_space), str(spec.horizon))
     console.print(table)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import BASE, ask, describe, environments, family_of
-from hpc_cpd.tasks.spaces import learnable_problem, mapped
+from hpc_cpd.tasks.spaces import learnable_problem, mapped, shown
 
 if TYPE_CHECKING:
     from gymnasium import Space
@@ -30,7 +30,7 @@ def check_tasks(plan: Sequence[Sequence[str]], config: Config) -> None:
         if (spec.observation_space.shape, spec.action_space.shape) != _shapes(first):
             raise UserError(
                 f"stream.tasks: {first.task_id} has observations and actions of shapes {_shapes(first)}, but "
-                f"{spec.task_id} of {_shapes(spec)}; the tasks of one stream must have the same, for one student acts in all"
+                f"{spec.task_id} of {_shapes(spec)}; the tasks of one stream must have the same, for one student"
             )
         if config.trajectories.success_only and not spec.has_success:
             raise UserError(
@@ -70,10 +70,10 @@ def probe(task_id: str) -> None:
         if problem := _misfit(steps.observations, spec.observation_space):
             raise refuse(f"step() returns an observation {problem}")
         if not np.issubdtype(np.asarray(steps.rewards).dtype, np.number) or not np.isfinite(steps.rewards).all():
-            raise refuse(f"step() returns the reward {_shown(steps.rewards)}, which is no finite number")
+            raise refuse(f"step() returns the reward {_first(steps.rewards)}, which is no finite number")
         for word in ("terminated", "truncated", "success"):
             if np.asarray(getattr(steps, word)).dtype != np.bool_:
-                raise refuse(f"step() must return {word} as a bool, but returns {_shown(getattr(steps, word))}")
+                raise refuse(f"step() must return {word} as a bool, but returns {_first(getattr(steps, word))}")
         again = ask(batch.reset, "reset", task_id, row, goal)
         if not _equal(again, begun):
             raise refuse("the same goal does not begin with the same observation twice; draw from the seed and goal")
@@ -85,7 +85,7 @@ def _shapes(spec: Any) -> tuple[Any, Any]:
     return spec.observation_space.shape, spec.action_space.shape
 
 
-def _shown(values: Any) -> str:
+def _first(values: Any) -> str:
     return f"{np.asarray(values)[0]!r:.80}"
 
 
@@ -105,9 +105,9 @@ def _misfit(batch: Any, space: Space[Any], key: str = "") -> str | None:
         return next((found for name in space if (found := _misfit(batch[name], space[name], f"'{name}' "))), None)
     values = np.asarray(batch)
     if values.shape[1:] != space.shape or not np.can_cast(values.dtype, np.dtype(space.dtype), "same_kind"):
-        return f"{key}of {values.dtype}{list(values.shape[1:])}, but its space is {space}"
+        return f"{key}of {values.dtype}{list(values.shape[1:])}, but its space is {shown(space)}"
     if values.dtype.kind == "f" and not np.isfinite(values).all():
         return f"{key}that holds NaN or infinity"
     if not isinstance(space, Box) and not space.contains(values[0].astype(space.dtype)):
-        return f"{key}{_shown(values)}, which is not in its space {space}"
+        return f"{key}{_first(values)}, which is not in its space {shown(space)}"
     return None

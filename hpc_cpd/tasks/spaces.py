@@ -29,6 +29,15 @@ def flat_size(space: Space[Any]) -> int:
     return int(flatdim(space))
 
 
+def shown(space: Space[Any]) -> str:
+    """`space` in a few words, such as ``Box [84, 84, 3] uint8`` or ``Discrete(4)``."""
+    from gymnasium.spaces import Box, Dict
+
+    if isinstance(space, Dict):
+        return "Dict " + ", ".join(f"{key}: {shown(part)}" for key, part in space.items())
+    return f"Box {list(space.shape)} {space.dtype}" if isinstance(space, Box) else str(space)
+
+
 def space_problem(space: Space[Any], action: bool = False) -> str | None:
     """Why elements of `space` cannot be passed in batches; None: they can. `action`: they are what a task is told."""
     from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
@@ -38,7 +47,7 @@ def space_problem(space: Space[Any], action: bool = False) -> str | None:
     if not isinstance(space, Box | Discrete | MultiDiscrete):
         return f"{space} is none of Box, Discrete, MultiDiscrete and Dict"
     if action and isinstance(space, Box) and space.dtype.kind == "f" and space != Box(-1.0, 1.0, space.shape):
-        return f"the actions {space} are not float32 numbers with the bounds -1 and 1; scale them inside the family"
+        return f"the actions {shown(space)} are not float32 with the bounds -1 and 1; scale them inside the family"
     return None
 
 
@@ -49,8 +58,8 @@ def learnable_problem(spec: TaskSpec) -> str | None:
     for word, space in (("observations", spec.observation_space), ("actions", spec.action_space)):
         if not isinstance(space, Box) or len(space.shape) != 1 or space.dtype != np.float32:
             return (
-                f"{spec.task_id} has {word} {space}, and nothing here learns from those yet: observations and actions "
-                f"must each be {LEARNABLE}; such a task can be listed and stepped (hpc_cpd.make_batch)"
+                f"{spec.task_id} has {word} {shown(space)}, and nothing here learns from those yet: observations and "
+                f"actions must each be {LEARNABLE}; such a task can be listed and stepped (hpc_cpd.make_batch)"
             )
     return None
 
@@ -120,5 +129,5 @@ def checked_actions(space: Space[Any], actions: Any, active: NDArray[np.bool_], 
         count = space.n if isinstance(space, Discrete) else space.nvec
         low, high = np.asarray(space.start), np.asarray(space.start + count - 1)
     if np.any((array < low)[active]) or np.any((array > high)[active]):
-        raise ValueError(f"an action for {task_id} is not in {space}")
+        raise ValueError(f"an action for {task_id} is not in {shown(space)}")
     return array.astype(space.dtype)

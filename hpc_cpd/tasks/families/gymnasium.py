@@ -19,7 +19,7 @@ from gymnasium.spaces import Box, Dict, Space
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.tasks.families.base import Step, TaskSpec
-from hpc_cpd.tasks.spaces import Data, space_problem
+from hpc_cpd.tasks.spaces import Data, shown, space_problem
 
 REWARD_VERSION = "native"
 LONGEST_SEARCH = 5_000
@@ -93,7 +93,7 @@ def _describe(name: str) -> TaskSpec:
         spec, action = environment.spec, environment.action_space
         problem = space_problem(environment.observation_space) or space_problem(action)
         if problem is None and not _bounded(action):
-            problem = f"its action {action} has no finite bounds to scale [-1, 1] to"
+            problem = f"its action {shown(action)} has no finite bounds to scale [-1, 1] to"
         if spec is None or spec.max_episode_steps is None:
             problem = problem or "it has no time limit; register it with max_episode_steps"
         if problem is not None:

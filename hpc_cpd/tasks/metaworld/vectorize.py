@@ -5,8 +5,8 @@ rewrites the source of such a function so that it runs on arrays whose *last* ax
 [N], a vector [k, N]. A branch becomes a selection, `and` a logical and, a comparison with None a question to every
 row. So upstream's own text stays the only place where a reward is written, and Python is paid for once per batch.
 
-What cannot be rewritten honestly (a loop over data, a return inside a branch) raises VectorizeError when it is vectorized,
-never when it runs. The arithmetic is upstream's in upstream's order; `vector_ops` holds what the names mean.
+What cannot be rewritten honestly (a loop over data, a return inside a branch) raises VectorizeError at once, never when
+it runs. The arithmetic is upstream's in upstream's order; `vector_ops` holds what the names mean.
 """
 
 from __future__ import annotations
