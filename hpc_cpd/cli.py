@@ -1,4 +1,4 @@
-"""The other doors: ``hpc-cpd status | sweep | evaluate | report | results | export | verify | tasks``."""
+"""The other doors: ``hpc-cpd status | sweep | evaluate | report | results | export | import | verify | tasks``."""
 
 from __future__ import annotations
 
@@ -259,6 +259,26 @@ def tasks(
         spec = describe(task)
         table.add_row(task, shown(spec.observation_space), shown(spec.action_space), str(spec.horizon))
     console.print(table)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="demonstrations, in robomimic's HDF5 form")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="the task they were recorded on")],
+    out: Annotated[Path, typer.Option(help="folder to write OUT/TASK into, as teachers.demonstrations.folder wants it")],
+    observation_keys: Annotated[
+        str | None, typer.Option(metavar="KEY,KEY,...", help="which obs/KEY make up an observation, in the task's order")
+    ] = None,
+    action_range: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="of the file's actions; default: -1 1")
+    ] = None,
+) -> None:
+    """Make trajectories of a task from demonstrations of somebody else's: OUT/TASK."""
+    from hpc_cpd.trajectories.formats.robomimic import import_trajectories
+
+    keys = None if observation_keys is None else observation_keys.split(",")
+    count = import_trajectories(file, task, out / task, keys, action_range)
+    Console().print(f"Episodes: {count}. Trajectories: {out / task}", soft_wrap=True)
 
 
 def _compare(folders: list[Path], out: Path) -> None:

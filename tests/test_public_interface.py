@@ -46,7 +46,7 @@ def test_doors():
     from hpc_cpd.cli import app
 
     names = {command.callback.__name__ for command in app.registered_commands}
-    assert names == {"status", "sweep", "evaluate", "report", "results", "export", "verify", "tasks"}
+    assert names == {"status", "sweep", "evaluate", "report", "results", "export", "import", "verify", "tasks"}
 
 
 def test_python_names():
@@ -54,7 +54,7 @@ def test_python_names():
     for name in hpc_cpd.__all__:
         assert getattr(hpc_cpd, name)
     from hpc_cpd.evaluation.metrics import continual_metrics
-    from hpc_cpd.trajectories.selection.dpp import greedy_map
+    from hpc_cpd.trajectories.dpp import greedy_map
 
     assert callable(continual_metrics) and callable(greedy_map)
 

@@ -16,7 +16,7 @@ from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
 from hpc_cpd.distributed.torch import device_of_rank, run_on_all_ranks, run_on_rank
-from hpc_cpd.settings import Config
+from hpc_cpd.settings import Choice, Config
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.trajectories.memory import select_memory, write_memory
@@ -59,7 +59,7 @@ def keep_memory(folder: Path, config: Config, stage: int, store: TrajectoryStore
             task,
             errors[store.task_episodes(task)],
             settings.budget_fraction,
-            settings.selection,
+            Choice("selections", "dpp").resolve(settings.selection),
             config.seed,
         )
         for task in store.task_ids

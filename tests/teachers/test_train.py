@@ -13,7 +13,7 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.train import train_teacher
-from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import ShardWriter
 from tests.teachers import rank
 from tests.teachers.jobs import PENDULUM, REACH, launch, teacher_files, tiny_run, until_done
@@ -173,7 +173,7 @@ def test_no_iterations_publish_the_warm_start(tmp_path: Path) -> None:
 
 def test_a_clone_can_be_made_of_a_users_trajectories(tmp_path: Path, undisturbed: dict[str, Run]) -> None:
     folder = tmp_path / "given" / PENDULUM
-    writer = ShardWriter(folder, 0, 0, PENDULUM, "", 0, "native", "gymnasium")
+    writer = ShardWriter(folder, 0, 0, Origin(PENDULUM, "", 0, "native", "gymnasium"))
     rng = np.random.default_rng(0)
     seen = rng.normal(size=(40, 3)).astype(np.float32)
     target = np.clip(seen[:, :1], -1, 1)
