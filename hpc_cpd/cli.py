@@ -265,9 +265,10 @@ def tasks(
 def import_(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="demonstrations, in robomimic's HDF5 form")],
     task: Annotated[str, typer.Argument(metavar="TASK", help="the task they were recorded on")],
-    out: Annotated[Path, typer.Option(help="folder to write OUT/TASK into, as teachers.demonstrations.folder wants it")],
+    out: Annotated[Path, typer.Option(help="folder of TASK folders: teachers.demonstrations.folder")],
     observation_keys: Annotated[
-        str | None, typer.Option(metavar="KEY,KEY,...", help="which obs/KEY make up an observation, in the task's order")
+        str | None,
+        typer.Option(metavar="KEY,KEY,...", help="obs/KEY that make up an observation, in the task's order"),
     ] = None,
     action_range: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="of the file's actions; default: -1 1")

@@ -45,7 +45,7 @@ def test_exit_codes():
 def test_doors():
     from hpc_cpd.cli import app
 
-    names = {command.callback.__name__ for command in app.registered_commands}
+    names = {command.name or command.callback.__name__ for command in app.registered_commands}
     assert names == {"status", "sweep", "evaluate", "report", "results", "export", "import", "verify", "tasks"}
 
 

@@ -27,10 +27,10 @@ def check_tasks(plan: Sequence[Sequence[str]], config: Config) -> None:
     for spec in specs:
         if problem := learnable_problem(spec):
             raise UserError(f"stream.tasks: {problem}")
-        if (spec.observation_space.shape, spec.action_space.shape) != _shapes(first):
+        if _shapes(spec) != _shapes(first):
             raise UserError(
-                f"stream.tasks: {first.task_id} has observations and actions of shapes {_shapes(first)}, but "
-                f"{spec.task_id} of {_shapes(spec)}; the tasks of one stream must have the same, for one student"
+                f"stream.tasks: {_told(first)}, but {_told(spec)}; one student acts in all tasks of a stream, so "
+                "their shapes must be the same"
             )
         if config.trajectories.success_only and not spec.has_success:
             raise UserError(
@@ -83,6 +83,10 @@ def probe(task_id: str) -> None:
 
 def _shapes(spec: Any) -> tuple[Any, Any]:
     return spec.observation_space.shape, spec.action_space.shape
+
+
+def _told(spec: Any) -> str:
+    return f"{spec.task_id} has observations {shown(spec.observation_space)} and actions {shown(spec.action_space)}"
 
 
 def _first(values: Any) -> str:
