@@ -29,7 +29,9 @@ def call(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_it_is_described_and_listed(tmp_path):
     listed = call(tmp_path, "-m", "hpc_cpd.cli", "tasks", "image/corner").stdout
     assert "Box [8, 8, 3] uint8" in listed and "Discrete(4)" in listed
-    assert "image/... (image-task 0.1.0)" in call(tmp_path, "-m", "hpc_cpd.cli", "tasks").stdout
+    everything = call(tmp_path, "-m", "hpc_cpd.cli", "tasks").stdout
+    assert "image/... (image-task 0.1.0)" in everything and "metaworld/... (hpc_cpd)" in everything
+    assert "MT50x2" in everything
 
 
 def test_it_is_stepped_and_keeps_its_promises(tmp_path):

@@ -7,7 +7,9 @@ import json
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from hpc_cpd.cli import app
 from hpc_cpd.errors import UserError
 from hpc_cpd.trajectories.formats.robomimic import export_robomimic, import_trajectories
 from hpc_cpd.trajectories.store import open_trajectories, verify_folder
@@ -176,3 +178,14 @@ def test_only_one_task_of_continuous_actions_is_exported(tmp_path):
     with pytest.raises(UserError, match="continuous"):
         export_robomimic(tmp_path / "a", tmp_path / "a.hdf5")
     assert not (tmp_path / "a.hdf5").exists()
+
+
+def test_the_command_writes_a_folder_of_task_folders(tmp_path):
+    file = _foreign(tmp_path / "f.hdf5", lambda demo: demo["actions"].__setitem__(0, -4.0))
+    words = ["import", str(file), TASK, "--out", str(tmp_path / "out")]
+    refused = CliRunner().invoke(app, words)
+    assert isinstance(refused.exception, UserError)
+    done = CliRunner().invoke(app, [*words, "--observation-keys", "b,a", "--action-range", "-4", "4"])
+    assert done.exit_code == 0 and "Episodes: 11." in done.output
+    store = open_trajectories(tmp_path / "out" / TASK)
+    assert store.observations[0].tolist() == [2.0, 2.0, 1.0] and store.episode(10).actions[0] == -1.0
