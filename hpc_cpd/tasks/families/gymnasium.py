@@ -9,6 +9,7 @@ environment's registration; without one it never does.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -34,6 +35,7 @@ class GymnasiumSimulator:
     def __init__(self, environment: gymnasium.Env[Any, Any], seed: int) -> None:
         self._environment = environment
         self._seed = seed
+        self._to_native = _to_native(environment.action_space)
         self._threshold = None if environment.spec is None else environment.spec.reward_threshold
         self._total_reward = 0.0
 
@@ -43,8 +45,7 @@ class GymnasiumSimulator:
         return observation
 
     def step(self, action: Any) -> Step:
-        native = _native(self._environment.action_space, action)
-        observation, reward, terminated, truncated, info = self._environment.step(native)
+        observation, reward, terminated, truncated, info = self._environment.step(self._to_native(action))
         self._total_reward += float(reward)
         flag = success_flag(info)
         if flag is not None:
@@ -146,16 +147,18 @@ def _bounded(space: Space[Any]) -> bool:
     return not isinstance(space, Box) or bool(np.isfinite(space.low).all() and np.isfinite(space.high).all())
 
 
-def _native(space: Space[Any], action: Any) -> Any:
-    """An action of the task as an action of the environment."""
+def _to_native(space: Space[Any]) -> Callable[[Any], Any]:
+    """What makes an action of the environment, which is in `space`, of one of the task."""
     if isinstance(space, Dict):
-        return {key: _native(part, action[key]) for key, part in space.items()}
+        parts = {key: _to_native(part) for key, part in space.items()}
+        return lambda action: {key: part(action[key]) for key, part in parts.items()}
     if not isinstance(space, Box) or space.dtype.kind != "f":
-        return action
+        return lambda action: action
+    dtype, low = space.dtype, space.low.astype(np.float64)
     if np.all(space.low == -1.0) and np.all(space.high == 1.0):
-        return action.astype(space.dtype)
-    low = space.low.astype(np.float64)
-    return (low + (action.astype(np.float64) + 1.0) * ((space.high.astype(np.float64) - low) / 2.0)).astype(space.dtype)
+        return lambda action: action.astype(dtype)
+    scale = (space.high.astype(np.float64) - low) / 2.0
+    return lambda action: (low + (action.astype(np.float64) + 1.0) * scale).astype(dtype)
 
 
 def _make(name: str) -> gymnasium.Env[Any, Any]:
