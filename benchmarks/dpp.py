@@ -3,7 +3,7 @@
     python benchmarks/dpp.py [--sizes N ...] [--json OUT.json]
 
 Ours is asked twice. ``greedy_map`` gives at most as many picks as the rows have rank (256 features: 256 picks), since
-nothing is left to gain then. More picks are what hpc_cpd.trajectories.memory makes of it: ``select_episodes`` calls it
+nothing is left to gain then. More picks are what the selection ``dpp`` makes of it: it calls it
 again on the rows that are left, round after round, until the budget is used. The peer is the published algorithm (Chen,
 Zhang and Zhou 2018, arXiv 1709.05135), which wants the kernel of all pairs; it runs where that fits into memory, and
 must pick the same rows.
@@ -34,8 +34,9 @@ from numpy.typing import NDArray
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import run_command
-from hpc_cpd.trajectories.memory import select_episodes
-from hpc_cpd.trajectories.selection.dpp import greedy_map
+from hpc_cpd.trajectories.dpp import greedy_map
+from hpc_cpd.trajectories.selection.base import Candidates
+from hpc_cpd.trajectories.selection.dpp import DPPSelection, DPPSettings
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 FEATURES, PICKS = 256, 1_000
@@ -68,7 +69,8 @@ def pick_by_kernel(rows: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
 def pick_in_rounds(rows: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
     """As the replay memory does for episodes of one step each, with a budget of so many steps."""
     ones = np.ones(len(rows))
-    return select_episodes(rows, ones, ones.astype(np.int64), limit, "dpp", np.random.default_rng(0))
+    candidates = Candidates("", [], ones.astype(np.int64), ones, limit, np.random.default_rng(0), lambda: rows)
+    return candidates.choose(DPPSelection(DPPSettings()))
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {OURS: greedy_map, ROUNDS: pick_in_rounds, KERNEL: pick_by_kernel}

@@ -40,8 +40,8 @@ from numpy.typing import NDArray
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import UserError, run_command
 from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.metaworld import NAMES
-from hpc_cpd.tasks.metaworld_batch import _STATE, MetaWorldBatch
+from hpc_cpd.tasks.families.metaworld import NAMES
+from hpc_cpd.tasks.metaworld.batch import _STATE, MetaWorldBatch
 from hpc_cpd.tasks.registry import describe
 from hpc_cpd.teachers.scripted import ScriptedPolicy
 

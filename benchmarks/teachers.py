@@ -31,7 +31,7 @@ from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.cluster.schedulers.local import find_mpiexec
 from hpc_cpd.errors import UserError, run_command
 from hpc_cpd.run.publish import sha256
-from hpc_cpd.tasks.metaworld import NAMES
+from hpc_cpd.tasks.families.metaworld import NAMES
 
 TASKS = ("reach-v3", "drawer-close-v3", "window-open-v3", "button-press-topdown-v3")
 CORES = 2

@@ -21,7 +21,7 @@ from hpc_cpd.evaluation.episodes import EpisodeResult
 from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
-from hpc_cpd.tasks.metaworld import NAMES
+from hpc_cpd.tasks.families.metaworld import NAMES
 from hpc_cpd.tasks.registry import resolve_tasks, run_plan
 from hpc_cpd.teachers.policy import load_teacher
 from hpc_cpd.teachers.scripted import ScriptedPolicy

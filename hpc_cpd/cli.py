@@ -256,22 +256,27 @@ def tasks(
         str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), or a task id")
     ] = None,
 ) -> None:
-    """The task sets, or the tasks of one set with their sizes."""
+    """The task sets and families, or the tasks of one set with their spaces."""
+    from hpc_cpd import plugins
     from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks
+    from hpc_cpd.tasks.spaces import shown
 
     console = Console()
     if name is None:
         for known, size in TASK_SETS.items():
-            console.print(f"{known}: {size} tasks")
-        console.print("Any other: a list of ids such as metaworld/reach-v3 or gymnasium/Pendulum-v1")
+            console.print(f"{known}: {size} tasks; {known}x2: {2 * size}, each with half of a task's goals")
+        console.print("Or a list of task ids. They begin with the word of a family:")
+        for family in plugins.names("tasks"):
+            console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
+        console.print("for example metaworld/reach-v3, or gymnasium/MODULE:ID where MODULE registers ID")
         return
     table = Table(title=name)
-    table.add_column("Task")
-    for heading in ("Observation", "Action", "Horizon"):
-        table.add_column(heading, justify="right")
+    for heading in ("Task", "Observation", "Action"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("Horizon", justify="right")
     for task in resolve_tasks(name):
         spec = describe(task)
-        table.add_row(task, str(spec.observation_size), str(spec.action_size), str(spec.horizon))
+        table.add_row(task, shown(spec.observation_space), shown(spec.action_space), str(spec.horizon))
     console.print(table)
 
 
@@ -293,6 +298,27 @@ def plugins(
     for one in KINDS if kind is None else (kind,):
         print_kind(one, console)
     console.print("The settings of one: hpc-cpd plugins KIND NAME")
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="demonstrations, in robomimic's HDF5 form")],
+    task: Annotated[str, typer.Argument(metavar="TASK", help="the task they were recorded on")],
+    out: Annotated[Path, typer.Option(help="folder of TASK folders: teachers.start.folder")],
+    observation_keys: Annotated[
+        str | None,
+        typer.Option(metavar="KEY,KEY,...", help="obs/KEY that make up an observation, in the task's order"),
+    ] = None,
+    action_range: Annotated[
+        tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="of the file's actions; default: -1 1")
+    ] = None,
+) -> None:
+    """Make trajectories of a task from demonstrations of somebody else's: OUT/TASK."""
+    from hpc_cpd.trajectories.formats.robomimic import import_trajectories
+
+    keys = None if observation_keys is None else observation_keys.split(",")
+    count = import_trajectories(file, task, out / task, keys, action_range)
+    Console().print(f"Episodes: {count}. Trajectories: {out / task}", soft_wrap=True)
 
 
 def _compare(folders: list[Path], out: Path) -> None:

@@ -132,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 def _settle(arguments: argparse.Namespace) -> LaunchRequest:
     """Settings, run folder and tasks, all checked before anything is written."""
     from hpc_cpd.distill.validation import check_settings
+    from hpc_cpd.tasks.probe import check_tasks
     from hpc_cpd.tasks.registry import run_plan
 
     overrides = list(arguments.settings)
@@ -147,7 +148,7 @@ def _settle(arguments: argparse.Namespace) -> LaunchRequest:
     run = Run(arguments.run or Path("runs") / config.name)
     plan = run_plan(run, config)
     tasks = [task for tasks in plan for task in tasks]
-    _require_same_sizes(tasks)
+    check_tasks(plan, config)
     check_settings(config, plan)
     asked: str = arguments.stage
     if asked == "teachers":
@@ -185,20 +186,6 @@ def _open(work: LaunchRequest, where: str) -> None:
     for sentence in taken_over(old, work.config) if old is not None else ():
         queued = " (jobs in the queue keep what they were submitted with)" if where == "slurm" else ""
         _say(f"From now on: {sentence}{queued}")
-
-
-def _require_same_sizes(tasks: Sequence[str]) -> None:
-    """One student acts for all tasks of a stream, so their observations and actions must be of one size."""
-    from hpc_cpd.tasks.registry import describe
-
-    sizes = {task: (spec.observation_size, spec.action_size) for task in tasks for spec in [describe(task)]}
-    first = tasks[0]
-    other = next((task for task in tasks if sizes[task] != sizes[first]), None)
-    if other is not None:
-        raise UserError(
-            f"stream.tasks: {first} has observations and actions of sizes {sizes[first]}, but {other} of "
-            f"{sizes[other]}; the tasks of one stream must have the same sizes"
-        )
 
 
 def _where(arguments: argparse.Namespace) -> str:

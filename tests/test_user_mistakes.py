@@ -15,6 +15,7 @@ from hpc_cpd.distributed.torch import require_gpus
 from hpc_cpd.errors import UserError
 
 ROOT = Path(__file__).parents[1]
+CAR = "gymnasium/MountainCarContinuous-v0"
 MT10 = ["--config", "configs/mt10.yaml"]
 
 
@@ -43,7 +44,15 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--stage", "all", *MT10, "stream.tasks=MT11"], ["MT11", "MT10, MT25, MT50"]),
         (["--stage", "all", *MT10, "distill.isolation=lora"], ["distill.isolation is 'lora'", "student.grow=false"]),
         (["--stage", "3", *MT10], ["--stage is '3'", "1 to 2"]),
-        (["--stage", "all", *MT10, "stream.tasks=[gymnasium/Pendulum-v1]"], ["no scripted policy", "start=scratch"]),
+        (["--stage", "all", *MT10, f"stream.tasks=[{CAR}]"], ["no scripted policy", "start=scratch"]),
+        (
+            ["--stage", "all", *MT10, "stream.tasks=[gymnasium/Pendulum-v1]"],
+            ["never reports success"],
+        ),
+        (
+            ["--stage", "all", *MT10, "stream.tasks=[gymnasium/CartPole-v1]"],
+            ["actions Discrete(2)", "nothing"],
+        ),
         (["--stage", "teachers", *MT10, "--ranks", "32"], ["teachers.algorithm.num_envs is 16", "32 ranks"]),
         (["--stage", "first", *MT10], ["'first'", "teachers, or all"]),
         ([*MT10], ["--stage", "for example --stage all"]),
@@ -51,7 +60,7 @@ def refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         (["--stage", "all", *MT10, "stream.tasks=metaworld/reach-v3,metaworld/push-v3"], ["'stream.tasks=[metaworld"]),
         (
             ["--stage", "all", *MT10, "stream.tasks=[metaworld/reach-v3, gymnasium/Pendulum-v1]"],
-            ["metaworld/reach-v3", "(39, 4)", "gymnasium/Pendulum-v1", "(3, 1)"],
+            ["metaworld/reach-v3", "[39]", "gymnasium/Pendulum-v1", "[3]"],
         ),
     ],
 )

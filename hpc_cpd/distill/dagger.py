@@ -21,6 +21,7 @@ from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.tasks.registry import describe, make_batch
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, play_block
 from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
+from hpc_cpd.trajectories.schema import Origin
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
@@ -65,8 +66,9 @@ def _play(stage: Stage, task: str, folder: Path, student: StudentPolicy, wanted:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = EpisodePlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
     teacher = load_any_teacher(run.teacher(task))
-    origin = (task, sha256(weights_of(run.teacher(task))), config.seed, spec.reward_version, spec.environment_version)
-    writer = ShardWriter(folder, rank, 0, *origin)
+    teacher_hash = sha256(weights_of(run.teacher(task)))
+    origin = Origin(task, teacher_hash, config.seed, spec.reward_version, spec.environment_version)
+    writer = ShardWriter(folder, rank, 0, origin)
     with closing(make_batch(task, BLOCK, config.seed)) as envs:
         for block in range(rank, -(-wanted // BLOCK), world_size):
             for episode in play_block(envs, student, plan, block, teacher):

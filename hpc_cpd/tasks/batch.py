@@ -5,27 +5,27 @@ Autoreset is disabled: an environment whose episode has ended stands still, at n
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
-from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 from numpy.typing import ArrayLike, NDArray
 
-from hpc_cpd.tasks.family import Batch, TaskSpec
+from hpc_cpd.tasks.families.base import Batch, TaskSpec
+from hpc_cpd.tasks.spaces import checked_actions, copied, write_rows
 
 _UNBOUNDED = 2**31
 _GOAL_DRAWS = 0x60A1
 """Keeps the generator of goal indices apart from others that are made from the same seed."""
 
-Floats = NDArray[np.float32]
 
-
-class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
+class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
     """A ``gymnasium.vector.VectorEnv`` over N environments of one task.
 
-    Observations are float32 [N, observation_size], actions float32 [N, action_size] in [-1, 1] (clipped to it).
+    Observations [N, *observation shape] have the dtype of the task's space (of a Dict: such an array per key). Actions
+    [N, *action shape] of a Box are float32 in [-1, 1] (clipped to it), of a Discrete or MultiDiscrete int64.
     The same goal index and actions give the same bits, whatever was simulated before.
     """
 
@@ -34,13 +34,14 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
         self.seed = seed
         self.num_envs = batch.num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
-        self.single_observation_space = Box(-np.inf, np.inf, (task.observation_size,), np.float32)
-        self.single_action_space = Box(-1.0, 1.0, (task.action_size,), np.float32, seed=seed)
+        self.single_observation_space = task.observation_space
+        self.single_action_space = deepcopy(task.action_space)  # an environment of another seed samples other actions
+        self.single_action_space.seed(seed)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._batch = batch
         self._draws = np.random.default_rng([seed, _GOAL_DRAWS])
-        self._observations = np.zeros((self.num_envs, task.observation_size), np.float32)
+        self._observations: Any = create_empty_array(task.observation_space, self.num_envs)
         self._active = np.zeros(self.num_envs, np.bool_)
         self._terminated = np.zeros(self.num_envs, np.bool_)
         self._truncated = np.zeros(self.num_envs, np.bool_)
@@ -58,8 +59,8 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
         """bool [N]: whose episode is still running."""
         return self._active.copy()
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
-        """Begin new episodes; returns observations float32 [N, obs] and ``{"goal_index": int64 [N]}``.
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin new episodes; returns observations [N, *observation shape] and ``{"goal_index": int64 [N]}``.
 
         `seed` restarts the drawing of goal indices; it does not change the set of goals. Options:
         ``goal_index`` (int [N]) names the goals; ``reset_mask`` (bool [N]) resets only these environments,
@@ -85,43 +86,38 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
             goals = self._draws.integers(limit, size=self.num_envs)
         rows = np.flatnonzero(mask)
         if rows.size:
-            self._observations[rows] = self._batch.reset(rows, goals[rows])
+            write_rows(self._observations, rows, self._batch.reset(rows, goals[rows]))
         self._goals[rows] = goals[rows]
         self._active[mask] = True
         self._terminated[mask] = False
         self._truncated[mask] = False
         self._success[mask] = False
         self._steps[mask] = 0
-        return self._observations.copy(), {"goal_index": self._goals.copy()}
+        return copied(self._observations), {"goal_index": self._goals.copy()}
 
     def step(
-        self, actions: ArrayLike
-    ) -> tuple[Floats, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        self, actions: Any
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Advance every running environment by one step.
 
-        Returns observations float32 [N, obs], rewards float64 [N], terminated bool [N], truncated bool [N] and
+        Returns observations [N, *observation shape], rewards float64 [N], terminated bool [N], truncated bool [N] and
         ``{"success": bool [N], "active": bool [N], "goal_index": int64 [N]}``; ``active`` tells who was advanced.
         Further entries of the task's own info are float64 [N], 0 for one that stands still. One that stands still
         repeats its observation and flags with reward 0.
 
-        Raises ValueError for actions of another shape or not finite, RuntimeError before the first reset.
+        Raises ValueError for actions of another shape, not finite or outside the space, RuntimeError before the first
+        reset.
         """
-        array = np.asarray(actions, np.float32)
-        if array.shape != (self.num_envs, self.task.action_size):
-            raise ValueError(f"actions must be [{self.num_envs}, {self.task.action_size}], but are {array.shape}")
         if np.any(self._goals < 0):
             raise RuntimeError("reset() every environment before the first step()")
         active = self._active.copy()
-        # MuJoCo answers a NaN by silently restarting the simulation
-        if not np.isfinite(array[active]).all():
-            raise ValueError(f"an action for {self.task.task_id} is not finite")
-        array = np.clip(array, -1.0, 1.0)
+        array = checked_actions(self.single_action_space, actions, active, self.task.task_id)
         rewards = np.zeros(self.num_envs, np.float64)
         rows = np.flatnonzero(active)
         more: dict[str, NDArray[Any]] = {}
         if rows.size:
             result = self._batch.step(rows, array)
-            self._observations[rows] = result.observations
+            write_rows(self._observations, rows, result.observations)
             rewards[rows] = result.rewards
             self._terminated[rows] = result.terminated
             self._truncated[rows] = result.truncated
@@ -133,7 +129,7 @@ class BatchEnv(VectorEnv[Floats, Floats, NDArray[Any]]):
         self._truncated |= active & (self._steps >= self.task.horizon)
         self._active &= ~(self._terminated | self._truncated)
         info = {**more, "success": self._success.copy(), "active": active, "goal_index": self._goals.copy()}
-        return self._observations.copy(), rewards, self._terminated.copy(), self._truncated.copy(), info
+        return copied(self._observations), rewards, self._terminated.copy(), self._truncated.copy(), info
 
     def halt(self, mask: ArrayLike) -> None:
         """End the episodes in `mask` (bool [N]): they stand still until they are reset."""

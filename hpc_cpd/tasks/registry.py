@@ -6,18 +6,18 @@ Importing this module, resolving Meta-World names and describing them imports no
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
-from functools import cache
-from importlib import import_module, metadata
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import read_json
 from hpc_cpd.settings import Config, StreamSettings
-from hpc_cpd.tasks.family import OneByOne, Simulator, Step, TaskFamily, TaskSpec
+from hpc_cpd.tasks.families.base import Batch, OneByOne, Simulator, Step, TaskFamily, TaskSpec
+from hpc_cpd.tasks.spaces import space_problem
 
 if TYPE_CHECKING:
     from hpc_cpd.tasks.batch import BatchEnv
@@ -30,7 +30,8 @@ __all__ = [
     "TaskFamily",
     "TaskSpec",
     "describe",
-    "families",
+    "environments",
+    "family_of",
     "make_batch",
     "resolve_tasks",
     "run_plan",
@@ -38,9 +39,9 @@ __all__ = [
     "task_set",
 ]
 
-ENTRY_POINT_GROUP = "hpc_cpd.tasks"
+ENTRY_POINT_GROUP = plugins.KINDS["tasks"].group
+BASE = plugins.KINDS["tasks"].package + ".base"
 TASK_SETS = {"MT10": 10, "MT25": 25, "MT50": 50}
-_BUILT_IN = {"metaworld": "hpc_cpd.tasks.metaworld", "gymnasium": "hpc_cpd.tasks.gymnasium"}
 
 
 def task_set(name: str) -> list[str]:
@@ -52,8 +53,8 @@ def task_set(name: str) -> list[str]:
     """
     whole, split, parts = name.partition("x")
     if whole not in TASK_SETS or (split and not (parts.isascii() and parts.isdigit() and int(parts))):
-        raise UserError(f"there is no task set '{name}'; {_hint(whole, TASK_SETS)}known: {', '.join(TASK_SETS)}")
-    tasks = [f"metaworld/{task}" for task in _family("metaworld", name).names()[: TASK_SETS[whole]]]
+        raise UserError(f"there is no task set '{name}'; {plugins.hint(whole, TASK_SETS)}known: {', '.join(TASK_SETS)}")
+    tasks = [f"metaworld/{task}" for task in plugins.load("tasks", "metaworld").names()[: TASK_SETS[whole]]]
     return [f"{task}@{part}of{parts}" for part in range(1, int(parts) + 1) for task in tasks] if split else tasks
 
 
@@ -103,9 +104,13 @@ def run_plan(run: Run, config: Config | None = None) -> list[list[str]]:
 
 
 def describe(task_id: str) -> TaskSpec:
-    """The facts of a task. Raises UserError: no such task, or spaces that are not supported."""
-    prefix, name = _split(task_id)
-    return _family(prefix, task_id).describe(name)
+    """The facts of a task. Raises UserError: no such task, or its family describes it wrongly."""
+    family, name = family_of(task_id)
+    spec = ask(family.describe, "describe", task_id, name)
+    problem = _mistake(spec, task_id)
+    if problem is not None:
+        raise UserError(f"the family of task '{task_id}' describes it wrongly: {problem}; see {BASE}")
+    return cast(TaskSpec, spec)
 
 
 def make_batch(task_id: str, num_envs: int, seed: int) -> BatchEnv:
@@ -117,75 +122,64 @@ def make_batch(task_id: str, num_envs: int, seed: int) -> BatchEnv:
 
     if num_envs < 1:
         raise ValueError(f"num_envs must be at least 1, but it is {num_envs}")
-    prefix, name = _split(task_id)
-    family = _family(prefix, task_id)
-    task, made = family.describe(name), family.make(name, num_envs, seed)
-    return BatchEnv(task, OneByOne(made) if isinstance(made, Sequence) else made, seed)
+    return BatchEnv(describe(task_id), environments(task_id, num_envs, seed), seed)
 
 
-@cache
-def families() -> dict[str, metadata.EntryPoint]:
-    """The families that installed packages add, by prefix.
-
-    Raises UserError: a prefix that is taken, by us or by another package.
-    """
-    found: dict[str, metadata.EntryPoint] = {}
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
-        if point.name in _BUILT_IN or (point.name in found and found[point.name].value != point.value):
-            raise UserError(
-                f"the entry point '{point.name} = {point.value}' in group {ENTRY_POINT_GROUP} takes a prefix that is "
-                f"already in use; rename it in the package that declares it"
-            )
-        found[point.name] = point
-    return found
+def environments(task_id: str, num_envs: int, seed: int) -> Batch:
+    """What the family makes for `make_batch`."""
+    family, name = family_of(task_id)
+    made = family.make(name, num_envs, seed)
+    return OneByOne(made) if isinstance(made, Sequence) else made
 
 
-@cache
-def _load(prefix: str) -> TaskFamily:
-    if prefix in _BUILT_IN:
-        family: TaskFamily = import_module(_BUILT_IN[prefix]).family
-        return family
-    point = families()[prefix]
-    try:
-        family = point.load()
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"the task family '{prefix}' ({point.value}) cannot be loaded: {error}; repair the package that declares it"
-        ) from error
-    missing = [method for method in ("names", "describe", "make") if not callable(getattr(family, method, None))]
-    if missing:
-        raise UserError(
-            f"the task family '{prefix}' ({point.value}) has no {missing[0]}(); see hpc_cpd.tasks.family.TaskFamily"
-        )
-    return family
-
-
-def _family(prefix: str, task_id: str) -> TaskFamily:
-    if prefix not in _BUILT_IN and prefix not in families():
-        known = [*_BUILT_IN, *families()]
-        raise UserError(
-            f"there is no task '{task_id}'; {_hint(prefix, known)}task ids begin with one of: "
-            f"{', '.join(f'{word}/' for word in known)}"
-        )
-    return _load(prefix)
-
-
-def _split(task_id: str) -> tuple[str, str]:
+def family_of(task_id: str) -> tuple[TaskFamily, str]:
+    """The family of a task, and the task's name in it. Raises UserError: `task_id` is none, or there is no family."""
     prefix, separator, name = task_id.partition("/")
     if not separator or not name:
-        near = difflib.get_close_matches(task_id, _family("metaworld", task_id).names(), n=1)
+        near = difflib.get_close_matches(task_id, plugins.load("tasks", "metaworld").names(), n=1)
         hint = f"did you mean 'metaworld/{near[0]}'?" if near else "write for example metaworld/reach-v3"
         raise UserError(f"'{task_id}' is not a task id; {hint}")
-    return prefix, name
+    known = plugins.names("tasks")
+    if prefix not in known:
+        raise UserError(
+            f"there is no task '{task_id}'; {plugins.hint(prefix, known)}task ids begin with one of: "
+            f"{', '.join(f'{word}/' for word in known)}"
+        )
+    return plugins.load("tasks", prefix), name
+
+
+def ask(method: Callable[..., Any], what: str, task_id: str, *arguments: Any) -> Any:
+    """Call into a family. Raises UserError: its own, or one sentence for whatever else it raises."""
+    try:
+        return method(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a family may be anybody's code
+        raise UserError(
+            f"the family of task '{task_id}' fails in {what}(): {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; repair the package that declares it (what it must offer: {BASE})"
+        ) from error
 
 
 def _check_exists(task_id: str) -> None:
-    prefix, name = _split(task_id)
-    family = _family(prefix, task_id)
-    if name not in family.names():
-        family.describe(name)
+    family, name = family_of(task_id)
+    if name not in ask(family.names, "names", task_id):
+        describe(task_id)
 
 
-def _hint(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1)
-    return next((f"did you mean '{name}'? " for name in known if near and name.lower() == near[0]), "")
+def _mistake(spec: Any, task_id: str) -> str | None:
+    """What is wrong with a description, whatever the simulator does; None: nothing."""
+    from gymnasium import Space
+
+    if not isinstance(spec, TaskSpec):
+        return f"describe() must return a TaskSpec, but returned {type(spec).__name__} {spec!r:.80}"
+    if spec.task_id != task_id:
+        return f"its TaskSpec says task_id '{spec.task_id}'"
+    for word, space in (("observation_space", spec.observation_space), ("action_space", spec.action_space)):
+        if not isinstance(space, Space):
+            return f"{word} must be a gymnasium space, but is {space!r:.80}"
+        if problem := space_problem(space, word == "action_space"):
+            return problem
+    if not isinstance(spec.horizon, int) or spec.horizon < 1:
+        return f"horizon must be a number of steps from 1, but is {spec.horizon!r}"
+    return None

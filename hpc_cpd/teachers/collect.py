@@ -16,7 +16,7 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, keep_successes, play_block
 from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
-from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, load_shard, next_part, write_manifest
 
 
@@ -89,16 +89,9 @@ class _Shards:
         self.folder = run.trajectories(envs.task.task_id)
         self.rank = communicator.rank
         self.episodes_per_shard = config.trajectories.episodes_per_shard
-        self._make = lambda part: ShardWriter(
-            self.folder,
-            self.rank,
-            part,
-            envs.task.task_id,
-            teacher,
-            config.seed,
-            envs.task.reward_version,
-            envs.task.environment_version,
-        )
+        task = envs.task
+        origin = Origin(task.task_id, teacher, config.seed, task.reward_version, task.environment_version)
+        self._make = lambda part: ShardWriter(self.folder, self.rank, part, origin)
         self._writer: ShardWriter | None = None
 
     def add(self, episodes: list[Episode]) -> None:

@@ -17,6 +17,7 @@ from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.trajectories.schema import Episode
 
 BLOCK = 8
@@ -77,7 +78,7 @@ def play_block(
     """
     horizon, goals = envs.task.horizon, envs.num_goals or UNBOUNDED_GOALS
     numbers = range(block * BLOCK, (block + 1) * BLOCK)
-    noise = np.zeros((horizon, BLOCK, envs.task.action_size), np.float32)
+    noise = np.zeros((horizon, BLOCK, flat_size(envs.task.action_space)), np.float32)
     goal_index = np.zeros(BLOCK, np.int64)
     for row, number in enumerate(numbers):
         rng = generator(plan.seed, plan.task_id, plan.purpose, number)

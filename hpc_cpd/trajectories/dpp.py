@@ -1,3 +1,3 @@
-"""Kept for those who import it from here: the algorithm moved to `hpc_cpd.trajectories.selection.dpp`."""
+"""Kept for those who import it from here: `greedy_map` is what the selection ``dpp`` is made of."""
 
-from hpc_cpd.trajectories.selection.dpp import greedy_map as greedy_map
+from hpc_cpd.trajectories.selection._greedy_map import greedy_map as greedy_map

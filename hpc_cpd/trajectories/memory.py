@@ -1,8 +1,8 @@
 """The replay memory: a few episodes per task, different from each other and hard for the student.
 
-An episode becomes one feature vector; a determinantal point process with quality-weighted rows picks
-episodes greedily until the budget of steps is used. A memory folder holds one shard per task,
-``selection.json`` (which episodes, and why) and a manifest, and is read back by `open_trajectories`.
+A selection (`hpc_cpd.trajectories.selection`) orders a task's episodes, and they are kept in this order until the
+budget of steps is used. A memory folder holds one shard per task, ``selection.json`` (which episodes, and why) and a
+manifest, and is read back by `open_trajectories`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from hpc_cpd import plugins
 from hpc_cpd.run.publish import atomic_folder, is_done, load_done, mark_done, write_json
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.selection.dpp import greedy_map
+from hpc_cpd.trajectories.selection.base import Candidates, trajectory_features
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
@@ -48,9 +49,13 @@ def select_memory(
 ) -> TaskMemory:
     """Choose which episodes of a task are kept: at most `budget_fraction` of its steps, but one episode at least.
 
+    `selection`: the settings of a plug-in of kind ``selections``, by which it is found.
+
     Without one, nothing would tell later stages of the task: a teacher that rarely succeeds may leave a few episodes.
     `errors`: the student's mean error on each episode of the task, float [n], in the order of
     `store.task_episodes(task_id)`. The choice is a pure function of the arguments.
+
+    Raises UserError when a selection returns what is no order of the episodes, or nothing that fits.
     """
     episodes = [store.episode(number) for number in store.task_episodes(task_id)]
     lengths = np.array([len(episode) for episode in episodes], np.int64)
@@ -59,9 +64,16 @@ def select_memory(
     if len(quality) != len(episodes):
         raise ValueError(f"{len(quality)} errors were given for the {len(episodes)} episodes of {task_id}")
     key = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
-    features = trajectory_features(episodes, *store.observation_statistics(task_id))
-    rng = np.random.default_rng([seed, key])
-    chosen = select_episodes(features, quality, lengths, budget, selection.name, rng)
+    candidates = Candidates(
+        task_id,
+        episodes,
+        lengths,
+        quality,
+        budget,
+        np.random.default_rng([seed, key]),
+        lambda: trajectory_features(episodes, *store.observation_statistics(task_id)),
+    )
+    chosen = candidates.choose(plugins.load("selections", selection.name)(selection))
     return TaskMemory(
         origin=store.origins[task_id],
         episodes=[episodes[number] for number in chosen],
@@ -87,70 +99,6 @@ def episode_quality(errors: ArrayLike) -> NDArray[np.float64]:
     return np.clip(np.sqrt(values / mean), 0.5, 2.0)
 
 
-def trajectory_features(
-    episodes: Sequence[Episode], mean: ArrayLike, std: ArrayLike, landmarks: int = 8, max_features: int = 512
-) -> NDArray[np.float64]:
-    """One row of length one per episode, float64 [N, D].
-
-    An episode is described by `landmarks` evenly spaced observations (normalised by `mean` and `std` of
-    observations), the final one (where the goal was reached), and the mean action between landmarks; more
-    than `max_features` numbers are folded by a count sketch (arXiv 0902.2206), which keeps inner products
-    in expectation. The rows are centred over the episodes and scaled to mean square norm one, and a
-    constant is appended, so that an ordinary episode counts as ordinary rather than as noise.
-    """
-    centre = np.asarray(mean, np.float64)
-    spread = np.asarray(std, np.float64)
-    scale = np.where(spread > 1e-6, spread, 1.0)  # numbers that never change say nothing
-    rows = [_describe(episode, centre, scale, landmarks, max_features) for episode in episodes]
-    if not rows:
-        return np.zeros((0, 1))
-    raw = np.stack(rows)
-    raw = raw - raw.mean(axis=0)
-    norm = np.sqrt((raw * raw).sum(axis=1).mean())
-    features = np.column_stack([raw / norm if norm > 0 else raw, np.ones(len(raw))])
-    return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def select_episodes(
-    features: ArrayLike,
-    quality: ArrayLike,
-    lengths: ArrayLike,
-    budget_steps: int,
-    method: str,
-    rng: np.random.Generator,
-) -> NDArray[np.int64]:
-    """Rows kept under a budget of steps, in the order of selection: int64 [<= N].
-
-    "dpp" takes the greedy MAP order of the rows `features` [N, D], scaled by `quality` [N] and by the
-    inverse square root of `lengths` [N] (steps are what the budget counts), and when the rank of those is
-    used up, starts another round on the rest; "uniform" takes a random order from `rng`. The order is
-    followed until the next episode does not fit. Episodes that alone are longer than the budget do not
-    take part: whatever fits is better than an empty memory.
-
-    Measured on five Meta-World tasks (100 scripted episodes each, budgets of 6 to 12%): kernel regression
-    on the kept steps predicts the teacher on all steps with 0.80 times the error of a uniform choice
-    (geometric mean); without the length it was 1.16 times, as the oddest episodes are the longest.
-    """
-    sizes = np.asarray(lengths, np.int64)
-    fitting = np.flatnonzero(sizes <= budget_steps)
-    if method == "uniform":
-        order = rng.permutation(fitting)
-    elif method == "dpp":
-        weights = np.asarray(quality, np.float64) / np.sqrt(sizes)
-        rows = np.asarray(features, np.float64) * weights[:, None]
-        order = _diverse_order(rows, sizes, fitting, budget_steps)
-    else:
-        raise ValueError(f"method must be 'dpp' or 'uniform', not {method!r}")
-    chosen: list[int] = []
-    used = 0
-    for number in order:
-        if used + sizes[number] > budget_steps:
-            break
-        chosen.append(int(number))
-        used += int(sizes[number])
-    return np.array(chosen, np.int64)
-
-
 def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) -> None:
     """Write a memory folder, whole or not at all: a shard per task, `SELECTION`, manifest and done-mark.
 
@@ -160,18 +108,7 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
     with atomic_folder(Path(folder)) as temporary:
         listed = []
         for part, task in enumerate(tasks):
-            origin = task.origin
-            writer = ShardWriter(
-                temporary,
-                0,
-                part,
-                origin.task_id,
-                origin.teacher_sha256,
-                origin.seed,
-                origin.reward_version,
-                origin.environment_version,
-                origin.target,
-            )
+            writer = ShardWriter(temporary, 0, part, task.origin)
             for episode in task.episodes:
                 writer.add(episode)
             writer.close()
@@ -206,42 +143,3 @@ def _selection(task: TaskMemory) -> dict[str, Any]:
         "kept_steps": sum(map(len, task.episodes)),
         "episodes": kept,
     }
-
-
-def _diverse_order(
-    rows: NDArray[np.float64], sizes: NDArray[np.int64], fitting: NDArray[np.int64], budget_steps: int
-) -> NDArray[np.int64]:
-    """The numbers in `fitting`; of `rows` nothing is left: a row of zeros is never picked, and no copy is needed."""
-    rest = fitting
-    rows[np.setdiff1d(np.arange(len(rows)), rest)] = 0.0
-    order: list[NDArray[np.int64]] = []
-    total = 0
-    while len(rest) and total <= budget_steps:
-        picks = greedy_map(rows, len(rest))
-        if not len(picks):  # nothing but zeros: nothing tells them apart
-            picks = rest
-        order.append(picks)
-        total += int(sizes[picks].sum())
-        rows[picks] = 0.0
-        rest = np.setdiff1d(rest, picks)
-    return np.concatenate(order) if order else np.zeros(0, np.int64)
-
-
-def _describe(
-    episode: Episode, mean: NDArray[np.float64], scale: NDArray[np.float64], landmarks: int, max_features: int
-) -> NDArray[np.float64]:
-    steps = np.linspace(0, len(episode) - 1, landmarks).round().astype(np.int64)
-    observations = (episode.observations[steps].astype(np.float64) - mean) / scale
-    final = (episode.final_observation.astype(np.float64) - mean) / scale
-    starts = np.arange(landmarks) * len(episode) // landmarks
-    counts = np.maximum(np.diff(starts, append=len(episode)), 1)  # an episode may have fewer steps than landmarks
-    actions = np.add.reduceat(episode.actions.astype(np.float64), starts, axis=0) / counts[:, None]
-    numbers = np.concatenate([observations.ravel(), final.ravel(), actions.ravel()])
-    if len(numbers) <= max_features:
-        return numbers
-    sketch = np.random.default_rng([len(numbers), max_features])  # the same folding for every episode
-    bins = sketch.integers(max_features, size=len(numbers))
-    signs = sketch.integers(2, size=len(numbers)) * 2 - 1
-    folded = np.zeros(max_features)
-    np.add.at(folded, bins, signs * numbers)
-    return folded

@@ -5,7 +5,7 @@ shard appears under its name only when it is complete; what a killed writer leav
 temporary file that no reader looks at. Layout (T steps, E episodes)::
 
     observations        float32 (images: uint8) [T, ...]    what the policy saw
-    actions             float32 [T, act]                    what was executed
+    actions             float32 [T, act]                    what was executed; discrete tasks: int64 [T]
     teacher_mean        float32 [T, act]                    the target; discrete tasks: teacher_logits [T, A]
     rewards             float32 [T]
     success             bool [T]
@@ -36,7 +36,7 @@ _STEP_FIELDS = ("observations", "actions", "rewards", "success")
 KINDS = {
     "observations": ("float32", "uint8"),
     "final_observations": ("float32", "uint8"),
-    "actions": ("float32",),
+    "actions": ("float32", "int64"),
     "teacher_mean": ("float32",),
     "teacher_logits": ("float32",),
     "rewards": ("float32",),
@@ -50,14 +50,14 @@ KINDS = {
 class Episode:
     """One recorded episode of T steps.
 
-    `teacher_mean` is the target: action means [T, act], or logits [T, A] in a shard written with
-    ``target="teacher_logits"``. `goal_index` is -1 where a task has no goals; `index` is the number of the
+    `teacher_mean` is the target: action means [T, act]; or, where the origin's target is "teacher_logits" (discrete
+    actions), logits [T, A]. `goal_index` is -1 where a task has no goals; `index` is the number of the
     attempt that made it.
     """
 
     observations: NDArray[Any]  # float32 (images: uint8) [T, ...]
-    actions: NDArray[np.float32]  # [T, act]
-    teacher_mean: NDArray[np.float32]  # [T, act]
+    actions: NDArray[Any]  # float32 [T, act]; discrete: int64 [T]
+    teacher_mean: NDArray[np.float32]  # [T, act]; discrete: [T, A]
     rewards: NDArray[np.float32]  # [T]
     success: NDArray[np.bool_]  # [T]
     final_observation: NDArray[Any]  # [...]
@@ -78,6 +78,7 @@ class Origin:
     reward_version: str
     environment_version: str
     target: str = "teacher_mean"
+    """What `Episode.teacher_mean` holds: "teacher_mean", or "teacher_logits" of a discrete task."""
 
 
 def episode_problem(episode: Episode, other: Episode | None, target: str) -> str | None:
@@ -92,10 +93,8 @@ def episode_problem(episode: Episode, other: Episode | None, target: str) -> str
         return f"its final_observation has shape {episode.final_observation.shape}"
     if episode.rewards.ndim != 1 or episode.success.ndim != 1:
         return "rewards and success must be one number per step"
-    if episode.actions.ndim != 2 or episode.teacher_mean.ndim != 2:
-        return "actions and teacher_mean must be [steps, numbers]"
-    if target == "teacher_mean" and episode.teacher_mean.shape != episode.actions.shape:
-        return f"its actions are {episode.actions.shape} but its teacher_mean is {episode.teacher_mean.shape}"
+    if problem := _target_problem(target, episode.actions, episode.teacher_mean):
+        return f"it has {problem}"
     for name in ("observations", "actions", "teacher_mean", "rewards", "final_observation"):
         if not np.isfinite(getattr(episode, name)).all():
             return f"its {name} hold NaN or infinity"
@@ -124,8 +123,8 @@ def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], 
     targets = [name for name in TARGETS if name in columns]
     steps = len(columns["observations"]) if columns["observations"].ndim else -1
     for name in (*_STEP_FIELDS, *targets):
-        wanted = {"rewards": 1, "success": 1, "observations": columns["observations"].ndim or 1}.get(name, 2)
-        if columns[name].ndim != wanted or len(columns[name]) != steps:
+        flat = name in ("rewards", "success")
+        if columns[name].ndim == 0 or (flat and columns[name].ndim > 1) or len(columns[name]) != steps:
             return f"has '{name}' of shape {columns[name].shape}, but {steps} observations"
     offsets = columns["episode_offsets"]
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != steps or (np.diff(offsets) < 1).any():
@@ -141,11 +140,24 @@ def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], 
             return f"has {name} {values.dtype}{list(values.shape)}, but {episodes} episodes"
     if len(np.unique(columns["episode_index"])) != episodes:
         return "holds an episode_index twice"
-    if "teacher_mean" in columns and columns["teacher_mean"].shape != columns["actions"].shape:
-        return "has teacher_mean and actions of different shapes"
+    if problem := _target_problem(targets[0], columns["actions"], columns[targets[0]]):
+        return f"has {problem}"
     for name, values in columns.items():
         if values.dtype == np.float32 and not np.isfinite(values).all():
             return f"holds NaN or infinity in '{name}'"
+    return None
+
+
+def _target_problem(target: str, actions: NDArray[Any], values: NDArray[Any]) -> str | None:
+    """What is wrong with actions and a target of as many steps; None: nothing."""
+    found = f"actions {actions.dtype}{list(actions.shape)} and {target} {list(values.shape)}"
+    if target == "teacher_mean":
+        if actions.ndim != 2 or actions.shape != values.shape or actions.dtype != np.float32:
+            return f"{found} of different shapes"
+    elif actions.ndim != 1 or values.ndim != 2 or actions.dtype != np.int64:
+        return f"{found}, which must be int64[T] and [T, A]"
+    elif len(actions) and not 0 <= actions.min() <= actions.max() < values.shape[1]:
+        return f"an action that is none of the {values.shape[1]} that its teacher_logits know"
     return None
 
 

@@ -43,17 +43,11 @@ class ShardWriter:
         folder: str | Path,
         rank: int,
         part: int,
-        task_id: str,
-        teacher_sha256: str,
-        seed: int,
-        reward_version: str,
-        environment_version: str,
-        target: str = "teacher_mean",
+        origin: Origin,
     ) -> None:
-        """`target` names what `Episode.teacher_mean` holds: "teacher_mean" or "teacher_logits"."""
-        if target not in TARGETS:
-            raise ValueError(f"target must be one of {TARGETS}, not {target!r}")
-        self.origin = Origin(task_id, teacher_sha256, seed, reward_version, environment_version, target)
+        if origin.target not in TARGETS:
+            raise ValueError(f"target must be one of {TARGETS}, not {origin.target!r}")
+        self.origin = origin
         self.path = Path(folder) / f"shard-{rank:04d}-{part:05d}.h5"
         if not SHARD_NAME.fullmatch(self.path.name):
             raise ValueError(f"rank {rank} or part {part} does not fit into the name of a shard")
@@ -70,7 +64,7 @@ class ShardWriter:
 
     def add(self, episode: Episode) -> None:
         """Hold a copy of one episode. Raises UserError when its shapes disagree or it holds NaN or infinity."""
-        held = _canonical(episode)
+        held = _canonical(episode, self.origin.target)
         problem = episode_problem(held, self._episodes[0] if self._episodes else None, self.origin.target)
         if problem:
             raise UserError(
@@ -119,19 +113,16 @@ def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
 
 
 def read_shard(path: str | Path, task_id: str | None = None) -> list[Episode]:
-    """The episodes of a shard in file order. Raises UserError when anything in it is wrong (see `check_shard`)."""
+    """The episodes of a shard in file order.
+
+    Raises UserError naming the shard when it is missing, truncated, of another schema version or task (`task_id`; None:
+    any), or when shapes, offsets or numbers in it are wrong.
+    """
     return load_shard(path, task_id)[1]
 
 
-def check_shard(path: str | Path, task_id: str | None = None) -> None:
-    """Read all of a shard and raise UserError naming it when it is missing, truncated, of another schema
-    version or task (`task_id`; None: any), or when shapes, offsets or numbers in it are wrong.
-    """
-    load_shard(path, task_id)
-
-
 def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = False) -> tuple[Origin, list[Episode]]:
-    """Origin and episodes of a shard, every check made. Raises UserError like `check_shard`.
+    """Origin and episodes of a shard, every check made. Raises UserError like `read_shard`.
 
     `mapped`: what has a row per step stays in the file, which must not be written to (a closed shard never is).
     """
@@ -248,13 +239,15 @@ def check_listed(
     return origin, episodes
 
 
-def _canonical(episode: Episode) -> Episode:
+def _canonical(episode: Episode, target: str) -> Episode:
+    discrete = target == "teacher_logits" and np.asarray(episode.actions).dtype.kind in "iu"
+
     def images_or_float(values: NDArray[Any]) -> NDArray[Any]:
         return np.array(values, np.uint8 if np.asarray(values).dtype == np.uint8 else np.float32)
 
     return Episode(
         observations=images_or_float(episode.observations),
-        actions=np.array(episode.actions, np.float32),
+        actions=np.array(episode.actions, np.int64 if discrete else np.float32),
         teacher_mean=np.array(episode.teacher_mean, np.float32),
         rewards=np.array(episode.rewards, np.float32),
         success=np.array(episode.success, np.bool_),

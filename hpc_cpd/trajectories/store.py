@@ -42,9 +42,9 @@ class TrajectoryStore:
     Canonical order: tasks as given, then by `Episode.index`; it does not depend on which rank recorded
     what. ``len(store)`` is the number of steps.
 
-    Attributes: `task_ids`, `episodes` (list of EpisodeSpan), `observations` [S, ...], `actions` [S, act],
-    `teacher_mean` [S, act] (logits if ``target`` is "teacher_logits"), `rewards` [S], `success` [S],
-    `final_observations` [E, ...], `origins` (task id -> Origin), `folders`.
+    Attributes: `task_ids`, `episodes` (list of EpisodeSpan), `observations` [S, ...], `actions` float32 [S, act]
+    (discrete: int64 [S]), `teacher_mean` [S, act] (logits [S, A] if ``target`` is "teacher_logits"), `rewards` [S],
+    `success` [S], `final_observations` [E, ...], `origins` (task id -> Origin), `folders`.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class TrajectoryStore:
             for task, task_id in enumerate(self.task_ids)
             for episode in sorted(episodes[task_id], key=lambda episode: episode.index)
         ]
-        self._refuse_mixtures(ordered)
         targets = {origin.target for origin in self.origins.values()} or {"teacher_mean"}
         if len(targets) > 1:
             raise UserError("tasks with continuous and with discrete actions cannot be read together; open them apart")
         self.target = targets.pop()
+        self._refuse_mixtures(ordered)
         lengths = np.array([len(episode) for _, episode in ordered], np.int64)
         stops = np.cumsum(lengths)
         self.episodes = [
@@ -279,6 +279,15 @@ def open_trajectories(
                 raise broken(folder / entry["file"], f"comes from another teacher or version of {origin.task_id}")
             episodes.setdefault(origin.task_id, []).extend(recorded)
     return TrajectoryStore(episodes, origins, paths, mapped)
+
+
+def require_target(store: TrajectoryStore, target: str) -> None:
+    """Raises UserError naming the trajectories whose target is not `target`, which a loss needs."""
+    if store.target != target:
+        raise UserError(
+            f"the trajectories of {', '.join(store.task_ids)} ({', '.join(map(str, store.folders))}) hold "
+            f"{store.target}, but learning from them needs {target}; record them with a teacher that gives {target}"
+        )
 
 
 def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:

@@ -10,9 +10,10 @@ import time
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from hpc_cpd.tasks.family import Step, TaskSpec
+from hpc_cpd.tasks.families.base import Step, TaskSpec
 
 HORIZON = 25
 
@@ -47,11 +48,13 @@ class Point:
 
 
 class Family:
+    trusted = True  # what is wrong with these tasks must show when they are trained, not when they are launched
+
     def names(self) -> list[str]:
         return ["point", "broken", "hungry", "slow", "hopeless"]
 
     def describe(self, name: str) -> TaskSpec:
-        return TaskSpec(f"toy/{name}", 4, 2, HORIZON, "toy", "toy 1")
+        return TaskSpec(f"toy/{name}", Box(-np.inf, np.inf, (4,)), Box(-1, 1, (2,)), HORIZON, "toy", "toy 1")
 
     def make(self, name: str, num: int, seed: int) -> list[Point]:
         kind = name.partition("-")[0]

@@ -10,7 +10,7 @@ from hpc_cpd.config import load_config
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done
 from hpc_cpd.settings import Config
-from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 
 TASKS = [f"metaworld/{name}-v3" for name in ("reach", "push", "door-open", "window-open")]
@@ -59,7 +59,7 @@ def record_task(
     environment: str = "synthetic",
 ) -> None:
     folder = run.trajectories(task)
-    writer = ShardWriter(folder, 0, 0, task, teacher, 0, "v2", environment)
+    writer = ShardWriter(folder, 0, 0, Origin(task, teacher, 0, "v2", environment))
     rng = np.random.default_rng([7, number])
     centre = rng.normal(size=OBSERVATION_SIZE)
     weights = rng.normal(size=(OBSERVATION_SIZE, ACTION_SIZE)) * 0.1

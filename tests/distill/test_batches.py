@@ -14,6 +14,7 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.methods._rows import with_replay
 from hpc_cpd.methods.base import Stage, StageData, method_of
 from hpc_cpd.run.paths import Run
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
@@ -35,17 +36,15 @@ def past() -> StudentPolicy:
         action_size=ACTION_SIZE,
         task_vector_size=len(TASKS),
         width=16,
-        layers=1,
-        mixtures=1,
-        heads=2,
+        backbone=TransformerSettings(layers=1, mixtures=1, heads=2),
         history=4,
         expert_hidden=8,
         shared_expert_hidden=0,
         experts_see_observation=True,
         top_k=0,
-        gate_bias_at_birth=-5.0,
+        initial_gate_bias=-5.0,
     )
-    state = Student(shape, [[0, 1]], inference=True).state_dict()
+    state = Student(shape, [[0, 1]], for_training=False).state_dict()
     return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}, {}))
 
 

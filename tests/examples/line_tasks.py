@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Box
 from numpy.typing import NDArray
 
-from hpc_cpd.tasks.family import Step, TaskSpec
+from hpc_cpd.tasks.families.base import Step, TaskSpec
 
 
 class _Point:
@@ -39,7 +40,7 @@ class LineFamily:
         return ["short"]
 
     def describe(self, name: str) -> TaskSpec:
-        return TaskSpec(f"line/{name}", 2, 1, 20, "native", "line 1")
+        return TaskSpec(f"line/{name}", Box(-np.inf, np.inf, (2,)), Box(-1, 1, (1,)), 20, "native", "line 1")
 
     def make(self, name: str, num: int, seed: int) -> list[_Point]:
         return [_Point(seed) for _ in range(num)]

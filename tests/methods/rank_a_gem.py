@@ -24,6 +24,7 @@ from hpc_cpd.errors import run_command
 from hpc_cpd.methods.a_gem import AGEM
 from hpc_cpd.methods.base import Phase
 from hpc_cpd.student.checkpoint import gather_state
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.worker import leave
 
@@ -38,15 +39,13 @@ def shape_of(top_k: int) -> StudentShape:
         action_size=2,
         task_vector_size=3,
         width=8,
-        layers=1,
-        mixtures=1,
-        heads=2,
+        backbone=TransformerSettings(layers=1, mixtures=1, heads=2),
         history=2,
         expert_hidden=8,
         shared_expert_hidden=0,
         experts_see_observation=True,
         top_k=top_k,
-        gate_bias_at_birth=-5.0,
+        initial_gate_bias=-5.0,
     )
 
 

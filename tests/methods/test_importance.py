@@ -10,6 +10,7 @@ import torch
 from hpc_cpd.methods import _importance
 from hpc_cpd.methods._importance import fisher_diagonal, output_sensitivity
 from hpc_cpd.methods.base import Samples
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 
 SHAPE = StudentShape(
@@ -17,21 +18,19 @@ SHAPE = StudentShape(
     action_size=3,
     task_vector_size=4,
     width=8,
-    layers=2,
-    mixtures=2,
-    heads=2,
+    backbone=TransformerSettings(layers=2, mixtures=2, heads=2),
     history=4,
     expert_hidden=6,
     shared_expert_hidden=5,
     experts_see_observation=True,
     top_k=0,
-    gate_bias_at_birth=-5.0,
+    initial_gate_bias=-5.0,
 )
 
 
 def student_of(shape: StudentShape) -> Student:
     """Two stages of experts, and gates that prefer different ones for different tokens."""
-    student = Student(shape, [[0, 1], [2, 3]], seed=1, inference=True)
+    student = Student(shape, [[0, 1], [2, 3]], seed=1, for_training=False)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in student.gate_parameters():
@@ -65,7 +64,7 @@ def one_after_the_other(student: Student, samples: Samples, mas: bool) -> dict[s
 def test_importance_is_what_a_loop_of_plain_autograd_over_the_samples_finds(
     top_k: int, mas: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = replace(SHAPE, top_k=top_k)
+    shape = SHAPE.model_copy(update={"top_k": top_k})
     student, samples = student_of(shape), samples_of(shape)
     numbers = shape.action_size * sum(parameter.numel() for parameter in student.parameters())
     monkeypatch.setattr(_importance, "NUMBERS_AT_ONCE", 3 * numbers)  # pieces of three, three and one sample

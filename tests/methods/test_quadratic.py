@@ -11,6 +11,7 @@ from hpc_cpd.config import load_config
 from hpc_cpd.methods._quadratic import QuadraticMethod
 from hpc_cpd.methods.base import Samples, method_of
 from hpc_cpd.run.paths import Run
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import load_student_parts
 from tests.distill.ranks import finish, in_turn, start_ranks
@@ -21,15 +22,13 @@ SHAPE = StudentShape(
     action_size=2,
     task_vector_size=2,
     width=8,
-    layers=1,
-    mixtures=1,
-    heads=2,
+    backbone=TransformerSettings(layers=1, mixtures=1, heads=2),
     history=2,
     expert_hidden=8,
     shared_expert_hidden=0,
     experts_see_observation=True,
     top_k=0,
-    gate_bias_at_birth=-5.0,
+    initial_gate_bias=-5.0,
 )
 
 
@@ -73,7 +72,7 @@ def test_importance_is_summed_over_stages_and_anchors_are_the_parameters_reached
 
 
 def test_l2_weighs_every_parameter_alike_and_needs_no_samples() -> None:
-    student = Student(SHAPE, [[0]], inference=True)
+    student = Student(SHAPE, [[0]], for_training=False)
     nothing = Samples(torch.zeros(0, 2, 3), torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     importance = method("l2").measure(student, nothing)
     assert importance.keys() == dict(student.named_parameters()).keys()
@@ -83,7 +82,7 @@ def test_l2_weighs_every_parameter_alike_and_needs_no_samples() -> None:
 
 
 def test_the_penalty_pulls_a_parameter_back_with_the_gradient_of_its_quadratic() -> None:
-    student = Student(SHAPE, [[0]], inference=True)
+    student = Student(SHAPE, [[0]], for_training=False)
     student.requires_grad_(False)
     bias = student.get_parameter("head.bias").requires_grad_(True)
     anchor = bias.detach() - 2.0
@@ -121,7 +120,7 @@ def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: P
         assert all(torch.equal(states["fine_tuning", 1][key], value) for key, value in states[name, 1].items())
     assert any(not torch.equal(states["fine_tuning", 2][key], value) for key, value in states["ewc", 2].items())
     for importance in importances:
-        assert importance.keys() == dict(Student(SHAPE, [[0, 1]], inference=True).named_parameters()).keys()
+        assert importance.keys() == dict(Student(SHAPE, [[0, 1]], for_training=False).named_parameters()).keys()
         assert all(value.isfinite().all() and (value >= 0).all() for value in importance.values())
         assert all(importance[f"mixtures.0.experts.{expert}.last.weight"].any() for expert in (0, 1))
     assert not torch.equal(*(importance["head.weight"] for importance in importances))

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.family import OneByOne
+from hpc_cpd.tasks.families.base import OneByOne
 from hpc_cpd.tasks.registry import Step, TaskSpec, make_batch
 
 TASK = "gymnasium/Pendulum-v1"
@@ -17,7 +18,7 @@ def batch():
 
 
 def ones(batch):
-    return np.ones((batch.num_envs, batch.task.action_size), np.float32)
+    return np.ones(batch.action_space.shape, np.float32)
 
 
 def test_it_is_a_vector_environment_without_autoreset(batch):
@@ -95,7 +96,11 @@ class Endless:
 
 
 def test_the_horizon_counts_from_each_environments_own_reset():
-    batch = BatchEnv(TaskSpec("test/endless", 1, 1, 5, "1", "1"), OneByOne([Endless(), Endless()]), seed=0)
+    batch = BatchEnv(
+        TaskSpec("test/endless", Box(-1, 1, (1,)), Box(-1, 1, (1,)), 5, "1", "1"),
+        OneByOne([Endless(), Endless()]),
+        seed=0,
+    )
     batch.reset()
     for _ in range(4):
         *_, truncated, _ = batch.step(ones(batch))

@@ -3,10 +3,10 @@
 import gymnasium
 import numpy as np
 import pytest
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Text
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.gymnasium import episode_seed
+from hpc_cpd.tasks.families.gymnasium import episode_seed
 from hpc_cpd.tasks.registry import describe, make_batch, resolve_tasks
 
 PENDULUM = "gymnasium/Pendulum-v1"
@@ -59,7 +59,7 @@ def successes(task_id, steps):
 
 def test_descriptions_come_from_the_environment():
     spec = describe(PENDULUM)
-    assert (spec.observation_size, spec.action_size, spec.horizon) == (3, 1, 200)
+    assert (spec.observation_space.shape, spec.action_space.shape, spec.horizon) == ((3,), (1,), 200)
     assert spec.reward_version == "native"
     assert spec.environment_version == f"gymnasium {gymnasium.__version__}"
 
@@ -129,10 +129,8 @@ def test_the_environments_own_flag_comes_before_its_threshold(register):
 
 
 def test_what_cannot_be_used_is_one_sentence(register):
-    with pytest.raises(UserError, match=r"its action is Discrete\(2\)"):
-        describe("gymnasium/CartPole-v1")
-    with pytest.raises(UserError, match="its observation is Dict"):
-        make_batch(register("Dict-v0", space=Dict(x=Box(0, 1, (1,)))), 1, seed=0)
+    with pytest.raises(UserError, match=r"Text\(.*is none of Box, Discrete, MultiDiscrete and Dict"):
+        describe(register("Text-v0", space=Text(5)))
     with pytest.raises(UserError, match="no finite bounds"):
         describe(register("Open-v0", action=Box(-np.inf, np.inf, (1,), np.float32)))
     with pytest.raises(UserError, match="max_episode_steps"):
@@ -146,3 +144,56 @@ def test_what_gymnasium_refuses_is_one_sentence(name):
     """An old version, one that needs a package of its own, a name that is none."""
     with pytest.raises(UserError, match=f"gymnasium/{name}"):
         describe(f"gymnasium/{name}")
+
+
+def test_discrete_actions_are_numbers_and_observations_of_any_kind_are_passed_on(register):
+    cart = make_batch("gymnasium/CartPole-v1", 2, seed=0)
+    assert describe("gymnasium/CartPole-v1").action_space == Discrete(2)
+    first, _ = cart.reset(options={"goal_index": np.array([3, 4])})
+    observations, rewards, *_ = cart.step(np.array([1, 0]))
+    stock = gymnasium.make("CartPole-v1")
+    assert np.array_equal(stock.reset(seed=episode_seed(0, 4))[0], first[1])
+    assert np.array_equal(stock.step(0)[0], observations[1]) and rewards.tolist() == [1.0, 1.0]
+    assert observations in cart.observation_space and cart.action_space.sample().dtype == np.int64
+    for wrong in (np.array([0.0, 1.0]), np.array([0, 2]), np.array([[0], [1]])):
+        with pytest.raises(ValueError, match="action"):
+            cart.step(wrong)
+
+    several = register("Several-v0", action=MultiDiscrete([3, 2]))
+    assert make_batch(several, 2, seed=0).action_space.shape == (2, 2)
+
+
+class Camera(gymnasium.Env):
+    """A picture and a number, told a scaled Box and a switch."""
+
+    observation_space = Dict(picture=Box(0, 255, (4, 4, 3), np.uint8), number=Box(-9, 9, (1,), np.float64))
+    action_space = Dict(push=Box(0, 10, (1,), np.float64), switch=Discrete(2))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        picture = self.np_random.integers(256, size=(4, 4, 3), dtype=np.uint8)
+        return {"picture": picture, "number": np.zeros(1)}, {}
+
+    def step(self, action):
+        seen = {"picture": np.full((4, 4, 3), action["switch"], np.uint8), "number": action["push"]}
+        return seen, 0.0, False, False, {}
+
+
+def test_a_dict_has_an_array_per_key():
+    gymnasium.register("Camera-v0", Camera, max_episode_steps=3)
+    try:
+        batch = make_batch("gymnasium/Camera-v0", 2, seed=0)
+    finally:
+        gymnasium.registry.pop("Camera-v0")
+    before, _ = batch.reset()
+    after, *_ = batch.step({"push": np.array([[-1.0], [0.5]]), "switch": np.array([1, 0])})
+    assert before in batch.observation_space and after in batch.observation_space
+    assert after["number"].tolist() == [[0.0], [7.5]] and after["number"].dtype == np.float32
+    assert after["picture"][:, 0, 0, 0].tolist() == [1, 0] and after["picture"].dtype == np.uint8
+    assert not np.array_equal(before["picture"][0], before["picture"][1])
+
+
+def test_a_task_that_never_reports_success_says_so(register):
+    assert not describe(PENDULUM).has_success
+    assert describe(CAR).has_success and describe(register("Threshold-v0", reward_threshold=0.0)).has_success
+    assert describe(register("Flag-v0", told=True)).has_success

@@ -11,9 +11,9 @@ import pytest
 from metaworld.policies import ENV_POLICY_MAP
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.family import TaskSpec
-from hpc_cpd.tasks.metaworld import HORIZON, NAMES, REWARD_VERSION
-from hpc_cpd.tasks.metaworld import family as metaworld_family
+from hpc_cpd.tasks.families.base import TaskSpec
+from hpc_cpd.tasks.families.metaworld import HORIZON, NAMES, REWARD_VERSION
+from hpc_cpd.tasks.families.metaworld import plugin as metaworld_family
 from hpc_cpd.tasks.registry import describe, make_batch, task_set
 
 # gymnasium's checker and the scripted policies warn about stock Meta-World's own spaces and gains
@@ -59,8 +59,8 @@ def test_the_static_names_are_the_benchmarks_own_lists():
 def test_a_description_is_what_the_environment_is():
     spec = describe("metaworld/door-open-v3")
     environment = metaworld.env_dict.ALL_V3_ENVIRONMENTS["door-open-v3"]()
-    assert (spec.observation_size,) == environment.observation_space.shape
-    assert (spec.action_size,) == environment.action_space.shape
+    assert spec.observation_space.shape == environment.observation_space.shape
+    assert spec.action_space == environment.action_space
     assert spec.horizon == environment.max_path_length
     assert spec.environment_version == "metaworld 3.1.1, mujoco 3.3.0"
     template = metaworld_family.make("door-open-v3", 1, SEED)._template  # type: ignore[attr-defined]

@@ -13,9 +13,9 @@ from metaworld.policies import ENV_POLICY_MAP
 from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from metaworld.utils import reward_utils
 
-from hpc_cpd.tasks.metaworld import HORIZON, NAMES, REWARD_VERSION, _goals
-from hpc_cpd.tasks.metaworld_batch import MetaWorldBatch
-from hpc_cpd.tasks.metaworld_program import _touching
+from hpc_cpd.tasks.families.metaworld import HORIZON, NAMES, REWARD_VERSION, _goals
+from hpc_cpd.tasks.metaworld.batch import MetaWorldBatch
+from hpc_cpd.tasks.metaworld.program import _touching
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Constant.s. may be too high")]
 # an episode per line: (row, first step, goal, kind of actions); a row's next episode interrupts the one before

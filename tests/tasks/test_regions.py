@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.metaworld import family
-from hpc_cpd.tasks.regions import Region
+from hpc_cpd.tasks.families.metaworld import Region
+from hpc_cpd.tasks.families.metaworld import plugin as family
 from hpc_cpd.tasks.registry import describe, make_batch, resolve_tasks, task_set
 
 SEED = 3

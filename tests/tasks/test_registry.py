@@ -7,13 +7,14 @@ from itertools import chain
 
 import pytest
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import StreamSettings
-from hpc_cpd.tasks import registry
 from hpc_cpd.tasks.registry import describe, make_batch, resolve_tasks, stage_plan, task_set
 
 FAMILY = """
 import numpy as np
+from gymnasium.spaces import Box
 from hpc_cpd.errors import UserError
 from hpc_cpd.tasks.registry import Step, TaskSpec
 
@@ -34,7 +35,7 @@ class Family:
     def describe(self, name):
         if name != "line":
             raise UserError(f"there is no task 'mylab/{name}'")
-        return TaskSpec("mylab/line", 1, 1, 3, "1", "mylab 0.1")
+        return TaskSpec("mylab/line", Box(-9, 9, (1,)), Box(-1, 1, (1,)), 3, "1", "mylab 0.1")
     def make(self, name, num, seed):
         return [Line() for _ in range(num)]
 
@@ -57,8 +58,8 @@ def install(tmp_path, monkeypatch):
         forget()
 
     def forget():
-        registry.families.cache_clear()
-        registry._load.cache_clear()
+        plugins.installed.cache_clear()
+        plugins.load.cache_clear()
 
     yield add
     forget()
@@ -121,7 +122,7 @@ def test_naming_tasks_imports_no_simulator():
     resolve_tasks("MT50")
     stage_plan(StreamSettings(tasks="MT25"))
     describe("metaworld/reach-v3")
-    print([name for name in ("mujoco", "metaworld", "gymnasium", "torch") if name in sys.modules])
+    print([name for name in ("mujoco", "metaworld", "torch") if name in sys.modules])
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -151,7 +152,7 @@ def test_a_family_that_cannot_be_loaded_is_named(install):
 
 def test_a_family_that_lacks_a_method_is_named(install):
     install("mylab = mylab:Line")
-    with pytest.raises(UserError, match=r"has no names\(\)"):
+    with pytest.raises(UserError, match=r"has no names; see hpc_cpd.tasks.families.base"):
         describe("mylab/line")
 
 

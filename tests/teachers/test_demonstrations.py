@@ -11,4 +11,4 @@ def test_the_script_of_a_task_plays_a_part_of_its_goals() -> None:
     task = describe("metaworld/drawer-close-v3@1of2")
     demonstrations = record_demonstrations(task, settings, seed=0, communicator=Communicator())
     assert demonstrations.episodes == 3
-    assert demonstrations.observations.shape[1] == task.observation_size
+    assert demonstrations.observations.shape[1:] == task.observation_space.shape

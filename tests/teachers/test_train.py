@@ -16,7 +16,7 @@ from hpc_cpd.teachers import publish
 from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.sources.base import make_teacher
-from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import ShardWriter
 from tests.teachers import rank
 from tests.teachers.jobs import PENDULUM, REACH, launch, teacher_files, tiny_run, until_done
@@ -214,7 +214,7 @@ def test_no_iterations_publish_the_warm_start(tmp_path: Path, examined: Examined
 
 def test_a_clone_can_be_made_of_a_users_trajectories(tmp_path: Path, undisturbed: dict[str, Run]) -> None:
     folder = tmp_path / "given" / PENDULUM
-    writer = ShardWriter(folder, 0, 0, PENDULUM, "", 0, "native", "gymnasium")
+    writer = ShardWriter(folder, 0, 0, Origin(PENDULUM, "", 0, "native", "gymnasium"))
     rng = np.random.default_rng(0)
     seen = rng.normal(size=(40, 3)).astype(np.float32)
     target = np.clip(seen[:, :1], -1, 1)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from hpc_cpd.run.publish import mark_done
-from hpc_cpd.trajectories.schema import Episode
+from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 
 TASK = "metaworld/reach-v3"
@@ -29,11 +30,22 @@ def make_episode(index: int, steps: int = 5, observation_size: int = 3, action_s
     )
 
 
+def make_discrete(index: int, steps: int = 5):
+    """The same with pictures [4, 4, 3], actions 0 to 2 and the teacher's logits."""
+    rng = np.random.default_rng([index, 78])
+    pictures = rng.integers(256, size=(steps + 1, 4, 4, 3), dtype=np.uint8)
+    return replace(
+        make_episode(index, steps),
+        observations=pictures[:-1],
+        actions=rng.integers(3, size=steps),
+        teacher_mean=rng.normal(size=(steps, 3)).astype(np.float32),
+        final_observation=pictures[-1],
+    )
+
+
 def open_writer(folder: Path, rank: int = 0, part: int = 0, task_id: str = TASK, **changed):
-    return ShardWriter(
-        folder, rank, part, task_id, **{"teacher_sha256": "cafe", "seed": 3, "reward_version": "v2",
-        "environment_version": "3.1.1", **changed},
-    )  # fmt: skip
+    facts = {"teacher_sha256": "cafe", "seed": 3, "reward_version": "v2", "environment_version": "3.1.1", **changed}
+    return ShardWriter(folder, rank, part, Origin(task_id, **facts))
 
 
 def write_shard(

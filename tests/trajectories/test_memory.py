@@ -10,24 +10,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import read_json
+from hpc_cpd.settings import Choice
 from hpc_cpd.trajectories.memory import (
     episode_quality,
     open_memory,
-    select_episodes,
     select_memory,
-    trajectory_features,
     write_memory,
 )
+from hpc_cpd.trajectories.selection.base import Candidates, trajectory_features
 from hpc_cpd.trajectories.store import open_trajectories, verify_folder
 from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, write_folder
 
 OTHER = "metaworld/push-v3"
 
 
+DPP, UNIFORM = (Choice("selections", "dpp").resolve(name) for name in ("dpp", "uniform"))
+
+
 def _select(features, quality, lengths, budget, method="dpp", seed=0):
-    return select_episodes(features, quality, lengths, budget, method, np.random.default_rng(seed)).tolist()
+    rng = np.random.default_rng(seed)
+    candidates = Candidates(TASK, [], np.asarray(lengths), np.asarray(quality), budget, rng, lambda: features)
+    settings = UNIFORM if method == "uniform" else DPP
+    return candidates.choose(plugins.load("selections", method)(settings)).tolist()
 
 
 @settings(max_examples=300, deadline=None)
@@ -153,8 +160,8 @@ def store(tmp_path):
 def test_a_memory_is_read_back_as_trajectories_with_its_provenance(store, tmp_path):
     errors = np.linspace(1, 2, 30)
     memories = [
-        select_memory(store, TASK, errors, 0.2, "dpp", 1),
-        select_memory(store, OTHER, np.ones(10), 0.3, "dpp", 1),
+        select_memory(store, TASK, errors, 0.2, DPP, 1),
+        select_memory(store, OTHER, np.ones(10), 0.3, DPP, 1),
     ]
     write_memory(tmp_path / "memory", memories, stage=1, method="dpp")
     assert verify_folder(tmp_path / "memory") == []
@@ -179,17 +186,41 @@ def test_a_memory_is_read_back_as_trajectories_with_its_provenance(store, tmp_pa
         assert entry["quality"] == pytest.approx(episode_quality(errors)[episode.index])
 
 
-@pytest.mark.parametrize("method", ["dpp", "uniform"])
-def test_the_selection_follows_from_its_arguments(store, method):
+@pytest.mark.parametrize("selection", [DPP, UNIFORM], ids=["dpp", "uniform"])
+def test_the_selection_follows_from_its_arguments(store, selection):
     def chosen(seed: int) -> list[int]:
-        return [e.index for e in select_memory(store, TASK, np.ones(30), 0.2, method, seed).episodes]
+        return [e.index for e in select_memory(store, TASK, np.ones(30), 0.2, selection, seed).episodes]
 
     assert chosen(1) == chosen(1)
-    assert (chosen(1) == chosen(2)) == (method == "dpp")
+    assert (chosen(1) == chosen(2)) == (selection is DPP)
+
+
+def test_features_are_computed_when_a_selection_asks_for_them(store, monkeypatch):
+    monkeypatch.setattr("hpc_cpd.trajectories.memory.trajectory_features", lambda *_: 1 / 0)
+    select_memory(store, TASK, np.ones(30), 0.2, UNIFORM, 1)
+    with pytest.raises(ZeroDivisionError):
+        select_memory(store, TASK, np.ones(30), 0.2, DPP, 1)
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [([0, 0], "at most once"), ([30], "below 30"), ([[0]], "row numbers"), (["a"], "row numbers"), ([], "nothing")],
+)
+def test_a_selection_that_returns_no_order_is_named(store, monkeypatch, order, said):
+    monkeypatch.setattr("hpc_cpd.trajectories.selection.uniform.UniformSelection.order", lambda *_: order)
+    with pytest.raises(UserError, match=f"the selection 'uniform' .*{said}"):
+        select_memory(store, TASK, np.ones(30), 0.2, UNIFORM, 1)
+
+
+def test_the_chosen_episodes_are_those_of_every_version_before(store):
+    """What runs have published must come out again."""
+    errors = np.linspace(1, 2, 30)
+    chosen = [[e.index for e in select_memory(store, TASK, errors, 0.2, each, 1).episodes] for each in (DPP, UNIFORM)]
+    assert chosen == [[27, 18, 24, 15, 22, 28], [11, 18, 28, 8, 12, 1]]
 
 
 def test_writing_a_memory_again_gives_the_same_bytes(store, tmp_path):
-    memory = [select_memory(store, TASK, np.ones(30), 0.2, "dpp", 1)]
+    memory = [select_memory(store, TASK, np.ones(30), 0.2, DPP, 1)]
     write_memory(tmp_path / "memory", memory)
     before = {path.name: path.read_bytes() for path in (tmp_path / "memory").iterdir()}
     write_memory(tmp_path / "memory", memory)
@@ -197,17 +228,17 @@ def test_writing_a_memory_again_gives_the_same_bytes(store, tmp_path):
 
 
 def test_a_failed_write_leaves_the_old_memory(store, tmp_path, monkeypatch):
-    write_memory(tmp_path / "memory", [select_memory(store, TASK, np.ones(30), 0.2, "dpp", 1)])
+    write_memory(tmp_path / "memory", [select_memory(store, TASK, np.ones(30), 0.2, DPP, 1)])
     monkeypatch.setattr("hpc_cpd.trajectories.memory.write_manifest", lambda _: (_ for _ in ()).throw(OSError("full")))
     with pytest.raises(OSError, match="full"):
-        write_memory(tmp_path / "memory", [select_memory(store, OTHER, np.ones(10), 0.5, "dpp", 1)])
+        write_memory(tmp_path / "memory", [select_memory(store, OTHER, np.ones(10), 0.5, DPP, 1)])
     assert open_memory([tmp_path / "memory"]).task_ids == [TASK]
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "memory"]
 
 
 def test_an_empty_memory_is_none_and_a_missing_one_is_named(store, tmp_path):
     write_memory(tmp_path / "empty", [])
-    write_memory(tmp_path / "memory", [select_memory(store, OTHER, np.ones(10), 0.3, "dpp", 1)])
+    write_memory(tmp_path / "memory", [select_memory(store, OTHER, np.ones(10), 0.3, DPP, 1)])
     assert open_memory([tmp_path / "empty"]) is None
     assert open_memory([tmp_path / "empty", tmp_path / "memory"]).task_ids == [OTHER]
     with pytest.raises(UserError, match=r"nothing/manifest\.json is missing"):

@@ -20,14 +20,13 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import mark_done, read_json, sha256
 from hpc_cpd.trajectories.schema import SCHEMA_VERSION
 from hpc_cpd.trajectories.shard import (
-    check_shard,
     closed_shards,
     load_shard,
     next_part,
     read_shard,
     write_manifest,
 )
-from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, open_writer, write_shard
+from tests.trajectories.recorded import TASK, assert_same_episode, make_discrete, make_episode, open_writer, write_shard
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -70,14 +69,21 @@ def test_the_layout_is_schema_version_1(tmp_path):
     }
 
 
-def test_images_and_logits_keep_their_types(tmp_path):
-    image = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
-    episode = dataclasses.replace(
-        make_episode(0), observations=image, final_observation=image[0], teacher_mean=np.ones((5, 7), np.float32)
-    )
-    origin, (read,) = load_shard(write_shard(tmp_path, [episode], target="teacher_logits"))
+def test_pictures_and_discrete_actions_keep_their_types(tmp_path):
+    episodes = [make_discrete(0), make_discrete(1, 3)]
+    origin, read = load_shard(write_shard(tmp_path, episodes, target="teacher_logits"))
     assert origin.target == "teacher_logits"
-    assert_same_episode(episode, read)
+    for episode, back in zip(episodes, read, strict=True):
+        assert (back.observations.dtype, back.actions.dtype) == (np.uint8, np.int64)
+        assert_same_episode(episode, back)
+
+
+@pytest.mark.parametrize(
+    "actions", [np.full(5, 3), np.full(5, -1), np.full(5, 0.5), np.zeros((5, 1), np.int64)], ids=str
+)
+def test_discrete_actions_that_are_none_are_refused(tmp_path, actions):
+    with pytest.raises(UserError, match="action"):
+        open_writer(tmp_path, target="teacher_logits").add(dataclasses.replace(make_discrete(0), actions=actions))
 
 
 def test_bytes_depend_on_contents_alone(tmp_path):
@@ -126,7 +132,7 @@ def test_a_closed_part_is_never_overwritten(tmp_path):
 def test_a_killed_writer_leaves_only_a_hidden_file_that_the_next_writer_removes(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from recorded import make_episode, open_writer\n"
+        "from tests.trajectories.recorded import make_episode, open_writer\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"  # die between write and rename
         "writer = open_writer(Path(sys.argv[1])); writer.add(make_episode(0)); writer.close()\n"
     )
@@ -236,10 +242,10 @@ DAMAGE = {
 def test_a_wrong_shard_is_named_with_what_is_wrong(tmp_path, damage):
     change, sentence = DAMAGE[damage]
     path = write_shard(tmp_path, [make_episode(4, 5), make_episode(7, 3)])
-    check_shard(path, TASK)
+    read_shard(path, TASK)
     _edit(path, change)
     with pytest.raises(UserError) as error:
-        check_shard(path, TASK)
+        read_shard(path, TASK)
     assert str(path) in str(error.value)
     assert sentence in str(error.value)
 
@@ -247,7 +253,7 @@ def test_a_wrong_shard_is_named_with_what_is_wrong(tmp_path, damage):
 def test_a_shard_of_another_task_is_refused(tmp_path):
     path = write_shard(tmp_path, [make_episode(0)], task_id="metaworld/push-v3")
     with pytest.raises(UserError, match="was recorded on metaworld/push-v3, not on metaworld/reach-v3"):
-        check_shard(path, TASK)
+        read_shard(path, TASK)
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
@@ -256,7 +262,7 @@ def test_a_truncated_shard_is_refused(tmp_path, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(UserError, match=r"shard-0000-00000\.h5 is truncated or damaged"):
-        check_shard(path, TASK)
+        read_shard(path, TASK)
 
 
 def test_the_sentence_holds_the_command_that_makes_the_shard_again(tmp_path):
@@ -268,16 +274,16 @@ def test_the_sentence_holds_the_command_that_makes_the_shard_again(tmp_path):
     path.write_bytes(b"")
     command = f"run python -m hpc_cpd.launch --stage teachers --run {run}"
     with pytest.raises(UserError) as error:  # not published: the collection goes on after the other shards
-        check_shard(path)
+        read_shard(path)
     assert str(error.value).endswith(f"delete {path} and {command}")
     mark_done(task, {})
     with pytest.raises(UserError) as error:  # published: nothing is made again while DONE stands
-        check_shard(path)
+        read_shard(path)
     assert str(error.value).endswith(f"delete {task} and {command}")
     memory = write_shard(run / "stages" / "2" / "memory", [make_episode(0)])
     memory.write_bytes(b"")
     with pytest.raises(UserError) as error:
-        check_shard(memory)
+        read_shard(memory)
     assert str(error.value).endswith(
         f"delete {run / 'stages' / '2'} and run python -m hpc_cpd.launch --stage 2 --run {run}"
     )

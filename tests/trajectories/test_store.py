@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,8 +15,16 @@ from hypothesis import strategies as st
 import hpc_cpd
 from hpc_cpd.errors import UserError
 from hpc_cpd.trajectories.columns import MappedColumn
-from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, verify_folder
-from tests.trajectories.recorded import TASK, assert_same_episode, make_episode, publish, write_folder, write_shard
+from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, require_target, verify_folder
+from tests.trajectories.recorded import (
+    TASK,
+    assert_same_episode,
+    make_discrete,
+    make_episode,
+    publish,
+    write_folder,
+    write_shard,
+)
 
 OTHER = "metaworld/push-v3"
 
@@ -212,7 +221,8 @@ def test_different_sizes_types_or_teachers_do_not_mix(tmp_path):
     write_folder(tmp_path / "a", [make_episode(0)], TASK)
     write_folder(tmp_path / "b", [make_episode(0, observation_size=4)], OTHER)
     write_folder(tmp_path / "c", [make_episode(1)], TASK, teacher_sha256="beef")
-    write_folder(tmp_path / "d", [make_episode(0)], OTHER, target="teacher_logits")
+    discrete = dataclasses.replace(make_episode(0), actions=np.zeros(5, np.int64))
+    write_folder(tmp_path / "d", [discrete], OTHER, target="teacher_logits")
     with pytest.raises(UserError, match="observations"):
         open_trajectories([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(UserError, match="another teacher"):
@@ -221,6 +231,15 @@ def test_different_sizes_types_or_teachers_do_not_mix(tmp_path):
         open_trajectories([tmp_path / "a", tmp_path / "a"])
     with pytest.raises(UserError, match="discrete"):
         open_trajectories([tmp_path / "a", tmp_path / "d"])
+
+
+def test_a_target_that_a_loss_cannot_use_is_refused_by_name(tmp_path):
+    write_folder(tmp_path / "d", [make_discrete(0)], OTHER, target="teacher_logits")
+    store = open_trajectories(tmp_path / "d")
+    assert store.gather(np.array([0]), 2)["actions"].dtype == np.int64
+    require_target(store, "teacher_logits")
+    with pytest.raises(UserError, match=f"{OTHER}.*hold teacher_logits, but learning from them needs teacher_mean"):
+        require_target(store, "teacher_mean")
 
 
 def _folder(tmp_path):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.optimizers import Adam
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms._ppo_update import (
     Rollout,
     adapted_learning_rate,
@@ -37,8 +38,8 @@ class PPOLearner:
         self.rounds = settings.iterations
         self.policy = TeacherPolicy(
             task.task_id,
-            task.observation_size,
-            task.action_size,
+            flat_size(task.observation_space),
+            flat_size(task.action_space),
             settings.hidden,
             hints.activation,
             hints.initial_log_std,

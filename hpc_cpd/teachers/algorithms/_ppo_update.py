@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, generator
@@ -68,14 +69,16 @@ def collect_rollout(
     count, task = envs.num_envs, envs.task
     limit = envs.num_goals or UNBOUNDED_GOALS
     draws = [generator(seed, task.task_id, "rollout", iteration, first_environment + env) for env in range(count)]
-    noise = np.stack([rng.standard_normal((steps, task.action_size)) for rng in draws], axis=1).astype(np.float32)
+    noise = np.stack([rng.standard_normal((steps, flat_size(task.action_space))) for rng in draws], axis=1).astype(
+        np.float32
+    )
     std = policy.log_std.detach().exp().numpy().copy()
 
     def goals(mask: Flags) -> NDArray[np.int64]:
         return np.array([rng.integers(limit) if new else 0 for rng, new in zip(draws, mask, strict=True)])
 
-    seen = np.zeros((steps, count, task.observation_size), np.float32)
-    actions = np.zeros((steps, count, task.action_size), np.float32)
+    seen = np.zeros((steps, count, flat_size(task.observation_space)), np.float32)
+    actions = np.zeros((steps, count, flat_size(task.action_space)), np.float32)
     rewards = np.zeros((steps, count), np.float32)
     terminated = np.zeros((steps, count), np.bool_)
     ended = np.zeros((steps, count), np.bool_)
@@ -105,7 +108,7 @@ def collect_rollout(
         rewards=rewards * np.float32(settings.reward_scale),
         terminated=terminated,
         ended=ended,
-        final_observations=np.array(finals, np.float32).reshape(-1, task.observation_size),
+        final_observations=np.array(finals, np.float32).reshape(-1, flat_size(task.observation_space)),
         episodes=episodes,
         successes=successes,
         mean_return=float(rewards.sum(axis=0, dtype=np.float64).mean()),

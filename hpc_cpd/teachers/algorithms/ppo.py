@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
-from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.teachers.algorithms.base import Hints, TeacherContext
 
 if TYPE_CHECKING:

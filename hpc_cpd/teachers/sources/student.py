@@ -20,7 +20,7 @@ from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import atomic_folder, read_json
 from hpc_cpd.settings import Config, PluginSettings
-from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from hpc_cpd import plugins
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config, PluginSettings
-from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 

@@ -25,6 +25,7 @@ from hpc_cpd.optimizers import Adam
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.registry import TaskSpec, make_batch
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, generator, keep_successes, play_block
@@ -84,7 +85,7 @@ class Cloning:
             group["lr"] = settings.learning_rate * (0.5 * (1.0 + math.cos(math.pi * number / self.steps)))
         self._optimizer.zero_grad(set_to_none=True)
         errors = bounded_errors(self.policy.action_mean(self._observations[mine]), self._targets[mine])
-        loss = errors.square().sum() * (1.0 / (settings.batch_size * task.action_size))
+        loss = errors.square().sum() * (1.0 / (settings.batch_size * flat_size(task.action_space)))
         loss.backward()
         summed = self.context.communicator.sum_gradients(list(self.policy.actor.parameters()), [loss])[0]
         self._optimizer.step()
@@ -149,10 +150,10 @@ def read_demonstrations(task: TaskSpec, folder: Path, communicator: Communicator
                 raise UserError(problems[0])
         samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
         found = (samples.observations.shape[-1], samples.targets.shape[-1])
-        if found != (task.observation_size, task.action_size):
+        if found != (flat_size(task.observation_space), flat_size(task.action_space)):
             raise UserError(
                 f"the trajectories in {folder / task.task_id} have (observation, action) sizes {found}, but "
-                f"{task.task_id} has {(task.observation_size, task.action_size)}; record them with this version"
+                f"{task.task_id} has {(flat_size(task.observation_space), flat_size(task.action_space))}; record them with this version"
             )
         return samples
 

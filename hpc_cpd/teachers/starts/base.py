@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpc_cpd.settings import PluginSettings
-from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.teachers.algorithms.base import Algorithm, Hints, TeacherContext
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
-from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.teachers.algorithms.base import Algorithm, Hints, TeacherContext
 from hpc_cpd.teachers.scripted import has_script
 

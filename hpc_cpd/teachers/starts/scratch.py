@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from hpc_cpd.settings import PluginSettings
-from hpc_cpd.tasks.family import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.teachers.algorithms.base import Algorithm, Hints, TeacherContext
 
 

@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
+from gymnasium.spaces import Box
+from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, mark_done, sha256, write_bytes
+from hpc_cpd.tasks.registry import TaskSpec, describe
+from hpc_cpd.tasks.spaces import shown
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import MANIFEST, ShardWriter, read_manifest, write_manifest
 from hpc_cpd.trajectories.store import open_trajectories
 
 OBSERVATION_KEY = "state"
+ROUNDING = 1e-5  # of float32 actions that were scaled
 ROBOMIMIC_GYM_TYPE = 2  # robomimic.envs.env_base.EnvType.GYM_TYPE
 
 
@@ -56,24 +61,37 @@ def export_robomimic(folder: str | Path, out: str | Path) -> int:
     return len(store.episodes)
 
 
-def import_robomimic(
-    file: str | Path, task_id: str, folder: str | Path, observation_keys: list[str] | None = None
+def import_trajectories(
+    file: str | Path,
+    task_id: str,
+    out: str | Path,
+    observation_keys: Sequence[str] | None = None,
+    action_range: tuple[ArrayLike, ArrayLike] | None = None,
 ) -> int:
-    """Make the task folder `folder` from a robomimic file, whole or not at all; returns how many episodes.
+    """Make the task folder `out` from a robomimic file, whole or not at all; returns how many episodes.
 
     An earlier task folder of `task_id` is replaced; any other folder that is not empty is refused.
 
-    Observations are ``obs/<key>`` side by side, for `observation_keys` in the order given (None: all, by
-    name). Where the file lacks them: the target is the executed action, rewards are 0, a step with
-    ``dones`` counts as success (a demonstration ends when it succeeded), and the final observation is
-    ``next_obs`` or else the last observation again.
+    `observation_keys`: which ``obs/<key>`` make up the task's observation, in its order, for a file does not tell it;
+    None is allowed where there is one key alone. Vectors are put side by side, an image stays what it is.
+    `action_range`: the lowest and the highest action of the file (numbers, or [act] each), scaled to [-1, 1]; None: the
+    actions lie in [-1, 1] already.
 
-    Raises UserError naming the file and the demonstration when something else is missing or wrong.
+    Where the file lacks them: the target is the executed action, rewards are 0, a step with ``dones`` counts as success
+    (a demonstration ends when it succeeded), and the final observation is ``next_obs`` or else the last observation
+    again.
+
+    Raises UserError naming the file and the demonstration when something else is missing, does not fit the spaces of
+    the task, or leaves the range of actions by more than rounding.
     """
-    path = Path(file)
+    path, target, spec = Path(file), Path(out), describe(task_id)
     if not path.is_file():
         raise UserError(f"there is no file {path}; give a robomimic HDF5 file")
-    target = Path(folder)
+    if not isinstance(spec.action_space, Box) or not isinstance(spec.observation_space, Box):
+        raise UserError(
+            f"{path} cannot be imported: {task_id} has observations {shown(spec.observation_space)} and actions "
+            f"{shown(spec.action_space)}, but demonstrations are imported for Boxes alone"
+        )
     if target.is_dir() and any(target.iterdir()) and _task_of(target) != task_id:
         raise UserError(
             f"{target} is not empty and no trajectories of {task_id}; give a folder of the task's own, such as "
@@ -87,7 +105,8 @@ def import_robomimic(
             data = source["data"]
             names = sorted((name for name in data if name.startswith("demo_")), key=lambda name: (len(name), name))
             episodes = [
-                _read_demo(path, name, data[name], number, observation_keys) for number, name in enumerate(names)
+                _Demonstration(path, name, data[name], spec).read(number, observation_keys, action_range)
+                for number, name in enumerate(names)
             ]
             origin = _read_origin(data.attrs, task_id, source_hash)
     except PermissionError as error:
@@ -99,16 +118,7 @@ def import_robomimic(
     if not episodes:
         raise UserError(f"{path} holds no demonstrations (groups data/demo_0, data/demo_1, ...)")
     with atomic_folder(target) as temporary:
-        writer = ShardWriter(
-            temporary,
-            0,
-            0,
-            task_id,
-            origin.teacher_sha256,
-            origin.seed,
-            origin.reward_version,
-            origin.environment_version,
-        )
+        writer = ShardWriter(temporary, 0, 0, origin)
         for episode in episodes:
             writer.add(episode)
         writer.close()
@@ -142,46 +152,99 @@ def _write_demo(demo: h5py.Group, episode: Episode) -> None:
         demo.create_dataset(name, data=values, track_times=False)
 
 
-def _read_demo(path: Path, name: str, demo: h5py.Group, number: int, keys: list[str] | None) -> Episode:
-    def refuse(what: str) -> UserError:
-        return UserError(f"{path} cannot be imported: data/{name} {what}")
+class _Demonstration:
+    """One group of a file, read for a task."""
 
-    def numbers(group: h5py.Group, key: str) -> NDArray[Any]:
+    def __init__(self, path: Path, name: str, demo: h5py.Group, spec: TaskSpec) -> None:
+        self._where = f"{path} cannot be imported: data/{name}"
+        self._demo = demo
+        self._spec = spec
+
+    def read(
+        self, number: int, keys: Sequence[str] | None, action_range: tuple[ArrayLike, ArrayLike] | None
+    ) -> Episode:
+        demo = self._demo
+        if "actions" not in demo or not isinstance(demo.get("obs"), h5py.Group):
+            raise self._refuse("has no 'actions' or no group 'obs'")
+        keys = self._keys(keys)
+        actions = self._actions(action_range)
+        observations = self._observations(demo["obs"], keys)
+        if len(actions) == 0 or len(actions) != len(observations):
+            raise self._refuse(f"has {len(actions)} actions but {len(observations)} observations")
+        following = self._observations(demo["next_obs"], keys) if "next_obs" in demo else observations
+        dones = self._optional("dones", np.zeros(len(actions)))
+        return Episode(
+            observations=observations,
+            actions=actions,
+            teacher_mean=self._optional("teacher_mean", actions),
+            rewards=self._optional("rewards", np.zeros(len(actions), np.float32)),
+            success=self._optional("success", dones).astype(np.bool_),
+            final_observation=following[-1],
+            goal_index=int(demo.attrs.get("goal_index", -1)),
+            index=int(demo.attrs.get("episode_index", number)),
+        )
+
+    def _keys(self, keys: Sequence[str] | None) -> Sequence[str]:
+        present = {key: list(getattr(values, "shape", ())[1:]) for key, values in self._demo["obs"].items()}
+        listed = ", ".join(f"{key} {shape}" for key, shape in present.items())
+        if keys is None and len(present) > 1:
+            raise self._refuse(
+                f"has several observations ({listed}), and no order is told; name those of {self._spec.task_id} in its "
+                f"order (together {shown(self._spec.observation_space)}), as in --observation-keys {','.join(present)}"
+            )
+        keys = list(present) if keys is None else keys
+        missing = [key for key in keys if key not in present]
+        if missing or not keys:
+            raise self._refuse(f"has no observation {' or '.join(missing)}; it has {listed or 'none'}")
+        return keys
+
+    def _observations(self, group: h5py.Group, keys: Sequence[str]) -> NDArray[Any]:
+        """[T, *observation shape]; uint8 where the task's are."""
+        parts = [self._numbers(group, key) for key in keys]
+        if len({len(part) for part in parts}) > 1:
+            raise self._refuse(f"has observations of different lengths: {', '.join(keys)}")
+        flat = [part[:, None] if part.ndim == 1 else part for part in parts]
+        space, named = self._spec.observation_space, f"observations {', '.join(keys)}"
+        if len(parts) > 1 and any(part.ndim > 2 for part in flat):
+            raise self._refuse(f"has {named}, of which some are images; images are not flattened, name one alone")
+        values = np.concatenate(flat, axis=1) if len(flat) > 1 else flat[0]
+        if values.shape[1:] != space.shape or (space.dtype == np.uint8 and values.dtype != np.uint8):
+            raise self._refuse(
+                f"has {named} of together {values.dtype}{list(values.shape[1:])}, but {self._spec.task_id} observes "
+                f"{shown(space)}"
+            )
+        return values.astype(space.dtype)
+
+    def _actions(self, action_range: tuple[ArrayLike, ArrayLike] | None) -> NDArray[np.float32]:
+        """[T, act] in [-1, 1]."""
+        values = self._numbers(self._demo, "actions")
+        low, high = (-1.0, 1.0) if action_range is None else action_range
+        if values.shape[1:] != self._spec.action_space.shape:
+            raise self._refuse(
+                f"has actions of shape {list(values.shape[1:])}, but those of {self._spec.task_id} are "
+                f"{shown(self._spec.action_space)}"
+            )
+        if action_range is not None:
+            least, most = np.asarray(low, np.float64), np.asarray(high, np.float64)
+            values = 2.0 * (values.astype(np.float64) - least) / (most - least) - 1.0
+        if np.abs(values).max(initial=0.0) > 1.0 + ROUNDING:
+            raise self._refuse(
+                f"has actions from {self._demo['actions'][()].min():g} to {self._demo['actions'][()].max():g}, outside "
+                f"[{low}, {high}]; name the range that stands for [-1, 1], as in --action-range LOW HIGH"
+            )
+        return np.clip(values, -1.0, 1.0).astype(np.float32)
+
+    def _optional(self, key: str, otherwise: NDArray[Any]) -> NDArray[Any]:
+        return self._numbers(self._demo, key) if key in self._demo else otherwise
+
+    def _numbers(self, group: h5py.Group, key: str) -> NDArray[Any]:
         values = group[key]
         if not isinstance(values, h5py.Dataset) or values.ndim == 0 or values.dtype.kind not in "biuf":
-            raise refuse(f"has a '{key}' that is not an array of numbers")
+            raise self._refuse(f"has a '{key}' that is not an array of numbers")
         return values[()]
 
-    def side_by_side(group: h5py.Group) -> NDArray[Any]:
-        values = [numbers(group, key) for key in wanted]
-        if len(values) == 1:
-            return values[0]
-        return np.concatenate([np.asarray(value, np.float32).reshape(len(value), -1) for value in values], axis=1)
-
-    if "actions" not in demo or not isinstance(demo.get("obs"), h5py.Group):
-        raise refuse("has no 'actions' or no group 'obs'")
-    wanted = sorted(demo["obs"]) if keys is None else keys
-    missing = [key for key in wanted if key not in demo["obs"]]
-    if missing or not wanted:
-        raise refuse(f"has no observation {' or '.join(missing)}; it has {', '.join(sorted(demo['obs']))}")
-    lengths = {key: len(numbers(demo["obs"], key)) for key in wanted}
-    actions = numbers(demo, "actions").astype(np.float32)
-    steps = len(actions)
-    if steps == 0 or any(length != steps for length in lengths.values()):
-        raise refuse(f"has {steps} actions but {lengths} observations")
-    observations = side_by_side(demo["obs"])
-    following = side_by_side(demo["next_obs"]) if "next_obs" in demo else observations
-    dones = numbers(demo, "dones") if "dones" in demo else np.zeros(steps)
-    return Episode(
-        observations=observations,
-        actions=actions,
-        teacher_mean=numbers(demo, "teacher_mean") if "teacher_mean" in demo else actions,
-        rewards=numbers(demo, "rewards") if "rewards" in demo else np.zeros(steps, np.float32),
-        success=(numbers(demo, "success") if "success" in demo else dones).astype(np.bool_),
-        final_observation=following[-1],
-        goal_index=int(demo.attrs.get("goal_index", -1)),
-        index=int(demo.attrs.get("episode_index", number)),
-    )
+    def _refuse(self, what: str) -> UserError:
+        return UserError(f"{self._where} {what}")
 
 
 def _read_origin(attributes: Any, task_id: str, source_hash: str) -> Origin:

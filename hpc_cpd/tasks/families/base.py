@@ -5,16 +5,23 @@ makes are called ``word/name``. In the ``pyproject.toml`` of the package that br
 
     [project.entry-points."hpc_cpd.tasks"]
     mylab = "mylab.tasks:family"
+
+``docs/extending/tasks.md`` shows how to write one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hpc_cpd.tasks.spaces import Data, rows_of, stack
+
+if TYPE_CHECKING:
+    from gymnasium import Space
 
 
 @dataclass(frozen=True)
@@ -22,30 +29,32 @@ class TaskSpec:
     """The facts of a task that everything else is built on."""
 
     task_id: str
-    observation_size: int
-    """Length of the flat observation."""
-    action_size: int
-    """Length of the action; every component lies in [-1, 1]."""
+    observation_space: Space[Any]
+    """Of one environment: a Box of any shape and dtype, Discrete, MultiDiscrete, or a Dict of these."""
+    action_space: Space[Any]
+    """The same kinds. A Box of floats must be float32 with the bounds -1 and 1: a family scales to its simulator's."""
     horizon: int
     """Steps after which an episode is truncated."""
     reward_version: str
     """Which reward function; results with different ones must not be compared."""
     environment_version: str
     """Packages and versions that simulate the task."""
-    whole: str | None = None
+    parent_task: str | None = None
     """The task of which this one has a part of the goals; who can do that one can do this one."""
+    has_success: bool = True
+    """Whether an episode can succeed at all; False: the task has rewards alone."""
 
     @property
     def skill(self) -> str:
         """The task that teachers and scripts know this one by."""
-        return self.whole or self.task_id
+        return self.parent_task or self.task_id
 
 
 class Step(NamedTuple):
     """What one simulator returns for one action."""
 
-    observation: NDArray[Any]
-    """[observation_size], any float type."""
+    observation: Data
+    """An element of the observation space; a Box of floats may come in any float type."""
     reward: float
     terminated: bool
     truncated: bool
@@ -64,11 +73,11 @@ class Simulator(Protocol):
     def num_goals(self) -> int | None:
         """How many goals there are; None: any non-negative index below 2**31 is one."""
 
-    def reset(self, goal_index: int) -> NDArray[Any]:
-        """Begin an episode and return the observation [observation_size]."""
+    def reset(self, goal_index: int) -> Data:
+        """Begin an episode and return the observation, an element of the observation space."""
 
-    def step(self, action: NDArray[np.float32]) -> Step:
-        """Apply one action, float32 [action_size] within [-1, 1]."""
+    def step(self, action: Any) -> Step:
+        """Apply one element of the action space; of a Box of floats: float32, within [-1, 1]."""
 
     def close(self) -> None:
         """Free what the simulator holds."""
@@ -77,8 +86,8 @@ class Simulator(Protocol):
 class Steps(NamedTuple):
     """What M environments return for one action each."""
 
-    observations: NDArray[Any]
-    """[M, observation_size], any float type."""
+    observations: Data
+    """[M, *observation shape]; of a Dict: such an array per key."""
     rewards: NDArray[np.float64]
     """[M]"""
     terminated: NDArray[np.bool_]
@@ -100,11 +109,11 @@ class Batch(Protocol):
     def num_goals(self) -> int | None:
         """See :class:`Simulator`."""
 
-    def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> NDArray[Any]:
-        """Begin the episodes of `goals` [M] in `rows` [M]; the observations [M, observation_size]."""
+    def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> Data:
+        """Begin the episodes of `goals` [M] in `rows` [M]; the observations [M, *observation shape]."""
 
-    def step(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> Steps:
-        """Advance `rows` [M] by one step; `actions` float32 [N, action_size] of all environments."""
+    def step(self, rows: NDArray[np.int64], actions: Any) -> Steps:
+        """Advance `rows` [M] by one step; `actions` [N, *action shape] of all environments."""
 
     def close(self) -> None:
         """Free what the environments hold."""
@@ -121,14 +130,16 @@ class OneByOne:
     def num_goals(self) -> int | None:
         return self._simulators[0].num_goals
 
-    def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> NDArray[Any]:
+    def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> Data:
         pairs = zip(rows, goals, strict=True)
-        return np.array([self._simulators[row].reset(int(goal)) for row, goal in pairs])
+        return stack([self._simulators[row].reset(int(goal)) for row, goal in pairs])
 
-    def step(self, rows: NDArray[np.int64], actions: NDArray[np.float32]) -> Steps:
-        results = [self._simulators[row].step(actions[row]) for row in rows]
-        observations, rewards, terminated, truncated, success = map(np.array, zip(*results, strict=True))
-        return Steps(observations, rewards, terminated, truncated, success, {})
+    def step(self, rows: NDArray[np.int64], actions: Any) -> Steps:
+        results = [self._simulators[row].step(rows_of(actions, row)) for row in rows]
+        observations, rewards, terminated, truncated, success = zip(*results, strict=True)
+        return Steps(
+            stack(observations), np.array(rewards), np.array(terminated), np.array(truncated), np.array(success), {}
+        )
 
     def close(self) -> None:
         for simulator in self._simulators:
@@ -136,7 +147,11 @@ class OneByOne:
 
 
 class TaskFamily(Protocol):
-    """A maker of tasks. `name` is the part of the task id behind the first slash."""
+    """A maker of tasks. Its name is the part of the task id before the slash.
+
+    One environment of every task that a launch asks for is made, reset and stepped once before anything is written
+    (`hpc_cpd.tasks.probe`). A family whose environments are too costly for that sets an attribute ``trusted = True``.
+    """
 
     def names(self) -> Sequence[str]:
         """The names of its tasks, for listings and spelling hints; importing no simulator if possible."""

@@ -1,4 +1,4 @@
-"""What the words of a lifted function mean: numbers are [N], vectors [k, N], constants stay as they are.
+"""What the words of a vectorized function mean: numbers are [N], vectors [k, N], constants stay as they are.
 
 Every operation gives, row by row, the bits that upstream's gives for one environment, but for the power of a number
 (NumPy squares an array by multiplying, a scalar through the C library's pow), which may differ in the last bit.
@@ -16,7 +16,7 @@ from metaworld.utils import reward_utils
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from hpc_cpd.tasks.vectorize import LiftError
+from hpc_cpd.tasks.metaworld.vectorize import VectorizeError
 
 Array = NDArray[Any]
 
@@ -162,7 +162,7 @@ def _smallest(*values: Any) -> Any:
 def norm(vector: Any, ord: int = 2) -> Any:
     """Length of vectors [k, N], or of a number: the same dot product that numpy.linalg.norm takes."""
     if ord != 2:
-        raise LiftError(f"a norm of order {ord} is not supported")
+        raise VectorizeError(f"a norm of order {ord} is not supported")
     if vector.ndim == 1:
         return np.abs(vector)
     return np.sqrt(np.vecdot(vector, vector, axis=0))  # type: ignore[call-overload]
@@ -276,4 +276,4 @@ OPERATIONS: dict[str, Any] = {
         rect_prism_tolerance=_rect_prism_tolerance,
     ),
 }
-"""The globals of every lifted function."""
+"""The globals of every vectorized function."""

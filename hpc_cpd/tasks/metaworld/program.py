@@ -1,7 +1,7 @@
-"""Upstream's observation, reward and success of one task, lifted: the same code for N environments at once.
+"""Upstream's observation, reward and success of one task, vectorized: the same code for N environments at once.
 
-`Rows` is the ``self`` of the lifted methods. It offers the part of an environment that they look at: attributes that a
-reset sets (one row each), MuJoCo's data by name, and the methods that they call.
+`Rows` is the ``self`` of the vectorized methods. It offers the part of an environment that they look at: attributes
+that a reset sets (one row each), MuJoCo's data by name, and the methods that they call.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import metaworld
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.tasks.vector_ops import OPERATIONS, Deferred, Matrices
-from hpc_cpd.tasks.vectorize import LiftError, lift
+from hpc_cpd.tasks.metaworld.vector_ops import OPERATIONS, Deferred, Matrices
+from hpc_cpd.tasks.metaworld.vectorize import VectorizeError, vectorize
 
 _ROOTS = ("evaluate_state", "_get_pos_objects", "_get_quat_objects")
 REWARD_VERSION = "v2"
@@ -27,7 +27,7 @@ class Rows:
     """N environments of one task as upstream's methods see them. Vectors are [k, N], numbers [N]."""
 
     attributes: frozenset[str] = frozenset()
-    """What the lifted methods read that a reset may set."""
+    """What the vectorized methods read that a reset may set."""
 
     def __init__(self, datas: Sequence[Any], object_geom: int | None) -> None:
         """`datas`: the MjData of each row; `object_geom`: what ``touching_main_object`` is about."""
@@ -117,7 +117,7 @@ class _Item:
 def rows_class(name: str) -> type[Rows]:
     """The class of `Rows` for the task `name`, such as ``reach-v3``.
 
-    Raises LiftError when upstream's code uses what cannot be lifted.
+    Raises VectorizeError when upstream's code uses what cannot be vectorized.
     """
     stock = metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]
     names = dict(OPERATIONS)
@@ -131,13 +131,13 @@ def rows_class(name: str) -> type[Rows]:
         member = inspect.getattr_static(stock, word)
         function = _function(member)
         if function is None:
-            raise LiftError(f"{stock.__name__}.{word} is no method of Meta-World's")
-        lifted = lift(function, names, {"self.reward_function_version": repr(REWARD_VERSION)})
+            raise VectorizeError(f"{stock.__name__}.{word} is no method of Meta-World's")
+        vectorized = vectorize(function, names, {"self.reward_function_version": repr(REWARD_VERSION)})
         if isinstance(member, property):
-            members[word] = property(lifted)
+            members[word] = property(vectorized)
         else:
-            members[word] = staticmethod(lifted) if isinstance(member, staticmethod) else lifted
-        for used in lifted.__code__.co_names:
+            members[word] = staticmethod(vectorized) if isinstance(member, staticmethod) else vectorized
+        for used in vectorized.__code__.co_names:
             if not hasattr(Rows, used) and _function(inspect.getattr_static(stock, used, None)) is not None:
                 waiting.append(used)
             else:

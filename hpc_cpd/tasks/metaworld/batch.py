@@ -19,10 +19,10 @@ import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.tasks.family import Steps
-from hpc_cpd.tasks.metaworld_classes import environment_class
-from hpc_cpd.tasks.metaworld_program import REWARD_VERSION, rows_class
-from hpc_cpd.tasks.vector_ops import Mixed, norm
+from hpc_cpd.tasks.families.base import Steps
+from hpc_cpd.tasks.metaworld.classes import environment_class
+from hpc_cpd.tasks.metaworld.program import REWARD_VERSION, rows_class
+from hpc_cpd.tasks.metaworld.vector_ops import Mixed, norm
 
 Floats = NDArray[np.float64]
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -46,7 +46,7 @@ class Start:
 
 
 class MetaWorldBatch:
-    """See :class:`hpc_cpd.tasks.family.Batch`. Observations float64 [rows, 39], rewards float64 [rows]."""
+    """See :class:`hpc_cpd.tasks.families.base.Batch`. Observations float64 [rows, 39], rewards float64 [rows]."""
 
     def __init__(
         self, name: str, goals: Sequence[Any], num: int, threads: int, starts: dict[int, Start] | None = None
@@ -126,7 +126,7 @@ class MetaWorldBatch:
         _give_back_memory()
 
     def _column(self, value: Any) -> NDArray[Any]:
-        """float64 [N] from what the lifted code returned: [N], or the same number for all."""
+        """float64 [N] from what the vectorized code returned: [N], or the same number for all."""
         column = np.empty(self.num_envs)
         column[:] = value.values if isinstance(value, Mixed) else value
         return column

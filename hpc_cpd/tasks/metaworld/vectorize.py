@@ -1,12 +1,12 @@
 """One Python function written for one environment, turned into one that serves N environments at once.
 
-Meta-World's rewards are short scalar programs: arithmetic on vectors of three, a few branches, no loops. `lift`
+Meta-World's rewards are short scalar programs: arithmetic on vectors of three, a few branches, no loops. `vectorize`
 rewrites the source of such a function so that it runs on arrays whose *last* axis is the environment: a number becomes
 [N], a vector [k, N]. A branch becomes a selection, `and` a logical and, a comparison with None a question to every
 row. So upstream's own text stays the only place where a reward is written, and Python is paid for once per batch.
 
-What cannot be rewritten honestly (a loop over data, a return inside a branch) raises LiftError when it is lifted, never
-when it runs. The arithmetic is upstream's in upstream's order; `hpc_cpd.tasks.vector_ops` holds what the names mean.
+What cannot be rewritten honestly (a loop over data, a return inside a branch) raises VectorizeError at once, never when
+it runs. The arithmetic is upstream's in upstream's order; `vector_ops` holds what the names mean.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from types import CodeType, FunctionType
 from typing import Any
 
 
-class LiftError(Exception):
+class VectorizeError(Exception):
     """The function uses a construct that has no meaning for many environments at once."""
 
 
-def lift(function: FunctionType, names: Mapping[str, Any], constants: Mapping[str, str]) -> FunctionType:
-    """`function` for N environments; `names` are its globals: the operations of `lifted` and the lifted callees.
+def vectorize(function: FunctionType, names: Mapping[str, Any], constants: Mapping[str, str]) -> FunctionType:
+    """`function` for N environments; `names` are its globals: those of `vector_ops` and the vectorized callees.
 
     `constants`: settings known beforehand, as text of an expression and the text of its value; a branch that one of
     them decides is resolved now.
 
-    Raises LiftError: the source is missing, or holds a construct that is not supported.
+    Raises VectorizeError: the source is missing, or holds a construct that is not supported.
     """
     try:
         source = textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError) as error:
-        raise LiftError(f"the source of {function!r} is missing") from error
+        raise VectorizeError(f"the source of {function!r} is missing") from error
     tree = ast.parse(source)
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef):
-        raise LiftError(f"{function!r} is no plain function")
+        raise VectorizeError(f"{function!r} is no plain function")
     definition.decorator_list = []
     definition.returns = None
     for argument in [*definition.args.args, *definition.args.kwonlyargs]:
@@ -46,11 +46,11 @@ def lift(function: FunctionType, names: Mapping[str, Any], constants: Mapping[st
     tree = _Fixed(constants).visit(tree)
     _Rewriter(f"{function.__qualname__}").function(definition)
     ast.fix_missing_locations(tree)
-    module = compile(tree, f"<lifted {function.__qualname__}>", "exec")
+    module = compile(tree, f"<vectorized {function.__qualname__}>", "exec")
     code = next(part for part in module.co_consts if isinstance(part, CodeType) and part.co_name == definition.name)
-    lifted = FunctionType(code, dict(names), definition.name, function.__defaults__)
-    lifted.__kwdefaults__ = function.__kwdefaults__
-    return lifted
+    vectorized = FunctionType(code, dict(names), definition.name, function.__defaults__)
+    vectorized.__kwdefaults__ = function.__kwdefaults__
+    return vectorized
 
 
 class _Fixed(ast.NodeTransformer):
@@ -66,7 +66,7 @@ class _Fixed(ast.NodeTransformer):
             value = self.constants[ast.unparse(test.left)]
             verdict = ast.unparse(test.comparators[0]) == value
             if len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq):
-                raise LiftError(f"{ast.unparse(test)} is not a plain equality")
+                raise VectorizeError(f"{ast.unparse(test)} is not a plain equality")
             return node.body if verdict else node.orelse
         return node
 
@@ -109,7 +109,9 @@ class _Rewriter:
             return self.assignment(node.target, ast.BinOp(loaded, node.op, self.expression(node.value)), mask)
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             return self.assignment(node.targets[0], self.expression(node.value), mask)
-        raise LiftError(f"{self.name}, line {node.lineno}: {type(node).__name__} is not supported: {ast.unparse(node)}")
+        raise VectorizeError(
+            f"{self.name}, line {node.lineno}: {type(node).__name__} is not supported: {ast.unparse(node)}"
+        )
 
     def branch(self, node: ast.If, mask: str | None) -> list[ast.stmt]:
         if any(isinstance(inner, ast.Raise) for inner in node.body):
@@ -130,7 +132,7 @@ class _Rewriter:
     def assignment(self, target: ast.expr, value: ast.expr, mask: str | None) -> list[ast.stmt]:
         if mask is not None:
             if not isinstance(target, ast.Name | ast.Attribute | ast.Subscript):
-                raise LiftError(f"{self.name}: several targets inside a branch: {ast.unparse(target)}")
+                raise VectorizeError(f"{self.name}: several targets inside a branch: {ast.unparse(target)}")
             loaded = ast.parse(ast.unparse(target), mode="eval").body
             value = _call("_select", _name(mask), value, loaded)
         return [_assign(target, value)]

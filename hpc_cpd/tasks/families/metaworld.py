@@ -1,29 +1,34 @@
 """Meta-World v3 through its own classes, seeded properly and a little faster, to the same bits.
 
 Source: Meta-World 3.1.1 (https://github.com/Farama-Foundation/Metaworld), benchmark arXiv 1910.10897. A goal
-index counts ``metaworld.MT1(name, seed=seed).train_tasks``, or those of a region (``reach-v3@1of2``) alone. Success is
-the benchmark's own flag per step.
+index counts ``metaworld.MT1(name, seed=seed).train_tasks``. Success is the benchmark's own flag per step.
+
+Parts of a task's goals are tasks of their own: ``reach-v3@2of4`` is reaching for the second quarter of its goals. So a
+stream can be longer than the list of tasks, and the same skill can come back at goals it never saw.
 """
 
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import replace
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.family import Batch, TaskSpec
-from hpc_cpd.tasks.regions import MOST_PARTS, region_of
+from hpc_cpd.tasks.families.base import Batch, TaskSpec
 
 REWARD_VERSION = "v2"
 OBSERVATION_SIZE = 39
 ACTION_SIZE = 4
 HORIZON = 500
 GOALS = 50  # of a task under one seed: metaworld._N_GOALS
+MOST_PARTS = 25  # of 50 goals each part then has two
+_REGION = re.compile(r"(?P<parent_task>.+)@(?P<number>[1-9]\d*)of(?P<parts>[1-9]\d*)")
 
 # metaworld.env_dict.MT25_V3 in its order (MT10 is its first ten), then the rest of MT50_V3 in its order; written out
 # because importing metaworld loads MuJoCo
@@ -81,8 +86,38 @@ NAMES = (
 )
 
 
+class Region(NamedTuple):
+    """Part `number` (from 1) of `parts` of the goals of `parent_task`."""
+
+    parent_task: str
+    number: int
+    parts: int
+
+    @property
+    def exists(self) -> bool:
+        return self.number <= self.parts <= MOST_PARTS
+
+    def choose(self, places: NDArray[np.float64]) -> list[int]:
+        """The goals of this part, int indices in increasing order; `places` float64 [goals, numbers] tells them apart.
+
+        Goals are put in the order of the number that varies most among them, and cut into parts of equal size (of 50
+        goals in 4 parts, the first two have one more). Whatever the order, every goal is in one part.
+        """
+        widest = int(places.std(axis=0).argmax())
+        ordered = np.argsort(places[:, widest], kind="stable")
+        return sorted(np.array_split(ordered, self.parts)[self.number - 1].tolist())
+
+
+def region_of(name: str) -> Region | None:
+    """The region that `name` asks for (it may not exist); None: a whole task."""
+    found = _REGION.fullmatch(name)
+    return Region(found["parent_task"], int(found["number"]), int(found["parts"])) if found else None
+
+
 class MetaWorldFamily:
     """The tasks ``metaworld/...``."""
+
+    trusted = True  # the tests hold every task against upstream's environment; making one takes a second
 
     def names(self) -> tuple[str, ...]:
         return NAMES
@@ -90,30 +125,33 @@ class MetaWorldFamily:
     def describe(self, name: str) -> TaskSpec:
         region = region_of(name)
         if region is not None:
-            if region_of(region.whole) is not None:
+            if region_of(region.parent_task) is not None:
                 raise UserError(f"there is no task 'metaworld/{name}'; a part of a part is none, write a smaller one")
-            whole = self.describe(region.whole)
+            parent = self.describe(region.parent_task)
             if not region.exists:
                 raise UserError(
-                    f"there is no task 'metaworld/{name}'; a part is written {region.whole}@1of2, with at most "
+                    f"there is no task 'metaworld/{name}'; a part is written {region.parent_task}@1of2, with at most "
                     f"{MOST_PARTS} parts"
                 )
-            return replace(whole, task_id=f"metaworld/{name}", whole=whole.task_id)
+            return replace(parent, task_id=f"metaworld/{name}", parent_task=parent.task_id)
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1)
             hint = f"did you mean 'metaworld/{near[0]}'?" if near else "'hpc-cpd tasks MT50' lists them"
             raise UserError(f"there is no task 'metaworld/{name}'; {hint}")
-        return TaskSpec(f"metaworld/{name}", OBSERVATION_SIZE, ACTION_SIZE, HORIZON, REWARD_VERSION, _versions())
+        from gymnasium.spaces import Box
+
+        observations, actions = Box(-np.inf, np.inf, (OBSERVATION_SIZE,)), Box(-1.0, 1.0, (ACTION_SIZE,))
+        return TaskSpec(f"metaworld/{name}", observations, actions, HORIZON, REWARD_VERSION, _versions())
 
     def make(self, name: str, num: int, seed: int) -> Batch:
-        from hpc_cpd.tasks.metaworld_batch import MetaWorldBatch, owned_cores
+        from hpc_cpd.tasks.metaworld.batch import MetaWorldBatch, owned_cores
 
         region = region_of(name)
-        whole = name if region is None else region.whole
-        return MetaWorldBatch(whole, _goals(name, seed), num, owned_cores(), _starts(name, seed))
+        task = name if region is None else region.parent_task
+        return MetaWorldBatch(task, _goals(name, seed), num, owned_cores(), _starts(name, seed))
 
 
-family = MetaWorldFamily()
+plugin = MetaWorldFamily()
 
 
 @lru_cache
@@ -128,8 +166,8 @@ def _goals(name: str, seed: int) -> tuple[Any, ...]:
 
     region = region_of(name)
     if region is not None:
-        goals = _goals(region.whole, seed)
-        return tuple(goals[index] for index in region.choose(np.array(_vectors(region.whole, seed))))
+        goals = _goals(region.parent_task, seed)
+        return tuple(goals[index] for index in region.choose(np.array(_vectors(region.parent_task, seed))))
     stock = metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]
     return tuple(
         metaworld._encode_task(name, {"rand_vec": vector, "env_cls": stock, **metaworld._MT_OVERRIDE})
@@ -150,7 +188,7 @@ def _vectors(name: str, seed: int) -> tuple[np.ndarray, ...]:
     Drawn as ``metaworld._make_tasks`` draws them, by 50 resets, but without the physics of a reset: the vectors do not
     depend on it.
     """
-    from hpc_cpd.tasks.metaworld_classes import drawing_class
+    from hpc_cpd.tasks.metaworld.classes import drawing_class
 
     state = np.random.get_state()  # upstream draws from the global generator
     try:

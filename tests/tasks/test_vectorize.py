@@ -1,4 +1,4 @@
-"""A lifted function gives, row by row, what the function itself gives for one environment."""
+"""A vectorized function gives, row by row, what the function itself gives for one environment."""
 
 from types import SimpleNamespace
 
@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from metaworld.utils import reward_utils
 
-from hpc_cpd.tasks.vector_ops import OPERATIONS, Deferred, Mixed
-from hpc_cpd.tasks.vectorize import LiftError, lift
+from hpc_cpd.tasks.metaworld.vector_ops import OPERATIONS, Deferred, Mixed
+from hpc_cpd.tasks.metaworld.vectorize import VectorizeError, vectorize
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # both sides of a branch are computed
 ROWS = 7
@@ -19,7 +19,7 @@ columns = st.lists(numbers, min_size=ROWS, max_size=ROWS).map(np.array)
 
 def same(function, *rows, **changed):
     """Compare with one call per row; vectors are [k, N]."""
-    many = lift(function, OPERATIONS, {})(*rows, **changed)
+    many = vectorize(function, OPERATIONS, {})(*rows, **changed)
     for index in range(ROWS):
         one = function(*(row[..., index] for row in rows), **changed)
         pairs = zip(one, many, strict=True) if isinstance(one, tuple) else [(one, many)]
@@ -72,7 +72,7 @@ def rewards(x, margin):
 
 @given(columns, st.lists(st.floats(0.0, 1.0), min_size=ROWS, max_size=ROWS).map(np.array))
 def test_the_reward_functions(x, margin):
-    many = lift(rewards, OPERATIONS, {})(x, margin)
+    many = vectorize(rewards, OPERATIONS, {})(x, margin)
     for index in range(ROWS):
         # one square: the array's is a product, the number's a power
         np.testing.assert_allclose([part[index] for part in many], rewards(x[index], margin[index]), rtol=1e-14)
@@ -90,7 +90,7 @@ def test_float32_and_python_numbers_mix_as_numpy_mixes_them(action, caging):
     """NumPy computes in float32 in the rows that an action went into, in float64 in the others."""
     single = action.astype(np.float32)
     with np.errstate(all="ignore"):
-        many = lift(gripping, OPERATIONS, {})(Mixed(single.astype(np.float64), True), np.array(caging))
+        many = vectorize(gripping, OPERATIONS, {})(Mixed(single.astype(np.float64), True), np.array(caging))
     for index in range(ROWS):
         assert many.values[index] == gripping(single[index], caging[index])
 
@@ -103,7 +103,7 @@ def first_seen(self, value):
 
 def test_none_is_asked_of_every_row_and_an_attribute_set_in_some():
     rows = SimpleNamespace(first=np.array([np.nan, 5.0]))
-    assert lift(first_seen, OPERATIONS, {})(rows, np.array([1.0, 2.0])).tolist() == [1.0, 5.0]
+    assert vectorize(first_seen, OPERATIONS, {})(rows, np.array([1.0, 2.0])).tolist() == [1.0, 5.0]
     assert rows.first.tolist() == [1.0, 5.0]
 
 
@@ -117,7 +117,7 @@ def test_a_costly_question_is_asked_only_where_the_rest_holds():
     def both(costly, cheap):
         return float(costly and cheap > 0)
 
-    assert lift(both, OPERATIONS, {})(Deferred(ask), np.array([1.0, -1.0])).tolist() == [1.0, 0.0]
+    assert vectorize(both, OPERATIONS, {})(Deferred(ask), np.array([1.0, -1.0])).tolist() == [1.0, 0.0]
     assert asked == [[True, False]]
 
 
@@ -129,8 +129,8 @@ def test_a_branch_on_a_known_setting_is_resolved_beforehand():
             while True:
                 return -x
 
-    lifted = lift(versions, OPERATIONS, {"self.version": "'v2'"})
-    assert lifted(None, np.ones(2)).tolist() == [1.0, 1.0]
+    vectorized = vectorize(versions, OPERATIONS, {"self.version": "'v2'"})
+    assert vectorized(None, np.ones(2)).tolist() == [1.0, 1.0]
 
 
 def looping(x):
@@ -154,5 +154,5 @@ def unpacking(x):
 
 @pytest.mark.parametrize("function", [looping, returning, unpacking, len])
 def test_what_has_no_meaning_for_many_is_refused_when_it_is_lifted(function):
-    with pytest.raises(LiftError):
-        lift(function, OPERATIONS, {})
+    with pytest.raises(VectorizeError):
+        vectorize(function, OPERATIONS, {})

@@ -1,0 +1,1 @@
+"""The task families that come with the package: one file per family, called like it."""

@@ -1,0 +1,1 @@
+"""Meta-World simulated in batches: upstream's own code, once for all environments."""
