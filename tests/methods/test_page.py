@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hpc_cpd.student.policy import load_student_parts
+from tests.distill.rank_forks import learn_on_forks
 from tests.distill.synthetic import make_run
 from tests.examples.installed import install_here
-from tests.examples.rank_forks import learn_on_forks
 
 PAGE = Path(__file__).parents[2] / "docs" / "extending" / "methods.md"
 STEPS = ["method.experts_per_task=1", "distill.phase1_steps=20", "distill.phase2_steps=0"]
