@@ -20,9 +20,9 @@ from hpc_cpd.methods.base import method_of
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.student.policy import StudentParts, load_student_parts
+from tests.distill.rank_forks import learn_on_forks, start_forks
 from tests.distill.synthetic import make_run
 from tests.examples.installed import install_here
-from tests.distill.rank_forks import learn_on_forks, start_forks
 from tests.student.reference import make_student, small_shape
 
 METHOD = "synaptic_intelligence"
