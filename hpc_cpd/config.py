@@ -12,7 +12,17 @@ from pydantic import BaseModel, ValidationError
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.former_keys import advice, former_keys
-from hpc_cpd.settings import METHOD, Choice, ClusterSettings, Config, PluginSettings, Settings, choice_of, mistake
+from hpc_cpd.settings import (
+    METHOD,
+    Choice,
+    ClusterSettings,
+    Config,
+    PluginSettings,
+    Settings,
+    choice_of,
+    group_within,
+    mistake,
+)
 
 SCHEMA_VERSION = 2
 
@@ -156,8 +166,7 @@ def _group_of(
     if chosen is not None:
         settings: type[BaseModel] = plugins.load(chosen.kind, str(values.get("name", chosen.default))).Settings
         return settings
-    annotation = group.model_fields[key].annotation if group is not None and key in group.model_fields else None
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+    return group_within(group, key) if group is not None else None
 
 
 def _differences(old: Settings, new: Settings, prefix: str) -> Iterable[tuple[str, bool]]:

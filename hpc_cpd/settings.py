@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
@@ -78,15 +78,22 @@ def choice_of(settings: type[BaseModel], name: str) -> Choice | None:
     return next((mark for mark in field.metadata if isinstance(mark, Choice)), None) if field is not None else None
 
 
+def group_within(settings: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The group of settings that the field `name` holds, if it holds one; it may be null instead."""
+    annotation = settings.model_fields[name].annotation if name in settings.model_fields else None
+    kinds = (annotation, *get_args(annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
 def mistake(error: Mapping[str, Any], settings: type[BaseModel], prefix: str = "") -> str:
     """One sentence for an error of pydantic in `settings`, whose keys begin with `prefix`."""
     location = [str(part) for part in error["loc"]]
     group = settings
     for part in location[:-1]:
-        annotation = group.model_fields[part].annotation if part in group.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        inner = group_within(group, part)
+        if inner is None:
             break
-        group = annotation
+        group = inner
     key = prefix + ".".join(location)
     if error["type"] == "extra_forbidden":
         within = prefix + "".join(f"{part}." for part in location[:-1])

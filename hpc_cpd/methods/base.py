@@ -219,7 +219,7 @@ class Method:
         """What is added to the loss, scaled so that its mean over ranks is the loss of the batch of all ranks.
 
         `batch`: a `distill.batches.Batch`; `gate`: its gate probabilities [B, L, M, E]; `share`: by which a sum over
-        this rank's rows is multiplied for that.
+        this rank's rows is multiplied for that. For a sum over parameters there is `sum_over_parameters`.
         """
         return None
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+
+import pytest
+
+from hpc_cpd import plugins
 
 PLUGINS = Path(__file__).parents[2] / "examples" / "plugins"
 
@@ -25,6 +30,16 @@ def installed(folder: Path, *names: str) -> dict[str, str]:
         paths.append(str(package))
     known = os.environ.get("PYTHONPATH")
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *paths, *([known] if known else [])])}
+
+
+def install_here(patch: pytest.MonkeyPatch, folder: Path, *names: str) -> None:
+    """The same in this process, and in those that it starts, until `patch` is undone."""
+    paths = installed(folder, *names)["PYTHONPATH"]
+    patch.setenv("PYTHONPATH", paths)
+    for path in reversed(paths.split(os.pathsep)):
+        patch.syspath_prepend(path)
+    for name in ("installed", "load"):  # with caches of their own
+        patch.setattr(plugins, name, cache(getattr(plugins, name).__wrapped__))
 
 
 def _entry_points(groups: Mapping[str, Mapping[str, str]]) -> str:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from hpc_cpd import plugins
 from hpc_cpd.config import load_config
 from hpc_cpd.distill.train import newest_checkpoint, position_of
 from hpc_cpd.distill.validation import check_settings
@@ -21,9 +20,9 @@ from hpc_cpd.methods.base import method_of
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.student.policy import StudentParts, load_student_parts
+from tests.distill.rank_forks import learn_on_forks, start_forks
 from tests.distill.synthetic import make_run
-from tests.examples.installed import installed
-from tests.examples.rank_forks import learn_on_forks, start_forks
+from tests.examples.installed import install_here
 from tests.student.reference import make_student, small_shape
 
 METHOD = "synaptic_intelligence"
@@ -34,14 +33,8 @@ STEPS = 30  # of each phase
 def package(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The package is installed here and in every process that a test starts."""
     with pytest.MonkeyPatch.context() as patch:
-        environment = installed(tmp_path_factory.mktemp("site"), METHOD)
-        patch.setenv("PYTHONPATH", environment["PYTHONPATH"])
-        for folder in reversed(environment["PYTHONPATH"].split(":")):
-            patch.syspath_prepend(folder)
-        plugins.installed.cache_clear()
+        install_here(patch, tmp_path_factory.mktemp("site"), METHOD)
         yield
-    plugins.installed.cache_clear()
-    plugins.load.cache_clear()
 
 
 def a_run(folder: Path, method: str, *words: str) -> Run:
