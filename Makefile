@@ -46,12 +46,13 @@ lock: $(READY)
 	$(PIP) --dry-run --ignore-installed --report $(VENV)/lock.json '.[dev]' $(KEEP)
 	$(BIN)/python .ci/lock.py <$(VENV)/lock.json >constraints.txt
 
-# The fast tests with the lowest versions that pyproject.toml admits, in an environment of their own.
+# The fast tests with the lowest versions that pyproject.toml admits, in an environment of their own. Old versions use what
+# newer ones of their own requirements call deprecated.
 LOWEST := $(VENV)/lowest
 check-lowest:
 	@$(SHELL) .ci/python "$(PYTHON)" "$(LOWEST)"
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e '.[test]'
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(FAST)
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest $(FAST) -W ignore::DeprecationWarning
 
 bench: bench-student bench-teachers
 

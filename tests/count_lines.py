@@ -1,7 +1,7 @@
 """Count the lines of code of every room: ``python tests/count_lines.py [FOLDER]`` (default: hpc_cpd).
 
-A line counts where something of a statement stands on it. Blank lines, comments, docstrings and other strings that stand
-alone do not. On another commit: ``git worktree add /tmp/before COMMIT``, then give ``/tmp/before/hpc_cpd``.
+A line counts where something of a statement stands on it. Blank lines, comments, docstrings and other strings that
+stand alone do not. On another commit: ``git worktree add /tmp/before COMMIT``, then give ``/tmp/before/hpc_cpd``.
 """
 
 from __future__ import annotations
