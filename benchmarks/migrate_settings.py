@@ -46,7 +46,14 @@ USUAL: dict[str, Any] = {
     },
 }
 OF_PAPER = {"memory": {"budget_fraction": 0.095}, "distill": {"anchor_fraction": 0.0, "freeze_old": False}}
-PLUGINS = {"teachers.source": "train", "teachers.start": "demonstrations", "student.task_embedding": "contrastive"}
+PLUGINS = {  # what version 1 was, where it says nothing
+    "teachers.source": "train",
+    "teachers.start": "demonstrations",
+    "teachers.algorithm": "ppo",
+    "student.backbone": "transformer",
+    "student.task_embedding": "contrastive",
+    "cluster.scheduler": "slurm",
+}
 
 
 def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +67,7 @@ def migrated(values: Mapping[str, Any]) -> dict[str, Any]:
         today, _, condition = FORMER_KEYS.get(key, key).partition(" where ")
         plugin, _, name = condition.partition(" is ")
         if not condition or chosen[plugin] == name:
-            _put(new, today, old[key])
+            _put(new, today, old[key], chosen)
     return new
 
 
@@ -134,18 +141,16 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _put(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; what was the name of a plug-in becomes a mapping where its settings are added."""
-    *groups, last = key.split(".")
-    for group in groups:
-        inner = values.setdefault(group, {})
-        if not isinstance(inner, dict):
-            inner = values[group] = {"name": inner}
-        values = inner
-    if isinstance(values.get(last), dict) and not isinstance(value, dict):
-        values[last].setdefault("name", value)
-    else:
-        values[last] = value
+def _put(values: dict[str, Any], key: str, value: Any, chosen: Mapping[str, str]) -> None:
+    """Set a dotted key; a plug-in that has settings becomes a mapping which begins with its name."""
+    groups = key.split(".")
+    for depth, group in enumerate(groups[:-1], 1):
+        plugin = chosen.get(".".join(groups[:depth]))
+        if not isinstance(values.get(group), dict):
+            values[group] = {} if plugin is None else {"name": plugin}
+        values = values[group]
+    if not (isinstance(value, str) and isinstance(values.get(groups[-1]), dict)):  # the name stands there already
+        values[groups[-1]] = value
 
 
 def main(paths: list[str]) -> None:

@@ -272,6 +272,9 @@ def _selection(path: Path) -> Record:
     )
     if not fine:
         raise UserError(f"{path} is damaged: every memory needs whole numbers {', '.join(names)}; {_AGAIN}")
+    selection, budget = value.get("selection"), value.get("budget_fraction")
+    if not isinstance(selection, dict) or "name" not in selection or not isinstance(budget, int | float):
+        raise UserError(f"{path} is damaged: it needs a selection with a name, and a budget_fraction; {_AGAIN}")
     return value
 
 

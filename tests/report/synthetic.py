@@ -102,6 +102,8 @@ def synthetic_run(folder: Path, tasks: Any = "MT10", per_stage: int = 5, finishe
             path / "memory" / "selection.json",
             {
                 "tasks": len(new),
+                "selection": {"name": "dpp"},
+                "budget_fraction": 0.08,
                 "memories": [
                     {"task_id": task, "budget_steps": 800, "kept_steps": 778, "total_steps": 10_000} for task in new
                 ],

@@ -212,6 +212,7 @@ def test_damaged_file_is_one_sentence(make_run: MakeRun, tmp_path: Path) -> None
         ("evaluation_before.json", {"before": [1]}, "'before'"),
         ("evaluation.json", {"tasks": {PUSH: {"successes": 1, "episodes": 20, "goals": 21}}}, "goals"),
         ("memory/selection.json", {"memories": [{"kept_steps": "x"}]}, "whole numbers"),
+        ("memory/selection.json", {"memories": []}, "budget_fraction"),
     ],
 )
 def test_a_file_of_the_wrong_form_is_named(make_run: MakeRun, name: str, value: object, word: str) -> None:
@@ -309,7 +310,7 @@ def test_final_table_lists_tasks_in_order_of_learning(reported: Run) -> None:
 def test_report_does_not_import_torch(make_run: MakeRun) -> None:
     run = make_run([PUSH], 1)
     code = (
-        "import sys; from pathlib import Path; from hpc_cpd.run import Run\n"
+        "import sys; from pathlib import Path; from hpc_cpd.run.paths import Run\n"
         "from hpc_cpd.report.table import final_table; final_table(Run(sys.argv[1]))\n"
         "assert 'matplotlib' not in sys.modules, 'the table alone needs no pictures'\n"
         "from hpc_cpd.report.page import build_report; build_report(Run(sys.argv[1]))\n"
