@@ -53,12 +53,13 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import publish_folder
 from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import DistillSettings, StudentSettings
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.checkpoint import load_checkpoint
 from hpc_cpd.student.network import Student
 
 SIZES = {
     "default": StudentSettings(),
-    "fifty million": StudentSettings(width=512, layers=8, heads=8, expert_hidden=1088),
+    "fifty million": StudentSettings(width=512, backbone=TransformerSettings(layers=8, heads=8), expert_hidden=1088),
 }
 OURS, TORCH, ASYNC, DEEPSPEED, DURABLE = "ours", "torch", "torch, async", "DeepSpeed", "DeepSpeed, durable"
 WINDOWS, PLAIN_STEPS = 32, 3
@@ -84,7 +85,7 @@ class Contender:
 
 def make_engine(settings: StudentSettings, expert_parallel_size: int, plain: bool) -> PhaseEngine:
     """`plain`: with a mixture that DeepSpeed does not know as such, all experts on every rank."""
-    student = Student(shape_of(settings), [list(range(EXPERTS))], expert_parallel_size, inference=plain)
+    student = Student(shape_of(settings), [list(range(EXPERTS))], expert_parallel_size, for_training=not plain)
     if plain:
         student.mixtures.get_submodule("0").anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
     return PhaseEngine(student.train(), DistillSettings(), 100)

@@ -19,7 +19,6 @@ turns; a ratio is the median of the ratios within a turn.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -44,13 +43,14 @@ from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
 from hpc_cpd.settings import DistillSettings, StudentSettings
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 
-OBSERVATION, ACTION, EXPERTS = 39, 4, 10
+OBSERVATION, ACTION, VECTOR, EXPERTS = 39, 4, 32, 10
 SIZES = {
     "default": StudentSettings(),
     "default, top-2": StudentSettings(top_k=2),
-    "large": StudentSettings(width=256, layers=4, heads=8, expert_hidden=1024, top_k=2),
+    "large": StudentSettings(width=256, backbone=TransformerSettings(layers=4, heads=8), expert_hidden=1024, top_k=2),
 }
 SETTINGS = DistillSettings()
 OURS, REPLICATED, DDP, FLAT = "ours", "ours, experts on every rank", "DDP", "flat"
@@ -68,7 +68,7 @@ class Contender:
 
 
 def shape_of(settings: StudentSettings) -> StudentShape:
-    return StudentShape.from_settings(settings, OBSERVATION, ACTION, settings.task_encoder.size)
+    return StudentShape.from_settings(settings, OBSERVATION, ACTION, VECTOR)
 
 
 def make_batches(settings: StudentSettings, rank: int, world_size: int, count: int) -> list[Batch]:
@@ -79,7 +79,7 @@ def make_batches(settings: StudentSettings, rank: int, world_size: int, count: i
     for _ in range(count):
         observations = torch.randn(rows, length, OBSERVATION, generator=generator)
         means = torch.randn(rows, length, ACTION, generator=generator)
-        vectors = torch.randn(rows, settings.task_encoder.size, generator=generator)
+        vectors = torch.randn(rows, VECTOR, generator=generator)
         valid = torch.zeros(rows, length, dtype=torch.bool)
         valid[:, -1] = True
         mine = [part[rank::world_size].contiguous() for part in (observations, means, valid, vectors)]
@@ -101,7 +101,7 @@ def make_ours(settings: StudentSettings, expert_parallel_size: int, batches: lis
 
 
 def make_plain(settings: StudentSettings, with_ddp: bool, batches: list[Batch]) -> Contender:
-    student = Student(shape_of(settings), [list(range(EXPERTS))], inference=True).train()
+    student = Student(shape_of(settings), [list(range(EXPERTS))], for_training=False).train()
     student.mixtures.get_submodule("0").anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -192,7 +192,7 @@ def play(plan: dict[str, Any]) -> None:
 
 
 def count_parameters(settings: StudentSettings) -> int:
-    student = Student(shape_of(settings), [list(range(EXPERTS))], inference=True)
+    student = Student(shape_of(settings), [list(range(EXPERTS))], for_training=False)
     return sum(parameter.numel() for parameter in student.parameters())
 
 
@@ -232,7 +232,7 @@ def main() -> None:
         words = "met" if ratios[worst] <= TARGET else "MISSED"
         print(f"worst {OURS}/{DDP}, {unit[:-3]}: {ratios[worst]:.2f} ({worst}), target {TARGET:.2f}: {words}")
     if given.json is not None:
-        shapes = {size: dataclasses.asdict(shape_of(SIZES[size])) for size in given.sizes}
+        shapes = {size: shape_of(SIZES[size]).model_dump() for size in given.sizes}
         everything = {"settings": settings, "shapes": shapes, "results": results, "origin": describe_origin()}
         given.json.write_text(json.dumps(everything, indent=1) + "\n")
 

@@ -197,7 +197,11 @@ class TrajectorySettings(Settings):
     episodes_per_shard: int = Field(25, ge=1, description="a shard is closed and renamed after this many episodes")
 
 
-_TOKENIZER, _BACKBONE, _HEAD = Choice("tokenizers", "linear"), Choice("backbones", "transformer"), Choice("heads", "linear")
+_TOKENIZER, _BACKBONE, _HEAD = (
+    Choice("tokenizers", "linear"),
+    Choice("backbones", "transformer"),
+    Choice("heads", "linear"),
+)
 _TASK_EMBEDDING = Choice("embeddings", "contrastive")
 
 

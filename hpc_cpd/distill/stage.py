@@ -132,7 +132,7 @@ def _learn(
     batches = StageBatches(
         new,
         memory if config.distill.replay_fraction > 0 else None,
-        parts.task_vectors,
+        dict(parts.task_vectors),
         config.student.history,
         config.distill,
         seed=[config.seed, stage],

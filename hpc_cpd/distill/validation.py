@@ -43,10 +43,14 @@ def require_settings(config: Config, stages: int) -> None:
 def lengthens(old: Config, new: Config) -> bool:
     """Whether `new` only adds stages behind those of `old`, so that a run may go on with it.
 
-    Some task embeddings depend on every task of the stream (one-hot vectors), and PackNet shares its weights out among all stages: theirs may not.
+    A task embedding may depend on every task of the stream (one-hot vectors do), and PackNet shares its weights out
+    among all stages: theirs may not.
     """
     before, after = stage_plan(old.stream), stage_plan(new.stream)
-    fixed = plugins.load("embeddings", old.student.task_embedding.name).needs_all_tasks or old.distill.isolation == "packnet"
+    fixed = (
+        plugins.load("embeddings", old.student.task_embedding.name).needs_all_tasks
+        or old.distill.isolation == "packnet"
+    )
     return len(after) > len(before) and after[: len(before)] == before and not fixed
 
 

@@ -140,7 +140,7 @@ class Student(nn.Module):
         experts = _ExpertsOfPass(self.mixtures, context, valid, override, cache is not None)
         actions = self.head(self.backbone(tokens, experts, positions, cache))
         gates = experts.gates
-        if at is not None:
+        if at is not None and positions is not None:
             length = 1
             gates = [gate if gate.shape[0] == rows else gate.index_select(0, positions) for gate in gates]
         elif positions is not None:

@@ -60,9 +60,7 @@ def info_nce(first: Tensor, second: Tensor, task_index: Tensor, temperature: flo
     return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(first), device=first.device))
 
 
-def learn_task_vectors(
-    settings: ContrastiveSettings, new: NewTasks
-) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Train the encoder for one stage and give every new task its vector.
 
     Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its arguments.

@@ -26,6 +26,7 @@ from hpc_cpd.settings import Config, DistillSettings
 from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.worker import leave
+from tests.student.reference import small_shape
 
 NEW, REPLAYED = 9, 1  # the second rank has no replayed row
 TARGETS = {"against": -1.0, "along": 1.0}
@@ -33,7 +34,7 @@ TARGETS = {"against": -1.0, "along": 1.0}
 
 
 def shape_of(top_k: int) -> StudentShape:
-    return StudentShape(
+    return small_shape(
         observation_size=5,
         action_size=2,
         task_vector_size=3,
@@ -46,7 +47,7 @@ def shape_of(top_k: int) -> StudentShape:
         shared_expert_hidden=0,
         experts_see_observation=True,
         top_k=top_k,
-        gate_bias_at_birth=-5.0,
+        initial_gate_bias=-5.0,
     )
 
 

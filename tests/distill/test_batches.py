@@ -13,10 +13,12 @@ from hpc_cpd.distill.batches import StageBatches, require_replay
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import DistillSettings
-from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 from hpc_cpd.trajectories.store import open_trajectories
 from tests.distill.synthetic import ACTION_SIZE, OBSERVATION_SIZE, TASKS, make_run
+from tests.student.reference import small_shape
 
 VECTORS = {task: np.eye(len(TASKS), dtype=np.float32)[number] for number, task in enumerate(TASKS)}
 
@@ -29,7 +31,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def past() -> StudentPolicy:
     """A student that knows the first two tasks."""
-    shape = StudentShape(
+    shape = small_shape(
         observation_size=OBSERVATION_SIZE,
         action_size=ACTION_SIZE,
         task_vector_size=len(TASKS),
@@ -42,10 +44,11 @@ def past() -> StudentPolicy:
         shared_expert_hidden=0,
         experts_see_observation=True,
         top_k=0,
-        gate_bias_at_birth=-5.0,
+        initial_gate_bias=-5.0,
     )
-    state = Student(shape, [[0, 1]], inference=True).state_dict()
-    return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}, {}))
+    state = Student(shape, [[0, 1]], for_training=False).state_dict()
+    vectors = {task: VECTORS[task] for task in TASKS[:2]}
+    return StudentPolicy(StudentParts(state, shape, [[0, 1]], vectors, {}, OneHotSettings()))
 
 
 def batches(

@@ -145,7 +145,12 @@ def test_newborns_carry_their_own_tasks_after_phase_1(grown: Callable[[int], Gro
 
 def test_ten_stages_in_one_process_do_not_pile_up_memory(tmp_path: Path) -> None:
     """The shared layers are wide: one student or engine that stays alive per stage would show."""
-    words = ["student.width=320", "student.backbone.layers=2", "student.history=1", "student.task_embedding.gradient_steps=5"]
+    words = [
+        "student.width=320",
+        "student.backbone.layers=2",
+        "student.history=1",
+        "student.task_embedding.gradient_steps=5",
+    ]
     words += ["stream.tasks_per_stage=1", "distill.phase1_steps=4", "distill.phase2_steps=4", "distill.warmup_steps=2"]
     tasks = task_set("MT10")
     run = make_run(tmp_path / "run", tasks, tasks, *words)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from hpc_cpd.distill import importance
 from hpc_cpd.distill.importance import Samples, fisher_diagonal, output_sensitivity
-from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.student.network import Executor, Student, StudentShape
+from tests.student.reference import small_shape
 
-SHAPE = StudentShape(
+SHAPE = small_shape(
     observation_size=5,
     action_size=3,
     task_vector_size=4,
@@ -24,13 +23,13 @@ SHAPE = StudentShape(
     shared_expert_hidden=5,
     experts_see_observation=True,
     top_k=0,
-    gate_bias_at_birth=-5.0,
+    initial_gate_bias=-5.0,
 )
 
 
-def student_of(shape: StudentShape) -> Student:
+def student_of(shape: StudentShape, executor: Executor = "functional") -> Student:
     """Two stages of experts, and gates that prefer different ones for different tokens."""
-    student = Student(shape, [[0, 1], [2, 3]], seed=1, inference=True)
+    student = Student(shape, [[0, 1], [2, 3]], seed=1, for_training=False, executor=executor)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, parameter in student.gate_parameters():
@@ -64,12 +63,12 @@ def one_after_the_other(student: Student, samples: Samples, mas: bool) -> dict[s
 def test_importance_is_what_a_loop_of_plain_autograd_over_the_samples_finds(
     top_k: int, mas: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = replace(SHAPE, top_k=top_k)
+    shape = SHAPE.model_copy(update={"top_k": top_k})
     student, samples = student_of(shape), samples_of(shape)
     numbers = shape.action_size * sum(parameter.numel() for parameter in student.parameters())
     monkeypatch.setattr(importance, "NUMBERS_AT_ONCE", 3 * numbers)  # pieces of three, three and one sample
     found = (output_sensitivity if mas else fisher_diagonal)(student, samples)
-    wanted = one_after_the_other(student, samples, mas)
+    wanted = one_after_the_other(student_of(shape, "sparse"), samples, mas)
     assert found.keys() == wanted.keys()
     for name in wanted:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-7, msg=name)

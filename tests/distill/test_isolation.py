@@ -55,9 +55,9 @@ def parts_of(run: Run, stage: int, name: str = "student") -> StudentParts:
 
 
 def owners_of(run: Run, stage: int) -> dict[str, torch.Tensor]:
-    isolation = parts_of(run, stage).isolation
-    assert isinstance(isolation, Owners)
-    return isolation.owners
+    kept = parts_of(run, stage).method_state
+    assert kept is not None and kept.method == "packnet"
+    return Owners.from_tensors(kept.tensors).owners
 
 
 def without_later_stages(run: Run, folder: Path, stage: int, *changes: tuple[str, str]) -> Run:
@@ -136,12 +136,12 @@ def test_the_student_of_stage_1_stays_to_the_bit_beneath_its_adapters(runs: dict
     first, last = parts_of(runs["lora"], 1), parts_of(runs["lora"], STAGES)
     assert first.state.keys() == last.state.keys()
     assert all(torch.equal(first.state[name], last.state[name]) for name in first.state)
-    assert first.isolation is not None and last.isolation is not None
+    assert first.method_state is not None and last.method_state is not None
     matrices = {name for name, tensor in first.state.items() if tensor.dim() > 1}
     names = {f"adapter/{stage}/{name}_{part}" for stage in (2, 3) for name in matrices for part in ("up", "down")}
-    assert first.isolation.tensors() == {} and last.isolation.tensors().keys() == names
-    assert all(tensor.any() for tensor in last.isolation.tensors().values())
-    assert last.isolation.tensors()["adapter/3/head.weight_down"].shape == (3, 32)
+    assert first.method_state.tensors == {} and last.method_state.tensors.keys() == names
+    assert all(tensor.any() for tensor in last.method_state.tensors.values())
+    assert last.method_state.tensors["adapter/3/head.weight_down"].shape == (3, 32)
 
 
 @pytest.mark.parametrize(("method", "stops"), [("packnet", {7: (1, 4), 19: (2, 0), 8: (2, 5)}), ("lora", {25: (2, 2)})])
@@ -172,7 +172,7 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
     run = without_later_stages(runs[method], tmp_path, STAGES, *changes)
     finish(start_ranks(ranks, run.folder, STAGES))
     ours, theirs = (parts_of(r, STAGES) for r in (run, runs[method]))
-    assert ours.isolation is not None and theirs.isolation is not None
+    assert ours.method_state is not None and theirs.method_state is not None
     if method == "packnet":  # the last stage owns all that is left, so that no rounding decides who owns what
         pairs = {name: (ours.state[name], theirs.state[name]) for name in ours.state}
         before = dict(parts_of(run, STAGES, "start").state)
@@ -180,8 +180,8 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
             assert torch.equal(owner, owners_of(runs[method], STAGES)[name])
             assert torch.equal(ours.state[name][owner < STAGES], before[name][owner < STAGES])
     else:
-        other = theirs.isolation.tensors()
-        pairs = {name: (tensor, other[name]) for name, tensor in ours.isolation.tensors().items()}
+        other = theirs.method_state.tensors
+        pairs = {name: (tensor, other[name]) for name, tensor in ours.method_state.tensors.items()}
         before = {name: torch.zeros_like(tensor) for name, (tensor, _) in pairs.items()}
     for name, (one, two) in pairs.items():
         moved = (two - before[name]).abs().max()

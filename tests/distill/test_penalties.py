@@ -10,12 +10,13 @@ import torch
 from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import DistillSettings
-from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import load_student_parts
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import make_run
+from tests.student.reference import small_shape
 
-SHAPE = StudentShape(
+SHAPE = small_shape(
     observation_size=3,
     action_size=2,
     task_vector_size=2,
@@ -28,7 +29,7 @@ SHAPE = StudentShape(
     shared_expert_hidden=0,
     experts_see_observation=True,
     top_k=0,
-    gate_bias_at_birth=-5.0,
+    initial_gate_bias=-5.0,
 )
 
 
@@ -62,7 +63,7 @@ def test_online_ewc_decays_old_importance_and_anchors_at_the_latest_optimum() ->
 
 
 def test_l2_weighs_every_parameter_alike_and_needs_no_samples() -> None:
-    student = Student(SHAPE, [[0]], inference=True)
+    student = Student(SHAPE, [[0]], for_training=False)
     nothing = (torch.zeros(0, 2, 3), torch.zeros(0, 2), torch.zeros(0, dtype=torch.int64))
     importance = importance_of(settings("l2"), student, nothing)
     assert importance.keys() == dict(student.named_parameters()).keys()
@@ -86,7 +87,7 @@ def test_a_missing_penalty_file_is_named(tmp_path: Path) -> None:
 
 
 def test_the_penalty_pulls_a_parameter_back_with_the_gradient_of_its_quadratic() -> None:
-    student = Student(SHAPE, [[0]], inference=True)
+    student = Student(SHAPE, [[0]], for_training=False)
     student.requires_grad_(False)
     bias = student.get_parameter("head.bias").requires_grad_(True)
     anchor = bias.detach() - 2.0
@@ -114,7 +115,7 @@ def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: P
         assert all(torch.equal(states["none", 1][key], value) for key, value in states[name, 1].items())
     assert any(not torch.equal(states["none", 2][key], value) for key, value in states["ewc", 2].items())
     for importance in importances:
-        assert importance.keys() == dict(Student(SHAPE, [[0, 1]], inference=True).named_parameters()).keys()
+        assert importance.keys() == dict(Student(SHAPE, [[0, 1]], for_training=False).named_parameters()).keys()
         assert all(value.isfinite().all() and (value >= 0).all() for value in importance.values())
         assert all(importance[f"mixtures.0.experts.{expert}.last.weight"].any() for expert in (0, 1))
     assert not torch.equal(*(importance["head.weight"] for importance in importances))

@@ -55,9 +55,9 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
         if wish.get("save") and step == wish["save_at"]:
             found = read_moments(student, optimizer, zero)
             save_checkpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1})
-        observations, tasks, valid, lift, target = make_batch(WINDOWS + step, shape.history, shape)
+        observations, tasks, valid, override, target = make_batch(WINDOWS + step, shape.history, shape)
         own = slice(rank * len(valid) // world_size, (rank + 1) * len(valid) // world_size)
-        actions, balance, _ = engine(observations[own], tasks[own], valid[own], lift[own])
+        actions, balance, _ = engine(observations[own], tasks[own], valid[own], override[own])
         loss = masked_loss(actions, target[own], valid[own], float(valid.sum()) / world_size) + 0.1 * balance
         engine.backward(loss)
         engine.step()

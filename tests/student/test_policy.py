@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +13,25 @@ import pytest
 import torch
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.settings import TaskEncoderSettings
-from hpc_cpd.student.acting import FEW_ROWS
+from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
+from hpc_cpd.student.moe.executors import FEW_ROWS
 from hpc_cpd.student.network import Student
-from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
+from hpc_cpd.student.policy import (
+    StudentParts,
+    StudentPolicy,
+    TaskAgnosticPolicy,
+    load_student,
+    load_student_parts,
+    save_student,
+)
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from tests.student.reference import make_student, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
 ENVS, STEPS = 5, 16
+ENCODER = ContrastiveSettings(size=5, window=3, width=8)
 
 
 DEEP = {"layers": 3, "mixtures": 2, "history": 6, "shared_expert_hidden": 8}
@@ -35,14 +45,18 @@ def publish(
     **changes: int,
 ) -> Student:
     shape = small_shape(top_k, **changes)
-    student = make_student(shape, EXPERTS, inference=True)
+    student = make_student(shape, EXPERTS, for_training=False)
     student.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
     vectors = np.eye(5, dtype=np.float32)
     tasks = {"metaworld/reach-v3": vectors[0], "metaworld/push-v3": vectors[1]}
-    state = encoder.state_dict() if encoder is not None else None
     start = np.stack([np.zeros(6), np.full(6, 5.0)]).astype(np.float32)  # of every task: it tells nothing
-    facts = {task: EpisodeStatistics((steps or {}).get(task, 1000), start) for task in tasks}
-    save_student(folder, student.state_dict(), shape, EXPERTS, tasks, state, {"stage": 2}, facts)
+    statistics = {task: EpisodeStatistics((steps or {}).get(task, 1000), start) for task in tasks}
+    parts = StudentParts(
+        student.state_dict(), shape, EXPERTS, tasks, statistics, OneHotSettings(), metadata={"stage": 2}
+    )
+    if encoder is not None:
+        parts = replace(parts, task_embedding=ENCODER, task_embedding_state=encoder.state_dict())
+    save_student(folder, parts)
     return student
 
 
@@ -88,8 +102,6 @@ def test_acting_equals_the_training_forward_at_each_position(
         if step >= 6:
             expected[restarted] = expected_actions(student, seen[6 : step + 1], vector)[restarted]
         np.testing.assert_allclose(actions, expected, rtol=0, atol=2e-6)
-    usage = policy.gate_usage
-    assert usage.shape == (5,) and usage.sum() == pytest.approx(1.0)
     policy.reset("metaworld/push-v3", ENVS)
     np.testing.assert_allclose(policy.act(seen[0]), expected_actions(student, seen[:1], vector), rtol=0, atol=2e-6)
 
@@ -164,7 +176,7 @@ def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path)
 
 def sign_encoder() -> TaskEncoder:
     """Tells the two tasks apart by the sign of the first observed number."""
-    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    encoder = TaskEncoder(6, ENCODER)
     with torch.no_grad():
         for layer in (encoder.first, encoder.second, encoder.last):
             layer.weight.zero_()
@@ -175,20 +187,15 @@ def sign_encoder() -> TaskEncoder:
 
 
 def test_parts_come_back_as_they_went(tmp_path: Path) -> None:
-    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    encoder = TaskEncoder(6, ENCODER)
     student = publish(tmp_path / "student", encoder=encoder)
     parts = load_student_parts(tmp_path / "student")
     assert parts.shape == student.shape and parts.experts_by_stage == EXPERTS and parts.metadata == {"stage": 2}
     assert list(parts.task_vectors) == ["metaworld/reach-v3", "metaworld/push-v3"]
     assert parts.normaliser()[1].tolist() == [2.0] * 6
-    for stored, original in ((parts.state, student), (parts.task_encoder_state, encoder)):
-        assert stored is not None
+    for stored, original in ((parts.state, student), (parts.task_embedding_state, encoder)):
         assert all(torch.equal(stored[name], tensor) for name, tensor in original.state_dict().items())
-    assert json.loads((tmp_path / "student" / "student.json").read_text())["task_encoder"] == {
-        "size": 5,
-        "window": 3,
-        "width": 8,
-    }
+    assert parts.task_embedding == ENCODER and parts.method_state is None
 
 
 def test_wrong_use_is_one_sentence(tmp_path: Path) -> None:
@@ -198,7 +205,7 @@ def test_wrong_use_is_one_sentence(tmp_path: Path) -> None:
         policy.act(np.zeros((2, 6), np.float32))
     with pytest.raises(UserError, match=r"did you mean 'metaworld/push-v3'\?.*metaworld/reach-v3"):
         policy.reset("metaworld/pusch-v3", 2)
-    with pytest.raises(UserError, match="no task encoder"):
+    with pytest.raises(UserError, match="cannot infer the task"):
         policy.reset(None, 2)
     with pytest.raises(UserError, match="num_envs is 0"):
         policy.reset("metaworld/push-v3", 0)
@@ -216,9 +223,10 @@ def test_a_folder_that_is_not_a_whole_student_is_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match="is not a student folder"):
         load_student(tmp_path)
     wrong = {
-        "schema_version": (99, "schema_version 99"),
+        "schema_version": (2, r"schema_version 2, but .* reads 3; load it with the version"),
         "model_sha256": ("0" * 64, r"model\.safetensors is damaged"),
         "shape": ({"width": 3}, r"student\.json does not describe a student"),
+        "task_embedding": ({"name": "psychic"}, "there is no task embedding 'psychic'"),
         "experts_by_stage": ([[0, 1, 2], [3, 4, 5]], "has no tensor|has shape"),
         "tasks": (["metaworld/unheard-of"], "no vector of it"),
     }
