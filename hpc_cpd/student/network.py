@@ -248,7 +248,7 @@ def grown(
     expert_parallel_size: int,
     seed: int,
 ) -> Student:
-    """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at their initial bias.
+    """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at initial bias.
 
     `state` is canonical. Raises ValueError when it does not hold the old student.
     """
