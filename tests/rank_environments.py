@@ -17,6 +17,6 @@ def rank_environments(world_size: int) -> list[dict[str, str]]:
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",
         "DS_ACCELERATOR": "cpu",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
     }
     return [{**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def publish(
     top_k: int = 0,
     encoder: TaskEncoder | None = None,
     steps: dict[str, int] | None = None,
-    **changes: int,
+    **changes: Any,
 ) -> Student:
     shape = small_shape(top_k, **changes)
     student = make_student(shape, EXPERTS, for_training=False)
@@ -86,7 +87,7 @@ def test_many_rows_are_served_like_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{}, DEEP, {"history": 1}], ids=["default", "deep", "no history"])
 @pytest.mark.parametrize("top_k", [0, 1, 2])
 def test_acting_equals_the_training_forward_at_each_position(
-    top_k: int, changes: dict[str, int], tmp_path: Path
+    top_k: int, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     student = publish(tmp_path / "student", top_k, **changes)
     policy = load_student(tmp_path / "student")
@@ -156,8 +157,9 @@ def test_an_episode_that_outlasts_its_inferred_task_is_taken_for_the_next_likeli
     assert [row[0] for row in told] == begun_anew
 
 
-def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path) -> None:
-    student = publish(tmp_path / "student", encoder=sign_encoder(), **DEEP)
+@pytest.mark.parametrize("changes", [DEEP])
+def test_when_the_inferred_task_changes_the_past_is_seen_with_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    student = publish(tmp_path / "student", encoder=sign_encoder(), **changes)
     policy = load_student(tmp_path / "student")
     seen = np.abs(observations()) + 1.0
     for row in range(ENVS):  # the evidence turns at another step in each row
@@ -167,7 +169,7 @@ def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path)
     for step in range(STEPS):
         actions = policy.act(seen[step])
         told.append(policy._vectors.argmax(dim=1).tolist())
-        window = torch.tensor(seen[max(0, step + 1 - DEEP["history"]) : step + 1]).transpose(0, 1).contiguous()
+        window = torch.tensor(seen[max(0, step + 1 - changes["history"]) : step + 1]).transpose(0, 1).contiguous()
         with torch.no_grad():
             expected = student(window, policy._vectors)[0][:, -1].clamp(-1, 1)
         np.testing.assert_allclose(actions, expected, rtol=0, atol=2e-6)
