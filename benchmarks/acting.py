@@ -30,15 +30,19 @@ import torch
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.errors import run_command
 from hpc_cpd.settings import StudentSettings
+from hpc_cpd.student.backbones.transformer import TransformerSettings
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 
-OBSERVATION, ACTION, EXPERTS = 39, 4, 25
+OBSERVATION, ACTION, VECTOR, EXPERTS = 39, 4, 32, 25
 SIZES = {
     "default": StudentSettings(),
     "default, history 32": StudentSettings(history=32),
     "default, history 32, top-2": StudentSettings(history=32, top_k=2),
-    "large, history 64, top-2": StudentSettings(width=256, layers=4, heads=8, history=64, expert_hidden=512, top_k=2),
+    "large, history 64, top-2": StudentSettings(
+        width=256, backbone=TransformerSettings(layers=4, heads=8), history=64, expert_hidden=512, top_k=2
+    ),
 }
 ENVIRONMENTS = (1, 64, 1024)
 TASK = "made/up"
@@ -51,11 +55,11 @@ TARGET = 10.0
 
 
 def make_policy(settings: StudentSettings) -> StudentPolicy:
-    shape = StudentShape.from_settings(settings, OBSERVATION, ACTION, settings.task_encoder.size)
+    shape = StudentShape.from_settings(settings, OBSERVATION, ACTION, VECTOR, -5.0)
     experts = [list(range(EXPERTS))]
-    state = Student(shape, experts, inference=True).state_dict()
+    state = Student(shape, experts, for_training=False).state_dict()
     vector = np.ones(shape.task_vector_size, np.float32) / shape.task_vector_size**0.5
-    return StudentPolicy(StudentParts(state, shape, experts, {TASK: vector}, None, {}, {}))
+    return StudentPolicy(StudentParts(state, shape, experts, {TASK: vector}, {}, OneHotSettings()))
 
 
 class Window:

@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py [--folder DIR] [--json OUT.json]
 
 Saved are a student and AdamW's moments, once the default one and once one of about fifty million parameters, by one
-rank and by two that share the experts. Ours is what training calls (hpc_cpd.distill.learn): the ranks copy what they
+rank and by two that share the experts. Ours is what training calls (hpc_cpd.distill.train): the ranks copy what they
 have to write and go on; a thread writes, hashes and makes durable; later the ranks agree, the folder is renamed into
 place, and the older checkpoint is removed. The peers:
 
@@ -39,7 +39,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from hpc_cpd.distill.learn import _Saver, position_of
 from mixture import RESULT, run_ranks
 from student_step import EXPERTS, OBSERVATION, count_parameters, shape_of
 from torch import Tensor
@@ -47,18 +46,21 @@ from torch import distributed as dist
 
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distill.engine import PhaseEngine
+from hpc_cpd.distill.train import _Saver, position_of
 from hpc_cpd.distributed.torch import all_ranks_max, finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
+from hpc_cpd.methods.base import method_of
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import publish_folder
 from hpc_cpd.run.save_due import SaveDue
-from hpc_cpd.settings import DistillSettings, StudentSettings
+from hpc_cpd.settings import Config, DistillSettings, StudentSettings
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.checkpoint import load_checkpoint
 from hpc_cpd.student.network import Student
 
 SIZES = {
     "default": StudentSettings(),
-    "fifty million": StudentSettings(width=512, layers=8, heads=8, expert_hidden=1088),
+    "fifty million": StudentSettings(width=512, backbone=TransformerSettings(layers=8, heads=8), expert_hidden=1088),
 }
 OURS, TORCH, ASYNC, DEEPSPEED, DURABLE = "ours", "torch", "torch, async", "DeepSpeed", "DeepSpeed, durable"
 WINDOWS, PLAIN_STEPS = 32, 3
@@ -84,10 +86,10 @@ class Contender:
 
 def make_engine(settings: StudentSettings, expert_parallel_size: int, plain: bool) -> PhaseEngine:
     """`plain`: with a mixture that DeepSpeed does not know as such, all experts on every rank."""
-    student = Student(shape_of(settings), [list(range(EXPERTS))], expert_parallel_size, inference=plain)
+    student = Student(shape_of(settings), [list(range(EXPERTS))], expert_parallel_size, for_training=not plain)
     if plain:
         student.mixtures.get_submodule("0").anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
-    return PhaseEngine(student.train(), DistillSettings(), 100)
+    return PhaseEngine(student.train(), DistillSettings(), 100, method_of(Config()))
 
 
 def train(engine: PhaseEngine) -> None:
@@ -114,7 +116,7 @@ def make_contenders(settings: StudentSettings, folder: Path) -> dict[str, Conten
     for engine in (ours, plain):
         train(engine)  # now there are moments
     places = {who: folder / who.replace(", ", "-") for who in (OURS, TORCH, ASYNC, DEEPSPEED, DURABLE)}
-    saver = _Saver(places[OURS], ours, SaveDue(Run(folder), 1e9), lambda: False)
+    saver = _Saver(places[OURS], ours, ours.method, SaveDue(Run(folder), 1e9), lambda: False)
     background = dist.new_group()  # its thread must not meet the collectives of training
     writing: list[Any] = []
 

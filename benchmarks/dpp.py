@@ -70,7 +70,7 @@ def pick_in_rounds(rows: NDArray[np.float64], limit: int) -> NDArray[np.int64]:
     """As the replay memory does for episodes of one step each, with a budget of so many steps."""
     ones = np.ones(len(rows))
     candidates = Candidates("", [], ones.astype(np.int64), ones, limit, np.random.default_rng(0), lambda: rows)
-    return candidates.choose(DPPSelection(DPPSettings()))
+    return candidates.choose(DPPSelection(DPPSettings()))  # type: ignore[arg-type]
 
 
 CONTENDERS: dict[str, Callable[..., Any]] = {OURS: greedy_map, ROUNDS: pick_in_rounds, KERNEL: pick_by_kernel}

@@ -155,7 +155,7 @@ def train_stable_baselines(training: Training, processes: bool) -> None:
     stock = SubprocVecEnv(makers, start_method="fork") if processes else DummyVecEnv(makers)
     normalised = VecNormalize(stock, norm_reward=False)
     network = {"net_arch": {"pi": [WIDTH, WIDTH], "vf": [WIDTH, WIDTH]}, "activation_fn": nn.Tanh}
-    network["log_std_init"] = SETTINGS.initial_log_std
+    network["log_std_init"] = ScratchSettings().initial_log_std
     words = {word: value for word, _, value in EQUAL} | {"policy_kwargs": network, "seed": training.seed}
     model = PPO("MlpPolicy", normalised, batch_size=ROUND // SETTINGS.minibatches, device="cpu", **words)
     policy = deterministic(lambda seen: model.predict(normalised.normalize_obs(seen), deterministic=True)[0])

@@ -19,7 +19,6 @@ turns; a ratio is the median of the ratios within a turn.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -33,7 +32,6 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from hpc_cpd.distill.learn import batch_loss
 from mixture import RESULT, run_ranks
 from torch import distributed as dist
 
@@ -41,16 +39,19 @@ from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine, learning_rate
 from hpc_cpd.distill.losses import action_mean_error
+from hpc_cpd.distill.train import batch_loss
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
-from hpc_cpd.settings import DistillSettings, StudentSettings
+from hpc_cpd.methods.base import method_of
+from hpc_cpd.settings import Config, DistillSettings, StudentSettings
+from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 
-OBSERVATION, ACTION, EXPERTS = 39, 4, 10
+OBSERVATION, ACTION, VECTOR, EXPERTS = 39, 4, 32, 10
 SIZES = {
     "default": StudentSettings(),
     "default, top-2": StudentSettings(top_k=2),
-    "large": StudentSettings(width=256, layers=4, heads=8, expert_hidden=1024, top_k=2),
+    "large": StudentSettings(width=256, backbone=TransformerSettings(layers=4, heads=8), expert_hidden=1024, top_k=2),
 }
 SETTINGS = DistillSettings()
 OURS, REPLICATED, DDP, FLAT = "ours", "ours, experts on every rank", "DDP", "flat"
@@ -68,7 +69,7 @@ class Contender:
 
 
 def shape_of(settings: StudentSettings) -> StudentShape:
-    return StudentShape.from_settings(settings, OBSERVATION, ACTION, settings.task_encoder.size)
+    return StudentShape.from_settings(settings, OBSERVATION, ACTION, VECTOR, -5.0)
 
 
 def make_batches(settings: StudentSettings, rank: int, world_size: int, count: int) -> list[Batch]:
@@ -79,21 +80,22 @@ def make_batches(settings: StudentSettings, rank: int, world_size: int, count: i
     for _ in range(count):
         observations = torch.randn(rows, length, OBSERVATION, generator=generator)
         means = torch.randn(rows, length, ACTION, generator=generator)
-        vectors = torch.randn(rows, settings.task_encoder.size, generator=generator)
+        vectors = torch.randn(rows, VECTOR, generator=generator)
         valid = torch.zeros(rows, length, dtype=torch.bool)
         valid[:, -1] = True
         mine = [part[rank::world_size].contiguous() for part in (observations, means, valid, vectors)]
-        batches.append(Batch(*mine, torch.ones(len(mine[0]), dtype=torch.bool), None, rows))  # type: ignore[arg-type, call-arg]
+        everyone = torch.ones(len(mine[0]), dtype=torch.bool)
+        batches.append(Batch(*mine, everyone, None, rows, rows, []))  # type: ignore[call-arg, arg-type]
     return batches
 
 
 def make_ours(settings: StudentSettings, expert_parallel_size: int, batches: list[Batch]) -> Contender:
     student = Student(shape_of(settings), [list(range(EXPERTS))], expert_parallel_size)
-    engine = PhaseEngine(student.train(), SETTINGS, TOTAL_STEPS)
+    engine = PhaseEngine(student.train(), SETTINGS, TOTAL_STEPS, method_of(Config()))
 
     def step(number: int) -> float:
         batch = batches[number % len(batches)]
-        loss, errors, _ = batch_loss(engine, batch, SETTINGS.load_balancing_coefficient)
+        loss, errors, *_ = batch_loss(engine, batch, SETTINGS.load_balancing_coefficient)
         engine.step(loss, number)
         return float(errors.sum())
 
@@ -101,7 +103,7 @@ def make_ours(settings: StudentSettings, expert_parallel_size: int, batches: lis
 
 
 def make_plain(settings: StudentSettings, with_ddp: bool, batches: list[Batch]) -> Contender:
-    student = Student(shape_of(settings), [list(range(EXPERTS))], inference=True).train()
+    student = Student(shape_of(settings), [list(range(EXPERTS))], for_training=False).train()
     student.mixtures.get_submodule("0").anchor.requires_grad_(False)  # takes no part outside DeepSpeed's groups
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -120,9 +122,9 @@ def make_plain(settings: StudentSettings, with_ddp: bool, batches: list[Batch]) 
 
     def step(number: int) -> float:
         batch = batches[number % len(batches)]
-        actions, balance, _ = model(batch.observations, batch.task_vectors, batch.valid, batch.lift)
-        errors = action_mean_error(actions, batch.teacher_mean, batch.valid)
-        loss = errors.sum() * world_size / batch.global_valid + SETTINGS.load_balancing_coefficient * balance
+        actions, balance, _ = model(batch.observations, batch.task_vectors, batch.valid, batch.override)
+        errors = action_mean_error(actions, batch.target, batch.valid)
+        loss = errors.sum() * world_size / batch.rows_of_all_ranks + SETTINGS.load_balancing_coefficient * balance
         optimizer.zero_grad()
         loss.backward()
         if not with_ddp and world_size > 1:
@@ -192,7 +194,7 @@ def play(plan: dict[str, Any]) -> None:
 
 
 def count_parameters(settings: StudentSettings) -> int:
-    student = Student(shape_of(settings), [list(range(EXPERTS))], inference=True)
+    student = Student(shape_of(settings), [list(range(EXPERTS))], for_training=False)
     return sum(parameter.numel() for parameter in student.parameters())
 
 
@@ -232,7 +234,7 @@ def main() -> None:
         words = "met" if ratios[worst] <= TARGET else "MISSED"
         print(f"worst {OURS}/{DDP}, {unit[:-3]}: {ratios[worst]:.2f} ({worst}), target {TARGET:.2f}: {words}")
     if given.json is not None:
-        shapes = {size: dataclasses.asdict(shape_of(SIZES[size])) for size in given.sizes}
+        shapes = {size: shape_of(SIZES[size]).model_dump() for size in given.sizes}
         everything = {"settings": settings, "shapes": shapes, "results": results, "origin": describe_origin()}
         given.json.write_text(json.dumps(everything, indent=1) + "\n")
 

@@ -93,7 +93,7 @@ def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank
     weight = module.get_parameter(name)
     outputs, inputs = weight.shape
     rank = min(rank, outputs, inputs)
-    within = f"{place}.{name}".removeprefix("tokenizer.").removeprefix("backbone.").removeprefix("head.")
+    within = f"{place}.{name}".removeprefix("tokenizer.").removeprefix("backbone.")
     purpose = int.from_bytes(hashlib.sha256(within.encode()).digest()[:8], "big")
     bound = inputs**-0.5
     down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=seeded_generator(seed, 4, stage, purpose))

@@ -144,7 +144,7 @@ class Student(nn.Module):
         experts = _ExpertsOfPass(self.mixtures, context, valid, override, cache is not None)
         actions = self.head(self.backbone(tokens, experts, positions, cache))
         gates = experts.gates
-        if at is not None:
+        if at is not None and positions is not None:
             length = 1
             gates = [gate if gate.shape[0] == rows else gate.index_select(0, positions) for gate in gates]
         elif positions is not None:
@@ -252,7 +252,7 @@ def grown(
     expert_parallel_size: int,
     seed: int,
 ) -> Student:
-    """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at their initial bias.
+    """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at initial bias.
 
     `state` is canonical. Raises ValueError when it does not hold the old student.
     """

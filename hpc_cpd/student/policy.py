@@ -1,6 +1,6 @@
 """A published student: how it is stored, and how it acts. No other process is needed, and no DeepSpeed.
 
-FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, states of task embedding and method
+FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, state of embedding and method
 FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256, metadata
 """
 

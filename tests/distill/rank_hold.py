@@ -38,7 +38,7 @@ def steps_with(zero: int) -> dict[str, Any]:
     def loss(actions: Tensor) -> Tensor:
         return masked_loss(actions, target, valid, float(valid.sum()))
 
-    plain = make_student(shape, [[0, 1, 2]], inference=True)
+    plain = make_student(shape, [[0, 1, 2]], for_training=False)
     loss(plain(observations, tasks, valid)[0]).backward()
     gradients = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     free = sum(float((g[~fixed[name]] if name in fixed else g).square().sum()) for name, g in gradients.items())

@@ -15,10 +15,12 @@ from hpc_cpd.methods._rows import with_replay
 from hpc_cpd.methods.base import Stage, StageData, method_of
 from hpc_cpd.run.paths import Run
 from hpc_cpd.student.backbones.transformer import TransformerSettings
-from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 from tests.distill.synthetic import ACTION_SIZE, OBSERVATION_SIZE, TASKS, make_run
+from tests.student.reference import small_shape
 
 VECTORS = {task: np.eye(len(TASKS), dtype=np.float32)[number] for number, task in enumerate(TASKS)}
 
@@ -31,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def past() -> StudentPolicy:
     """A student that knows the first two tasks."""
-    shape = StudentShape(
+    shape = small_shape(
         observation_size=OBSERVATION_SIZE,
         action_size=ACTION_SIZE,
         task_vector_size=len(TASKS),
@@ -45,7 +47,8 @@ def past() -> StudentPolicy:
         initial_gate_bias=-5.0,
     )
     state = Student(shape, [[0, 1]], for_training=False).state_dict()
-    return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}, {}))
+    vectors = {task: VECTORS[task] for task in TASKS[:2]}
+    return StudentPolicy(StudentParts(state, shape, [[0, 1]], vectors, {}, OneHotSettings()))
 
 
 def data_of(

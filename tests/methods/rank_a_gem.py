@@ -23,10 +23,11 @@ from hpc_cpd.distributed.torch import finish_distributed, gather, start_distribu
 from hpc_cpd.errors import run_command
 from hpc_cpd.methods.a_gem import AGEM
 from hpc_cpd.methods.base import Phase
-from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.backbones.transformer import TransformerSettings
+from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.worker import leave
+from tests.student.reference import small_shape
 
 NEW, REPLAYED = 9, 1  # the second rank has no replayed row
 TARGETS = {"against": -1.0, "along": 1.0}
@@ -34,7 +35,7 @@ TARGETS = {"against": -1.0, "along": 1.0}
 
 
 def shape_of(top_k: int) -> StudentShape:
-    return StudentShape(
+    return small_shape(
         observation_size=5,
         action_size=2,
         task_vector_size=3,

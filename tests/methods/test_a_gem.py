@@ -56,7 +56,7 @@ def product(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 def plain_gradients(case: str, top_k: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """By autograd on one process: of the new rows, and of the replayed ones."""
-    student, batch = with_small_actions(Student(shape_of(top_k), [[0, 1, 2]], inference=True)), whole_batch(case)
+    student, batch = with_small_actions(Student(shape_of(top_k), [[0, 1, 2]], for_training=False)), whole_batch(case)
     found = []
     for rows in (batch.is_new_task, ~batch.is_new_task):
         student.zero_grad()

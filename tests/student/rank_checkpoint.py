@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hpc_cpd.distill.moments import read_moments, write_moments
 from torch import distributed as dist
 
+from hpc_cpd.distill.optimizer_state import read_moments, write_moments
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint
@@ -31,7 +31,8 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     shape, stage = small_shape(wish["top_k"], **DEEP), wish.get("zero", 0)
     student = make_student(shape, EXPERTS, wish["expert_parallel_size"])
-    position, moments = load_checkpoint(Path(wish["load"]), student) if wish.get("load") else ({"step": 0}, {})
+    loaded = load_checkpoint(Path(wish["load"]), student) if wish.get("load") else ({"step": 0}, {}, {})
+    position, moments, _ = loaded
     for _, parameter in [*student.shared_parameters(), *student.expert_parameters([0])]:
         parameter.requires_grad_(not wish.get("frozen", True))
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -55,9 +56,9 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
         if wish.get("save") and step == wish["save_at"]:
             found = read_moments(student, optimizer, zero)
             save_checkpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1})
-        observations, tasks, valid, lift, target = make_batch(WINDOWS + step, shape.history, shape)
+        observations, tasks, valid, override, target = make_batch(WINDOWS + step, shape.history, shape)
         own = slice(rank * len(valid) // world_size, (rank + 1) * len(valid) // world_size)
-        actions, balance, _ = engine(observations[own], tasks[own], valid[own], lift[own])
+        actions, balance, _ = engine(observations[own], tasks[own], valid[own], override[own])
         loss = masked_loss(actions, target[own], valid[own], float(valid.sum()) / world_size) + 0.1 * balance
         engine.backward(loss)
         engine.step()

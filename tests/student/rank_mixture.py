@@ -40,16 +40,16 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
     shape = small_shape(case["top_k"], **case.get("shape", {}))
     experts, shares = case["experts"], case["shares"]
     total = sum(shares)
-    observations, tasks, valid, lift, target = make_batch(total, shape.history, shape)
+    observations, tasks, valid, flagged, target = make_batch(total, shape.history, shape)
     if case.get("invalid_rank") is not None:
         first = sum(shares[: case["invalid_rank"]])
         valid[first : first + shares[case["invalid_rank"]]] = False
-    lift_mask = lift if case.get("lift") else None
+    override = flagged if case.get("override") else None
     count = float(valid.sum())
 
-    whole = make_student(shape, experts, inference=True)
+    whole = make_student(shape, experts, for_training=False)
     freeze(whole, case.get("frozen", ""))
-    expected, expected_balance = reference_forward(whole, observations, tasks, valid, lift_mask)
+    expected, expected_balance = reference_forward(whole, observations, tasks, valid, override)
     (masked_loss(expected, target, valid, count) + BALANCE * expected_balance).backward()
 
     student = make_student(shape, experts, case["expert_parallel_size"])
@@ -68,9 +68,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
         },
     )[0]
     own = slice(sum(shares[:rank]), sum(shares[: rank + 1]))
-    actions, balance, _ = engine(
-        observations[own], tasks[own], valid[own], None if lift_mask is None else lift_mask[own]
-    )
+    actions, balance, _ = engine(observations[own], tasks[own], valid[own], None if override is None else override[own])
     engine.backward(masked_loss(actions, target[own], valid[own], count / world_size) + BALANCE * balance)
 
     worst = {"outputs": 0.0, "shared": 0.0, "gate": 0.0, "expert": 0.0, "frozen": 0.0, "anchor": 0.0}
@@ -94,7 +92,7 @@ def run_case(case: dict[str, Any]) -> dict[str, float]:
         worst[kind] = max(worst[kind], float((gradient - wanted).abs().max()))
     student.eval()
     with torch.no_grad():
-        quiet, _, _ = engine(observations[own], tasks[own], valid[own], None if lift_mask is None else lift_mask[own])
+        quiet, _, _ = engine(observations[own], tasks[own], valid[own], None if override is None else override[own])
     worst["eval"] = float((quiet - actions.detach()).abs().max()) if actions.numel() else 0.0
     engine.destroy()
     everywhere: list[dict[str, float]] = [{}] * world_size

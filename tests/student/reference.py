@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from hpc_cpd.student.attention import Block
 from torch import Tensor
 
+from hpc_cpd.student.backbones._transformer import Block
 from hpc_cpd.student.network import Student, StudentShape
 
 
-def small_shape(top_k: int = 0, **changes: int | float | bool) -> StudentShape:
+def small_shape(top_k: int = 0, **changes: Any) -> StudentShape:
+    """`changes`: of the shape, or of its Transformer."""
     values = {
         "observation_size": 6,
         "action_size": 3,
@@ -24,20 +27,22 @@ def small_shape(top_k: int = 0, **changes: int | float | bool) -> StudentShape:
         "shared_expert_hidden": 0,
         "experts_see_observation": True,
         "top_k": top_k,
-        "gate_bias_at_birth": -5.0,
+        "initial_gate_bias": -5.0,
+        **changes,
     }
-    return StudentShape(**{**values, **changes})  # type: ignore[arg-type]
+    transformer = {name: values.pop(name) for name in ("layers", "mixtures", "heads")}
+    return StudentShape.model_validate({"backbone": transformer, **values})
 
 
 def make_student(
     shape: StudentShape,
     experts_by_stage: list[list[int]],
     expert_parallel_size: int = 1,
-    inference: bool = False,
+    for_training: bool = True,
     opinion: float = 0.5,
 ) -> Student:
     """A student whose gate has opinions, by default strong: routing is uneven and not decided by rounding."""
-    student = Student(shape, experts_by_stage, expert_parallel_size, seed=3, inference=inference)
+    student = Student(shape, experts_by_stage, expert_parallel_size, seed=3, for_training=for_training)
     with torch.no_grad():
         for name, value in student.gate_parameters():
             generator = torch.Generator().manual_seed(len(name) + value.numel())
@@ -46,40 +51,41 @@ def make_student(
 
 
 def make_batch(rows: int, length: int, shape: StudentShape) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(observations, task vectors, valid, lift_mask, target) of `rows` windows."""
+    """(observations, task vectors, valid, override, target) of `rows` windows."""
     generator = torch.Generator().manual_seed(rows)
     observations = torch.randn(rows, length, shape.observation_size, generator=generator)
     tasks = F.normalize(torch.randn(rows, shape.task_vector_size, generator=generator), dim=1)
     lengths = torch.randint(1, length + 1, (rows,), generator=generator)
     valid = torch.arange(length) < lengths[:, None]
-    lift = torch.rand(rows, generator=generator) < 0.5
+    override = torch.rand(rows, generator=generator) < 0.5
     target = torch.randn(rows, length, shape.action_size, generator=generator)
-    return observations, tasks, valid, lift, target
+    return observations, tasks, valid, override, target
 
 
 def reference_forward(
-    student: Student, observations: Tensor, tasks: Tensor, valid: Tensor, lift_mask: Tensor | None
+    student: Student, observations: Tensor, tasks: Tensor, valid: Tensor, override: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(actions [B, L, act], load-balancing loss) of a student that lives whole in this process."""
     shape = student.shape
     length = valid.shape[1]
     told = tasks[:, None].expand(-1, length, -1)
-    normalised = (observations - student.observation_mean) / student.observation_std
-    tokens = student.embed_observation(normalised) + student.embed_task(told)
+    tokenizer, backbone = student.tokenizer, student.backbone
+    normalised = (observations - tokenizer.observation_mean) / tokenizer.observation_std
+    tokens = tokenizer.embed_observation(normalised) + tokenizer.embed_task(told)
     seen = [normalised] if shape.experts_see_observation else []
     looked_at = torch.tensor([[any(row[place:]) for place in range(length)] for row in valid.tolist()]).view_as(valid)
     balances = []
-    for number, block in enumerate(student.blocks):
+    for number, block in enumerate(backbone.blocks):
         tokens = reference_block(block, tokens)
-        place = number - (shape.layers - shape.mixtures)
+        place = number - (len(backbone.blocks) - backbone.mixtures)
         if place >= 0:
-            features = student.norms_features[place](tokens)
+            features = backbone.norms_features[place](tokens)
             inputs = torch.cat([features, *seen, told], dim=-1)
-            served = valid if number == shape.layers - 1 else looked_at
-            mixed, balance = reference_mixture(student, place, inputs, served, lift_mask)
+            served = valid if number == len(backbone.blocks) - 1 else looked_at
+            mixed, balance = reference_mixture(student, place, inputs, served, override)
             tokens = features + mixed
             balances.append(balance)
-    return student.head(student.norm_head(tokens)), torch.stack(balances).mean()
+    return student.head(backbone.final_norm(tokens)), torch.stack(balances).mean()
 
 
 def reference_block(block: Block, tokens: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ def reference_block(block: Block, tokens: Tensor) -> Tensor:
     for head in range(block.heads):
         part = slice(head * size, (head + 1) * size)
         for now in range(length):
-            places = range(max(0, now - block.reach + 1), now + 1)
+            places = range(max(0, now - block.window + 1), now + 1)
             # only the distance counts: the query stays, the key turns back by how long ago it was
             scores = [(query[:, now, part] * turned(key[:, then, part], then - now)).sum(-1) for then in places]
             weights = (torch.stack(scores, dim=-1) / size**0.5).softmax(dim=-1)
@@ -109,7 +115,7 @@ def turned(vectors: Tensor, angle: int) -> Tensor:
 
 
 def reference_mixture(
-    student: Student, place: int, inputs: Tensor, valid: Tensor, lift_mask: Tensor | None
+    student: Student, place: int, inputs: Tensor, valid: Tensor, override: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(outputs [B, L, width], load-balancing loss) of one mixture."""
     shape, mixture = student.shape, student.mixtures[place]
@@ -127,10 +133,10 @@ def reference_mixture(
         weights, load = probability, probability.detach()
     else:
         chooser = logits.detach().clone()
-        if lift_mask is not None and len(stages) > 1:
+        if override is not None and len(stages) > 1:
             newest = len(student.experts_by_stage[stages[-1] - 1])
-            lifted = lift_mask[:, None].expand(-1, length).reshape(-1)
-            chooser[lifted, experts - newest :] -= shape.gate_bias_at_birth
+            flagged = override[:, None].expand(-1, length).reshape(-1)
+            chooser[flagged, experts - newest :] -= shape.initial_gate_bias
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, chooser.topk(shape.top_k).indices, True)
         wished = torch.zeros_like(chosen).scatter(1, logits.topk(shape.top_k).indices, True)
         load = wished.float() / shape.top_k

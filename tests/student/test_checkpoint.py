@@ -37,7 +37,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     One start of the ranks for all of it: starting takes longer than the work.
     """
     folder = tmp_path_factory.mktemp("two_ranks")
-    save_checkpoint(folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, inference=True), {}, {"step": 0})
+    save_checkpoint(
+        folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, for_training=False), {}, {"step": 0}
+    )
     with open(folder / "damaged" / "mixture-0-expert-0001.safetensors", "r+b") as file:
         file.seek(200)
         file.write(b"\x00\x01\x02\x03")
@@ -78,7 +80,7 @@ def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_los
 
 
 def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
-    alone = make_student(small_shape(0, **DEEP), EXPERTS, inference=True)
+    alone = make_student(small_shape(0, **DEEP), EXPERTS, for_training=False)
     save_checkpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1})
     first, second = (
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "alone", two_ranks[0] / "first")
@@ -109,15 +111,15 @@ def test_a_rank_that_cannot_read_stops_all_ranks(two_ranks: tuple[Path, list[Any
 
 
 def saved(folder: Path) -> tuple[Path, Student]:
-    student = make_student(small_shape(0), [[0, 1], [2]], inference=True)
+    student = make_student(small_shape(0), [[0, 1], [2]], for_training=False)
     save_checkpoint(folder / "one", student, {}, {"step": 7, "phase": 2})
     return folder / "one", student
 
 
 def test_one_process_reads_back_what_it_wrote(tmp_path: Path) -> None:
     folder, student = saved(tmp_path)
-    other = Student(student.shape, student.experts_by_stage, seed=99, inference=True)
-    assert load_checkpoint(folder, other) == ({"step": 7, "phase": 2}, {})
+    other = Student(student.shape, student.experts_by_stage, seed=99, for_training=False)
+    assert load_checkpoint(folder, other) == ({"step": 7, "phase": 2}, {}, {})
     for name, tensor in student.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor)
 
@@ -136,7 +138,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     for key, value, expected in (
         ("schema_version", 99, "schema_version 99"),
         ("experts_by_stage", [[0, 1, 2]], "another student"),
-        ("shape", {**student.shape.as_json(), "width": 99}, "another student"),
+        ("shape", {**student.shape.model_dump(), "width": 99}, "another student"),
         ("files", {}, r"dense\.safetensors is damaged"),
     ):
         index = json.loads((folder / "index.json").read_text())

@@ -33,14 +33,20 @@ def cases(world_size: int) -> list[dict[str, Any]]:
     deep = {"layers": 3, "mixtures": 2, "shared_expert_hidden": 8}
     for size, top_k in product(most, (0, 1, 2)):
         base = {"expert_parallel_size": size, "top_k": top_k, "experts": [[0, 1], [2, 3, 4]], "shape": deep}
-        found += [{**base, "shares": uneven, "lift": True}, {**base, "shares": empty, "frozen": "gate+shared"}]
+        found += [{**base, "shares": uneven, "override": True}, {**base, "shares": empty, "frozen": "gate+shared"}]
         found.append(
-            {"expert_parallel_size": size, "top_k": top_k, "experts": [list(range(25))], "shares": uneven, "lift": True}
+            {
+                "expert_parallel_size": size,
+                "top_k": top_k,
+                "experts": [list(range(25))],
+                "shares": uneven,
+                "override": True,
+            }
         )
     for size, top_k in product(sizes, (0, 1, 2) if world_size < 4 else (0, 2)):
         base = {"expert_parallel_size": size, "top_k": top_k, "experts": [[0, 1, 2, 3, 4]], "shares": uneven}
         found += [base, {**base, "shares": even}, {**base, "shares": empty}]
-        found.append({**base, "experts": [[0, 1], [2, 3, 4]], "lift": True})
+        found.append({**base, "experts": [[0, 1], [2, 3, 4]], "override": True})
         found.append({**base, "experts": [[0]]})  # other ranks hold no expert
         if world_size == 4 and size < 4:
             continue
@@ -65,17 +71,17 @@ def test_outputs_and_gradients_equal_the_plain_mixture(world_size: int, tmp_path
 @pytest.mark.parametrize("top_k", [0, 1, 2, 7])
 def test_one_process_needs_no_distributed_start(top_k: int) -> None:
     shape = small_shape(top_k)
-    student = make_student(shape, [[0, 1], [2, 3, 4]], inference=True)
-    observations, tasks, valid, lift, _ = make_batch(9, 4, shape)
-    actions, balance, gate = student(observations, tasks, valid, lift)
-    expected, expected_balance = reference_forward(student, observations, tasks, valid, lift)
+    student = make_student(shape, [[0, 1], [2, 3, 4]], for_training=False)
+    observations, tasks, valid, override, _ = make_batch(9, 4, shape)
+    actions, balance, gate = student(observations, tasks, valid, override)
+    expected, expected_balance = reference_forward(student, observations, tasks, valid, override)
     torch.testing.assert_close(actions[valid], expected[valid], rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(balance, expected_balance, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(gate.sum(dim=-1), valid[..., None].float())
     assert not torch.distributed.is_initialized()
 
 
-def test_new_experts_start_at_the_birth_bias_and_old_ones_at_zero() -> None:
+def test_new_experts_start_at_the_initial_bias_and_old_ones_at_zero() -> None:
     gate = Mixture(4, 4, 8, [[0, 1], [2, 3]], 1, 0, -5.0, 0).gate
     assert torch.equal(gate.get_parameter("bias_1"), torch.zeros(2))
     assert torch.equal(gate.get_parameter("bias_2"), torch.full((2,), -5.0))
@@ -91,7 +97,7 @@ def test_no_token_is_dropped_when_all_want_one_expert(top_k: int) -> None:
     torch.testing.assert_close(outputs, mixture.experts["1"](tokens), rtol=0, atol=1e-6)
 
 
-def test_lift_gives_new_experts_tokens_and_only_flagged_ones() -> None:
+def test_an_overridden_bias_gives_new_experts_tokens_and_only_flagged_ones() -> None:
     mixture = Mixture(4, 4, 8, [[0, 1], [2, 3]], 1, 1, -5.0, 0)
     tokens = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     flagged = torch.arange(200) % 2 == 0
@@ -102,9 +108,9 @@ def test_lift_gives_new_experts_tokens_and_only_flagged_ones() -> None:
         gradient = sum(float(p.grad.abs().sum()) for e in "23" for p in mixture.experts[e].parameters())
         assert (gradient > 0) == reached
     with torch.no_grad():
-        lifted, plain = mixture(tokens, None, flagged)[0], mixture(tokens)[0]
-    assert torch.equal(lifted[~flagged], plain[~flagged])
-    assert not torch.equal(lifted[flagged], plain[flagged])
+        overridden, plain = mixture(tokens, None, flagged)[0], mixture(tokens)[0]
+    assert torch.equal(overridden[~flagged], plain[~flagged])
+    assert not torch.equal(overridden[flagged], plain[flagged])
 
 
 def test_experts_start_the_same_wherever_they_live() -> None:

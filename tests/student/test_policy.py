@@ -5,23 +5,34 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hpc_cpd.student.acting import FEW_ROWS
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.settings import TaskEncoderSettings
+from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
+from hpc_cpd.student.moe.executors import FEW_ROWS
 from hpc_cpd.student.network import Student
-from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
+from hpc_cpd.student.policy import (
+    StudentParts,
+    StudentPolicy,
+    TaskAgnosticPolicy,
+    load_student,
+    load_student_parts,
+    save_student,
+)
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from tests.student.reference import make_student, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
 ENVS, STEPS = 5, 16
+ENCODER = ContrastiveSettings(size=5, window=3, width=8)
 
 
 DEEP = {"layers": 3, "mixtures": 2, "history": 6, "shared_expert_hidden": 8}
@@ -32,17 +43,21 @@ def publish(
     top_k: int = 0,
     encoder: TaskEncoder | None = None,
     steps: dict[str, int] | None = None,
-    **changes: int,
+    **changes: Any,
 ) -> Student:
     shape = small_shape(top_k, **changes)
-    student = make_student(shape, EXPERTS, inference=True)
+    student = make_student(shape, EXPERTS, for_training=False)
     student.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
     vectors = np.eye(5, dtype=np.float32)
     tasks = {"metaworld/reach-v3": vectors[0], "metaworld/push-v3": vectors[1]}
-    state = encoder.state_dict() if encoder is not None else None
     start = np.stack([np.zeros(6), np.full(6, 5.0)]).astype(np.float32)  # of every task: it tells nothing
-    facts = {task: EpisodeStatistics((steps or {}).get(task, 1000), start) for task in tasks}
-    save_student(folder, student.state_dict(), shape, EXPERTS, tasks, state, {"stage": 2}, facts)
+    statistics = {task: EpisodeStatistics((steps or {}).get(task, 1000), start) for task in tasks}
+    parts = StudentParts(
+        student.state_dict(), shape, EXPERTS, tasks, statistics, OneHotSettings(), metadata={"stage": 2}
+    )
+    if encoder is not None:
+        parts = replace(parts, task_embedding=ENCODER, task_embedding_state=encoder.state_dict())
+    save_student(folder, parts)
     return student
 
 
@@ -72,7 +87,7 @@ def test_many_rows_are_served_like_few(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{}, DEEP, {"history": 1}], ids=["default", "deep", "no history"])
 @pytest.mark.parametrize("top_k", [0, 1, 2])
 def test_acting_equals_the_training_forward_at_each_position(
-    top_k: int, changes: dict[str, int], tmp_path: Path
+    top_k: int, changes: dict[str, Any], tmp_path: Path
 ) -> None:
     student = publish(tmp_path / "student", top_k, **changes)
     policy = load_student(tmp_path / "student")
@@ -88,8 +103,6 @@ def test_acting_equals_the_training_forward_at_each_position(
         if step >= 6:
             expected[restarted] = expected_actions(student, seen[6 : step + 1], vector)[restarted]
         np.testing.assert_allclose(actions, expected, rtol=0, atol=2e-6)
-    usage = policy.gate_usage
-    assert usage.shape == (5,) and usage.sum() == pytest.approx(1.0)
     policy.reset("metaworld/push-v3", ENVS)
     np.testing.assert_allclose(policy.act(seen[0]), expected_actions(student, seen[:1], vector), rtol=0, atol=2e-6)
 
@@ -144,8 +157,9 @@ def test_an_episode_that_outlasts_its_inferred_task_is_taken_for_the_next_likeli
     assert [row[0] for row in told] == begun_anew
 
 
-def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path) -> None:
-    student = publish(tmp_path / "student", encoder=sign_encoder(), **DEEP)
+@pytest.mark.parametrize("changes", [DEEP])
+def test_when_the_inferred_task_changes_the_past_is_seen_with_it(changes: dict[str, Any], tmp_path: Path) -> None:
+    student = publish(tmp_path / "student", encoder=sign_encoder(), **changes)
     policy = load_student(tmp_path / "student")
     seen = np.abs(observations()) + 1.0
     for row in range(ENVS):  # the evidence turns at another step in each row
@@ -155,7 +169,7 @@ def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path)
     for step in range(STEPS):
         actions = policy.act(seen[step])
         told.append(policy._vectors.argmax(dim=1).tolist())
-        window = torch.tensor(seen[max(0, step + 1 - DEEP["history"]) : step + 1]).transpose(0, 1).contiguous()
+        window = torch.tensor(seen[max(0, step + 1 - changes["history"]) : step + 1]).transpose(0, 1).contiguous()
         with torch.no_grad():
             expected = student(window, policy._vectors)[0][:, -1].clamp(-1, 1)
         np.testing.assert_allclose(actions, expected, rtol=0, atol=2e-6)
@@ -164,7 +178,7 @@ def test_when_the_inferred_task_changes_the_past_is_seen_with_it(tmp_path: Path)
 
 def sign_encoder() -> TaskEncoder:
     """Tells the two tasks apart by the sign of the first observed number."""
-    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    encoder = TaskEncoder(6, ENCODER)
     with torch.no_grad():
         for layer in (encoder.first, encoder.second, encoder.last):
             layer.weight.zero_()
@@ -175,20 +189,15 @@ def sign_encoder() -> TaskEncoder:
 
 
 def test_parts_come_back_as_they_went(tmp_path: Path) -> None:
-    encoder = TaskEncoder(6, TaskEncoderSettings(size=5, window=3, width=8))
+    encoder = TaskEncoder(6, ENCODER)
     student = publish(tmp_path / "student", encoder=encoder)
     parts = load_student_parts(tmp_path / "student")
     assert parts.shape == student.shape and parts.experts_by_stage == EXPERTS and parts.metadata == {"stage": 2}
     assert list(parts.task_vectors) == ["metaworld/reach-v3", "metaworld/push-v3"]
     assert parts.normaliser()[1].tolist() == [2.0] * 6
-    for stored, original in ((parts.state, student), (parts.task_encoder_state, encoder)):
-        assert stored is not None
+    for stored, original in ((parts.state, student), (parts.task_embedding_state, encoder)):
         assert all(torch.equal(stored[name], tensor) for name, tensor in original.state_dict().items())
-    assert json.loads((tmp_path / "student" / "student.json").read_text())["task_encoder"] == {
-        "size": 5,
-        "window": 3,
-        "width": 8,
-    }
+    assert parts.task_embedding == ENCODER and parts.method_state is None
 
 
 def test_wrong_use_is_one_sentence(tmp_path: Path) -> None:
@@ -198,7 +207,7 @@ def test_wrong_use_is_one_sentence(tmp_path: Path) -> None:
         policy.act(np.zeros((2, 6), np.float32))
     with pytest.raises(UserError, match=r"did you mean 'metaworld/push-v3'\?.*metaworld/reach-v3"):
         policy.reset("metaworld/pusch-v3", 2)
-    with pytest.raises(UserError, match="no task encoder"):
+    with pytest.raises(UserError, match="cannot infer the task"):
         policy.reset(None, 2)
     with pytest.raises(UserError, match="num_envs is 0"):
         policy.reset("metaworld/push-v3", 0)
@@ -216,9 +225,10 @@ def test_a_folder_that_is_not_a_whole_student_is_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match="is not a student folder"):
         load_student(tmp_path)
     wrong = {
-        "schema_version": (99, "schema_version 99"),
+        "schema_version": (2, r"schema_version 2, but .* reads 3; load it with the version"),
         "model_sha256": ("0" * 64, r"model\.safetensors is damaged"),
         "shape": ({"width": 3}, r"student\.json does not describe a student"),
+        "task_embedding": ({"name": "psychic"}, "there is no task embedding 'psychic'"),
         "experts_by_stage": ([[0, 1, 2], [3, 4, 5]], "has no tensor|has shape"),
         "tasks": (["metaworld/unheard-of"], "no vector of it"),
     }

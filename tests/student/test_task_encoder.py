@@ -7,41 +7,58 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hpc_cpd.settings import TaskEncoderSettings
+from hpc_cpd.student.embeddings.base import NewTasks
+from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
 from hpc_cpd.student.task_encoder import TaskEncoder, info_nce, learn_task_vectors
 
-SETTINGS = TaskEncoderSettings(size=16, window=6, width=64, gradient_steps=150)
+SETTINGS = ContrastiveSettings(size=16, window=6, width=64, gradient_steps=150)
 MEAN, STD = np.full(8, 1.0, np.float32), np.full(8, 2.0, np.float32)
 FIRST, SECOND = [f"synthetic/{n}" for n in range(4)], [f"synthetic/{n}" for n in range(4, 8)]
 
 
-def windows_of(task: str, count: int, rng: np.random.Generator) -> np.ndarray:
+def windows_of(task: str, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
     """A task is a place where things lie and a direction of travel; episodes differ much within a task."""
     number = int(task.rpartition("/")[2])
     character = np.random.default_rng([1, number])
     place, direction = character.normal(size=(2, 8))
     starts = place + rng.normal(scale=0.6, size=(count, 1, 8))
-    steps = np.arange(SETTINGS.window)[None, :, None] * 0.3 * direction
-    observations = starts + steps + rng.normal(scale=0.1, size=(count, SETTINGS.window, 8))
+    steps = np.arange(length)[None, :, None] * 0.3 * direction
+    observations = starts + steps + rng.normal(scale=0.1, size=(count, length, 8))
     return (observations * STD + MEAN).astype(np.float32)
+
+
+def new_tasks(tasks: list[str], state: dict | None = None, old: dict[str, np.ndarray] | None = None) -> NewTasks:
+    """Of stage 1; of stage 2, with what stage 1 left."""
+    return NewTasks(
+        tasks,
+        list(old or {}),
+        FIRST + SECOND,
+        windows_of,
+        old or {},
+        state or {},
+        MEAN,
+        STD,
+        seed=0,
+        stage=2 if old else 1,
+    )
 
 
 @pytest.fixture(scope="module")
 def stages() -> tuple[tuple[dict, dict], tuple[dict, dict]]:
-    first = learn_task_vectors(windows_of, FIRST, {}, None, MEAN, STD, SETTINGS, 0, 1)
+    first = learn_task_vectors(SETTINGS, new_tasks(FIRST))
     kept = {task: vector.copy() for task, vector in first[1].items()}
-    second = learn_task_vectors(windows_of, SECOND, kept, first[0], MEAN, STD, SETTINGS, 0, 2)
+    second = learn_task_vectors(SETTINGS, new_tasks(SECOND, first[0], kept))
     for task, vector in kept.items():
         assert np.array_equal(vector, first[1][task]), "an old vector was changed"
     return first, second
 
 
 def accuracy(state: dict, vectors: dict[str, np.ndarray], tasks: list[str]) -> float:
-    encoder = TaskEncoder.from_state(state, 8)
+    encoder = TaskEncoder.from_state(SETTINGS, state, 8)
     known = torch.tensor(np.stack(list(vectors.values())))
     right = []
     for task in tasks:
-        windows = (windows_of(task, 500, np.random.default_rng(99)) - MEAN) / STD
+        windows = (windows_of(task, 500, SETTINGS.window, np.random.default_rng(99)) - MEAN) / STD
         nearest = (encoder(torch.tensor(windows)) @ known.T).argmax(dim=1)
         right.append(float((nearest == list(vectors).index(task)).float().mean()))
     return float(np.mean(right))
@@ -68,14 +85,14 @@ def test_vectors_are_units_apart_and_only_new_tasks_get_one(stages: tuple) -> No
 def test_the_same_arguments_give_the_same_bits(stages: tuple) -> None:
     torch.manual_seed(123)
     (first_state, first), (state, vectors) = stages
-    again_state, again = learn_task_vectors(windows_of, SECOND, first, first_state, MEAN, STD, SETTINGS, 0, 2)
+    again_state, again = learn_task_vectors(SETTINGS, new_tasks(SECOND, first_state, first))
     assert all(torch.equal(state[name], again_state[name]) for name in state)
     assert all(np.array_equal(vectors[task], again[task]) for task in vectors)
 
 
 def test_a_single_task_gets_a_vector() -> None:
     settings = SETTINGS.model_copy(update={"gradient_steps": 3})
-    _, vectors = learn_task_vectors(windows_of, FIRST[:1], {}, None, MEAN, STD, settings, 0, 1)
+    _, vectors = learn_task_vectors(settings, new_tasks(FIRST[:1]))
     assert np.linalg.norm(vectors[FIRST[0]]) == pytest.approx(1.0, abs=1e-6)
 
 

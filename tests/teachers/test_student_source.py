@@ -10,8 +10,9 @@ from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
 from hpc_cpd.student.network import Student
-from hpc_cpd.student.policy import StudentPolicy, load_student, save_student
+from hpc_cpd.student.policy import StudentParts, StudentPolicy, load_student, save_student
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.sources.base import make_teacher
@@ -22,10 +23,11 @@ from tests.teachers.jobs import PENDULUM, tiny_run
 @pytest.fixture
 def student(tmp_path: Path) -> Path:
     shape = small_shape(0, observation_size=3, action_size=1, history=3)
-    network = Student(shape, [[0, 1]], inference=True, seed=5)
+    network = Student(shape, [[0, 1]], for_training=False, seed=5)
     vectors = {PENDULUM: np.ones(shape.task_vector_size, np.float32)}
     facts = {PENDULUM: EpisodeStatistics(200, np.ones((2, 3), np.float32))}
-    save_student(tmp_path / "joint", network.state_dict(), shape, [[0, 1]], vectors, None, {"stage": 1}, facts)
+    parts = StudentParts(network.state_dict(), shape, [[0, 1]], vectors, facts, OneHotSettings())
+    save_student(tmp_path / "joint", parts)
     return tmp_path / "joint"
 
 

@@ -203,7 +203,8 @@ def test_after_a_warm_start_the_critic_learns_first_and_the_policy_does_not_move
     assert not np.array_equal(clone["critic.0.weight"], first["critic.0.weight"])
     assert not np.array_equal(clone["actor.0.weight"], third["actor.0.weight"])
     assert np.array_equal(clone["normaliser_mean"], third["normaliser_mean"])
-    assert np.allclose(clone["log_std"], run.config().teachers.start.initial_log_std)
+    start = run.config().teachers.start.model_dump()
+    assert np.allclose(clone["log_std"], start["initial_log_std"])
 
 
 def test_no_iterations_publish_the_warm_start(tmp_path: Path, examined: Examined) -> None:

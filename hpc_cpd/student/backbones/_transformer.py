@@ -36,7 +36,7 @@ def attention_windows(history: int, layers: int) -> list[int]:
 
 
 def rotary(positions: Tensor, head_size: int) -> Tensor:
-    """Cosines and sines of the angles of queries and keys at `positions` int64 [...]: float32 [2, ..., head_size / 2]."""
+    """Cosines and sines of the angles of what stands at `positions` int64 [...]: float32 [2, ..., head_size / 2]."""
     half = head_size // 2
     exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
     angles = positions[..., None] * ROTARY_BASE**-exponents  # in float64: an episode may last for days
@@ -44,14 +44,14 @@ def rotary(positions: Tensor, head_size: int) -> Tensor:
 
 
 def rotated(vectors: Tensor, angles: Tensor) -> Tensor:
-    """`vectors` [..., head size] rotated by `angles` (of :func:`rotary`) [2, ..., head size / 2], which is broadcast."""
+    """`vectors` [..., head size] rotated by `angles` [2, ..., head size / 2] (see `rotary`), which are broadcast."""
     one, other = vectors.chunk(2, dim=-1)
     cosine, sine = angles.to(vectors.dtype)
     return torch.cat([one * cosine - other * sine, one * sine + other * cosine], dim=-1)
 
 
 class Transformer(Backbone):
-    """Blocks, with a layer norm and a mixture of experts behind each of the last ones."""
+    """Blocks, with a layer norm and a mixture of experts behind each of the last ones, and a layer norm at the end."""
 
     def __init__(self, settings: TransformerSettings, shape: StudentShape, generator: torch.Generator) -> None:
         super().__init__()
@@ -62,6 +62,7 @@ class Transformer(Backbone):
             for window in attention_windows(shape.history, settings.layers)
         )
         self.norms_features = nn.ModuleList(nn.LayerNorm(shape.width) for _ in range(settings.mixtures))
+        self.final_norm = nn.LayerNorm(shape.width)
 
     def forward(
         self, tokens: Tensor, experts: Experts, positions: Tensor | None = None, cache: Cache | None = None
@@ -83,7 +84,8 @@ class Transformer(Backbone):
                 tokens = experts(mixture, self.norms_features[mixture](tokens), wanted)
             if number != last:
                 tokens = tokens.view(shape)
-        return tokens
+        features: Tensor = self.final_norm(tokens)
+        return features
 
     def new_cache(self, rows: int) -> Cache:
         """Keys and values [2, rows, heads, window, head size] of each block; that of age a stands at a % window."""
@@ -123,10 +125,8 @@ class Block(nn.Module):
         keys and values that are kept, and the rows' ages; then L is 1.
         """
         query, key, value = self.query_key_and_value(tokens, angles)
-        if past is None:
-            attended = self._within_window(query, key, value)
-        else:
-            attended = self._with_past(query, key, value, *past)
+        inputs = (query, key, value)
+        attended = self._within_window(*inputs) if past is None else self._with_past(*inputs, *past)
         attended = attended.transpose(1, 2).flatten(2)
         if positions is not None:
             tokens, attended = (each.flatten(0, 1).index_select(0, positions) for each in (tokens, attended))

@@ -1,7 +1,7 @@
 """What a backbone must offer: the tokens of a history in, features of each observation out, with experts in between.
 
-A plug-in of kind ``student.backbone`` is a subclass of :class:`Backbone` with a class ``Settings``; or, where settings are
-to be read without importing torch, any object with ``Settings`` and ``build``.
+A plug-in of kind ``student.backbone`` is a subclass of :class:`Backbone` with a class ``Settings``; or, where
+settings are to be read without importing torch, any object with ``Settings`` and ``build``.
 
 The features of an observation may depend on the last ``student.history`` observations and on nothing before them: a
 student learns from windows of that length, and acts one observation at a time with what its backbone keeps of the

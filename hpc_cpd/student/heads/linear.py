@@ -1,4 +1,4 @@
-"""Actions by layer norm and one linear layer."""
+"""Actions by one linear layer."""
 
 from __future__ import annotations
 
@@ -25,14 +25,9 @@ class LinearHead:
 
     @staticmethod
     def build(settings: Any, shape: StudentShape, generator: Generator) -> nn.Module:
-        from torch import nn
-
         from hpc_cpd.student.moe.gate import seeded_linear
 
-        head = nn.Sequential()
-        head.add_module("norm_head", nn.LayerNorm(shape.width))
-        head.add_module("head", seeded_linear(shape.width, shape.action_size, generator))
-        return head
+        return seeded_linear(shape.width, shape.action_size, generator)
 
 
 plugin = LinearHead

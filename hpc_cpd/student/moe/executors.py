@@ -15,7 +15,7 @@ FEW_ROWS = 64
 
 
 class StackedMixture(Mixture):
-    """Answers for newest observations with weights that are laid out once: mostly, a tick reads the experts' weights."""
+    """Answers for newest observations with weights laid out once: mostly, a control step reads the experts' weights."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)

@@ -1,7 +1,7 @@
 """What a tokenizer must offer: the observation and the task's vector in, one token out.
 
-A plug-in of kind ``student.tokenizer`` is a subclass of :class:`Tokenizer` with a class ``Settings``; or, where settings
-are to be read without importing torch, any object with ``Settings`` and ``build``.
+A plug-in of kind ``student.tokenizer`` is a subclass of :class:`Tokenizer` with a class ``Settings``; or, where
+settings are to be read without importing torch, any object with ``Settings`` and ``build``.
 """
 
 from __future__ import annotations

@@ -150,10 +150,11 @@ def read_demonstrations(task: TaskSpec, folder: Path, communicator: Communicator
                 raise UserError(problems[0])
         samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
         found = (samples.observations.shape[-1], samples.targets.shape[-1])
-        if found != (flat_size(task.observation_space), flat_size(task.action_space)):
+        wanted = (flat_size(task.observation_space), flat_size(task.action_space))
+        if found != wanted:
             raise UserError(
                 f"the trajectories in {folder / task.task_id} have (observation, action) sizes {found}, but "
-                f"{task.task_id} has {(flat_size(task.observation_space), flat_size(task.action_space))}; record them with this version"
+                f"{task.task_id} has {wanted}; record them with this version"
             )
         return samples
 
