@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hpc_cpd.config import load_config
+from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.distributed.torch import require_gpus
 from hpc_cpd.errors import UserError
 

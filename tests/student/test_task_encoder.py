@@ -29,18 +29,8 @@ def windows_of(task: str, count: int, length: int, rng: np.random.Generator) -> 
 
 def new_tasks(tasks: list[str], state: dict | None = None, old: dict[str, np.ndarray] | None = None) -> NewTasks:
     """Of stage 1; of stage 2, with what stage 1 left."""
-    return NewTasks(
-        tasks,
-        list(old or {}),
-        FIRST + SECOND,
-        windows_of,
-        old or {},
-        state or {},
-        MEAN,
-        STD,
-        seed=0,
-        stage=2 if old else 1,
-    )
+    known, stage = old or {}, 2 if old else 1
+    return NewTasks(tasks, list(known), FIRST + SECOND, windows_of, known, state or {}, MEAN, STD, seed=0, stage=stage)
 
 
 @pytest.fixture(scope="module")
