@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import hpc_cpd
-from hpc_cpd import errors
+from hpc_cpd import errors, plugins
 from hpc_cpd.config import load_config
-from hpc_cpd.settings import Config, Settings
+from hpc_cpd.settings import Config, Settings, choice_of
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_name("golden_settings.txt")
@@ -34,7 +34,7 @@ def test_launch_options():
     words = ["a=1", "--stage", "all", "--ranks", "2", "b=2", "--wait"]
     assert _parser().parse_intermixed_args(words).settings == ["a=1", "b=2"]
     cluster = next(action for action in _parser()._actions if action.dest == "cluster")
-    assert cluster.choices == ["auto", "local", "slurm"] and cluster.default == "auto"
+    assert cluster.default == "auto" and {"local", "slurm"} <= set(plugins.names("schedulers"))
 
 
 def test_exit_codes():
@@ -62,8 +62,12 @@ def test_python_names():
 def keys(settings: type[Settings], prefix: str = "") -> list[str]:
     found = []
     for name, field in settings.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Settings):
+        kind, choice = field.annotation, choice_of(settings, name)
+        if choice is not None:  # key, then those of each plug-in that comes with the package
+            found.append(f"{prefix}{name}")
+            for plugin in plugins.built_in(choice.kind):
+                found += keys(plugins.load(choice.kind, plugin).Settings, f"{prefix}{name}[{plugin}].")
+        elif isinstance(kind, type) and issubclass(kind, Settings):
             found += keys(kind, f"{prefix}{name}.")
         else:
             found.append(f"{prefix}{name}")

@@ -162,7 +162,7 @@ def _run_phase(
     save: _Saver,
     name: str,
 ) -> None:
-    progress = Progress(name, enabled=metrics is not None)
+    progress = Progress(name, enabled=metrics is not None, folder=None if metrics is None else metrics.path.parent)
     for step in range(start, phase.steps):
         # the first step may have to wait for a rank that begins late
         seconds = COLLECTIVE_TIMEOUT_SECONDS if step == start else config.distill.patience_seconds
@@ -178,7 +178,10 @@ def _run_phase(
             progress.update(
                 f"phase {phase.number} step {step + 1}/{phase.steps} loss {record['loss']:.5f}",
                 last=step + 1 == phase.steps,
+                phase=f"phase {phase.number}",
                 step=step + 1,
+                total=phase.steps,
+                loss=record["loss"],
             )
 
 

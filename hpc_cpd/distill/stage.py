@@ -65,7 +65,7 @@ def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missin
     if is_done(folder):
         return
     rank, _ = start_distributed()
-    say = Progress(f"stage {stage}", every_seconds=0, enabled=rank == 0)
+    say = Progress(f"stage {stage}", every_seconds=0, enabled=rank == 0, folder=folder)
     seen = [task for tasks in plan[:stage] for task in tasks]
     tasks = plan[stage - 1]
     new = open_new(run, stage, tasks)

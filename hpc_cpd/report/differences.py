@@ -13,9 +13,11 @@ def flat_settings(settings: Settings, prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, field in type(settings).model_fields.items():
         value, extra = getattr(settings, name), field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("resumable"):
+            continue
         if isinstance(value, Settings):
             flat |= flat_settings(value, f"{prefix}{name}.")
-        elif not (isinstance(extra, dict) and extra.get("resumable")):
+        else:
             flat[f"{prefix}{name}"] = value
     return flat
 

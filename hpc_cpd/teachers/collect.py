@@ -55,7 +55,7 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     shards = _Shards(envs, run, communicator, teacher)
     due = SaveDue(run, config.checkpoint_every_seconds)
     boundary = CheckpointBoundary(communicator, stop, due, f"the trajectories of {task_id}")
-    progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0)
+    progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
     plan = AttemptPlan(config.seed, task_id, "trajectory", settings.action_noise, settings.steps_after_success)
 
     def keep(episodes: list[Episode]) -> None:

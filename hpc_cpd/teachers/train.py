@@ -115,7 +115,7 @@ class _Training:
         self.warm = self.settings.start == "demonstrations"
         due = SaveDue(run, self.config.checkpoint_every_seconds)
         self.boundary = CheckpointBoundary(communicator, stop, due, what=f"the teacher of {task_id}")
-        self.progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0)
+        self.progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
         self.log: MetricsLog | None = None
         self.state = _State()
         self.best: dict[str, Tensor] = {}
@@ -191,7 +191,13 @@ class _Training:
             if state.clone_step % CLONE_LOG_EVERY == 0 or last:
                 self._log(phase="clone", loss=summed)
                 at = f"{state.clone_step}/{settings.gradient_steps}"
-                self.progress.update(f"cloning {at}, loss {summed:.4f}", step=state.step)
+                self.progress.update(
+                    f"cloning {at}, loss {summed:.4f}",
+                    phase="cloning",
+                    step=state.clone_step,
+                    total=settings.gradient_steps,
+                    loss=summed,
+                )
             if last:
                 state.phase = "improve"
                 self.optimizer = self._new_optimizer()
@@ -252,7 +258,9 @@ class _Training:
                 self.progress.update(
                     f"PPO {state.iteration}/{settings.iterations}, success {measured['success']:.2f} with noise, "
                     f"return {measured['mean_return']:.0f}",
-                    step=state.step,
+                    phase="PPO",
+                    step=state.iteration,
+                    total=settings.iterations,
                 )
                 last = state.iteration == settings.iterations
                 if last or state.iteration % self.settings.evaluate_every_iterations == 0:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill import engine as engines
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine
@@ -25,7 +26,6 @@ from hpc_cpd.errors import run_command
 from hpc_cpd.settings import Config, DistillSettings
 from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.network import Student, StudentShape
-from hpc_cpd.worker import leave
 
 NEW, REPLAYED = 9, 1  # the second rank has no replayed row
 TARGETS = {"against": -1.0, "along": 1.0}

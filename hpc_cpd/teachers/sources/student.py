@@ -57,7 +57,7 @@ def take_from_student(run: Run, task_id: str, communicator: Communicator, evalua
     Raises UserError: no such student, or one that has not learnt the task.
     """
     began = time.monotonic()
-    progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0)
+    progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
     source = run.config().teachers.student
     if source is None:
         raise UserError("teachers.source is student, but teachers.student names no folder; give RUN/stages/K/student")

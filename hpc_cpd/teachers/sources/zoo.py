@@ -27,7 +27,7 @@ def take_from_zoo(run: Run, task_id: str, communicator: Communicator, evaluate: 
     Raises UserError: the zoo has none, or one of another version of the reward.
     """
     began = time.monotonic()
-    progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0)
+    progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
     task = describe(task_id)
     policy = load_teacher(zoo_folder(task.skill))
     policy.task_id = task_id
