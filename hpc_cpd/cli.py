@@ -218,9 +218,9 @@ def verify(run: RunFolder) -> None:
             problems += _problem(load_student, at.stage(stage) / "student")
             problems += verify_folder(at.stage(stage) / "memory")
         for task in plan[stage - 1]:
-            if is_done(at.relabelled(stage, task)):
-                checked["relabelled folders"] += 1
-                problems += verify_folder(at.relabelled(stage, task), task)
+            if is_done(at.dagger(stage, task)):
+                checked["DAgger folders"] += 1
+                problems += verify_folder(at.dagger(stage, task), task)
     console = Console()
     for problem in problems:
         console.print(f"- {problem}", soft_wrap=True, markup=False)

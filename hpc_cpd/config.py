@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.settings import METHODS, Choice, Config, PluginSettings, Settings, choice_of, mistake
+from hpc_cpd.settings import METHOD, Choice, Config, PluginSettings, Settings, choice_of, mistake
 
 SCHEMA_VERSION = 2
 
@@ -77,12 +77,16 @@ def _named(value: Any) -> dict[str, Any]:
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:
-    """Validate plain values. Raises UserError with one sentence for the first mistake."""
+    """Validate plain values. Raises UserError with one sentence for the first mistake.
+
+    A method may have presets: settings of other groups that it wants where nobody says otherwise.
+    """
     filled = dict(values)
-    for group, defaults in METHODS.get(str(values.get("method")), {}).items():
-        given = values.get(group)
+    method = METHOD.resolve(filled.get("method", {}))
+    for group, presets in plugins.load("methods", method.name).presets.items():
+        given = filled.get(group)
         if given is None or isinstance(given, Mapping):
-            filled[group] = {**defaults, **(given or {})}
+            filled[group] = {**presets, **(given or {})}
     try:
         return Config.model_validate(filled)
     except ValidationError as failure:

@@ -136,12 +136,12 @@ def check(request: LaunchRequest, scheduler: Scheduler) -> None:
 
     A launch and ``--dry-run`` both do all of it, so what one accepts the other does too.
     """
-    from hpc_cpd.distill.validation import require_settings
+    from hpc_cpd.distill.validation import check_settings
     from hpc_cpd.teachers.validation import require_teacher
 
     run, config = request.run, request.config
     _require_same_sizes([task for tasks in request.plan for task in tasks])
-    require_settings(config, len(request.plan))
+    check_settings(config, request.plan)
     if run.config_file.is_file():
         run.require_same_settings(config, _goes_on_longer(request))
     if run.stop_file.exists():

@@ -58,6 +58,10 @@ class Choice:
         except ValidationError as failure:
             raise UserError(mistake(failure.errors()[0], settings, f"{key}.")) from None
 
+    def defaults(self) -> PluginSettings:
+        """The settings of the default plug-in, all at their defaults."""
+        return self.resolve({})
+
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self.resolve,
@@ -97,7 +101,7 @@ class StreamSettings(Settings):
     tasks: str | list[str] = Field(
         "MT10", description="a task set (MT10, MT25, MT50, or MT50x2: goals halved) or a list of task ids"
     )
-    tasks_per_stage: int = Field(5, ge=1, description="tasks that arrive together")
+    tasks_per_stage: int = Field(5, ge=0, description="tasks that arrive together; 0: all of them in one stage")
     order_seed: int | None = Field(None, description="shuffle the tasks with this seed; null keeps the list order")
 
 
@@ -220,12 +224,7 @@ class StudentSettings(Settings):
     experts_see_observation: bool = Field(
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
-    experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
-    grow: bool = Field(True, description="false: the experts of stage 1 serve every later stage (ablation)")
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    gate_bias_at_birth: float = Field(
-        -5.0, description="gate bias of a new expert (arXiv 2601.22475); of more than five, log(number / 5) lower"
-    )
     task_embedding: Literal["contrastive", "one_hot"] = Field("contrastive", description="one_hot is an ablation")
     task_encoder: TaskEncoderSettings = TaskEncoderSettings()
 
@@ -242,15 +241,6 @@ class StudentSettings(Settings):
                 f"{self.layers}; change either"
             )
         return self
-
-
-class MemorySettings(Settings):
-    """The replay memory."""
-
-    budget_fraction: float = Field(
-        0.05, gt=0, le=1, description="share of each task's steps that is kept, in whole episodes, one at least"
-    )
-    selection: Literal["dpp", "uniform"] = Field("dpp", description="determinantal point process, or at random")
 
 
 class DistillSettings(Settings):
@@ -270,40 +260,17 @@ class DistillSettings(Settings):
     batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
     phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
     phase2_steps: int = Field(2000, ge=0, description="steps with the gate frozen and the experts learning")
-    relabelled_episodes: int = Field(
-        0,
-        ge=0,
-        description="episodes of each new task that the student then plays and the teacher answers (DAgger, arXiv "
-        "1011.0686); phase 3 learns from them too",
-    )
-    phase3_steps: int = Field(1000, ge=1, description="steps of phase 3, which is phase 2 with those episodes")
     learning_rate: float = Field(1e-3, gt=0, description="peak AdamW step size of each phase, cosine to 10%")
     warmup_steps: int = Field(100, ge=0, description="linear warm-up of each phase")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay")
     max_gradient_norm: float = Field(1.0, gt=0, description="global gradient norm clip")
     load_balancing_coefficient: float = Field(0.001, ge=0, description="weight of the load-balancing loss")
-    newborn_coefficient: float = Field(
-        0.1, ge=0, description="top-k gate, phase 1: weight of sending new tasks to new experts and old ones to old"
-    )
-    replay_fraction: float = Field(0.5, ge=0, lt=1, description="share of a batch drawn from the replay memory")
-    anchor_fraction: float = Field(
-        0.5,
-        ge=0,
-        le=1,
-        description="share of the replayed rows that ask for what the student before this stage did: new "
-        "observations, the vector of an old task",
-    )
-    between_fraction: float = Field(
-        0.5, ge=0, le=1, description="share of those rows that lie between two remembered states of the old task"
-    )
     target: Literal["mean", "executed"] = Field(
         "mean", description="what the student imitates: the teacher's mean, or its action with noise (ablation)"
     )
     task_weights: Literal["equal", "teacher_success"] = Field(
         "equal", description="how often a task is drawn: like any other, or in proportion to its teacher's success"
     )
-    replay_targets: Literal["teacher", "past_student"] = Field("teacher", description="whose actions memory asks for")
-    gradient_projection: bool = Field(False, description="A-GEM (arXiv 1812.00420): replay corrects gradients")
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the student's products while it learns; weights, gate and optimizer stay float32"
     )
@@ -313,38 +280,16 @@ class DistillSettings(Settings):
         description="trajectories of a stage beyond this are mapped from their files instead of held by every rank",
         json_schema_extra=RESUMABLE,
     )
-    patience_seconds: float = Field(
+    collective_timeout_seconds: float = Field(
         45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE
     )
-    freeze_old: bool = Field(
-        True,
-        description="old experts and their gate rows never move again; false: phase 2 trains them too, as the paper",
-    )
-    freeze_shared: bool = Field(True, description="false: shared layers go on learning after stage 1 (ablation)")
-    penalty: Literal["none", "l2", "ewc", "online_ewc", "mas"] = Field("none", description="baseline: regulariser")
-    penalty_coefficient: float = Field(1000.0, ge=0, description="weight of the regulariser")
-    online_ewc_decay: float = Field(0.95, ge=0, le=1, description="gamma of Online EWC (arXiv 1805.06370)")
-    isolation: Literal["none", "packnet", "lora"] = Field("none", description="baseline: weights of a stage's own")
-    lora_rank: int = Field(8, ge=1, description="rank of a stage's adapters (distill.isolation=lora)")
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        if self.gradient_projection and self.zero_stage:
-            raise UserError(
-                f"distill.gradient_projection needs whole gradients on every rank, but distill.zero_stage is "
-                f"{self.zero_stage}, which shares them out; set distill.zero_stage=0"
-            )
         if self.ranks % (self.expert_parallel_size or self.ranks):
             raise UserError(
                 f"distill.expert_parallel_size is {self.expert_parallel_size}, which does not divide distill.ranks, "
                 f"{self.ranks}; choose a divisor, or 0 for all of them"
-            )
-        asking = "gradient_projection" if self.gradient_projection else "replay_targets"
-        asked = self.gradient_projection or self.replay_targets == "past_student"
-        if asked and (not self.replay_fraction or self.anchor_fraction == 1):
-            raise UserError(
-                f"distill.{asking} is {getattr(self, asking)}, but no row comes from the replay memory; choose "
-                "distill.replay_fraction above 0 and distill.anchor_fraction below 1"
             )
         return self
 
@@ -374,22 +319,15 @@ class ClusterSettings(Settings):
     )
 
 
-METHODS: dict[str, dict[str, dict[str, Any]]] = {
-    "ours": {},
-    # what is known of arXiv 2601.22475; where it says nothing, the defaults above stand in both methods
-    "paper": {
-        "student": {"experts_see_observation": False},
-        "memory": {"budget_fraction": 0.095},
-        "distill": {"anchor_fraction": 0.0, "freeze_old": False},
-    },
-}
-"""What each method sets where neither file nor words say otherwise."""
+METHOD = Choice("methods", "ours")
 
 
 class Config(Settings):
     """One experiment."""
 
-    method: Literal["ours", "paper"] = Field("ours", description="the defaults, or the method of arXiv 2601.22475")
+    method: Annotated[PluginSettings, METHOD] = Field(
+        default_factory=METHOD.defaults, description="how a stage learns, and what is done against forgetting"
+    )
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything but the evaluation goals")
@@ -400,7 +338,6 @@ class Config(Settings):
     teachers: TeacherSettings = TeacherSettings()
     trajectories: TrajectorySettings = TrajectorySettings()
     student: StudentSettings = StudentSettings()
-    memory: MemorySettings = MemorySettings()
     distill: DistillSettings = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     cluster: ClusterSettings = Field(default_factory=ClusterSettings)

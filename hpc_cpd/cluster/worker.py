@@ -103,15 +103,14 @@ def learn(
     """One rank of one stage. The other ranks wait in the first collective until rank 0 holds the lock."""
     os.environ.update(rendezvous(info, _scheduler(info, unit.run)))
     from hpc_cpd.distill.stage import run_stage
-    from hpc_cpd.evaluation.rollouts import evaluate_policy
 
     if info.rank != 0:
-        run_stage(unit.run, unit.stage, evaluate_policy, stop, allow_missing)
+        run_stage(unit.run, unit.stage, stop, allow_missing)
         return
     lock = _lock(unit, unit.name, info, stop)
     _enter(lock, _log_of(info, unit))
     try:
-        run_stage(unit.run, unit.stage, evaluate_policy, stop, allow_missing)
+        run_stage(unit.run, unit.stage, stop, allow_missing)
     finally:
         lock.__exit__()
     if info.own_job:  # elsewhere the launcher does this

@@ -1,13 +1,12 @@
 """The new tasks as the student plays them, with its teachers' answers (DAgger, arXiv 1011.0686).
 
-A student that is a little off meets states that no teacher recorded. ``stages/K/relabelled/TASK`` holds episodes in
+A student that is a little off meets states that no teacher recorded. ``stages/K/dagger/TASK`` holds episodes in
 which the student acted: ``actions`` are its own, ``teacher_mean`` is what the teacher would have done there.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 from hpc_cpd.distributed.torch import run_on_all_ranks, run_on_rank, stop_together
+from hpc_cpd.methods.base import Stage
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, sha256
 from hpc_cpd.student.policy import StudentPolicy, load_student
@@ -29,40 +29,41 @@ FIRST_INDEX = 2**40
 """Their numbers begin here, far beyond those of a teacher's attempts."""
 
 
-def open_new(run: Run, stage: int, tasks: list[str]) -> TrajectoryStore:
-    """What teaches the new `tasks` of `stage`: their trajectories, and the relabelled episodes once all are there."""
+def open_new(stage: Stage) -> TrajectoryStore:
+    """What teaches the new tasks of `stage`: their trajectories, and the answered episodes once all are there."""
+    run, tasks = stage.run, stage.tasks
     folders, names = [run.trajectories(task) for task in tasks], list(tasks)
-    relabelled = [run.relabelled(stage, task) for task in tasks]
-    if all(map(is_done, relabelled)):
-        folders, names = folders + relabelled, names + names
-    return open_trajectories(folders, names, run.config().distill.in_memory_gigabytes)
+    answered = [run.dagger(stage.number, task) for task in tasks]
+    if all(map(is_done, answered)):
+        folders, names = folders + answered, names + names
+    return open_trajectories(folders, names, stage.config.distill.in_memory_gigabytes)
 
 
-def relabel(run: Run, stage: int, tasks: list[str], student_folder: Path, stop: Callable[[], bool]) -> None:
-    """Let the student of `student_folder` play every one of `tasks`, and record the teachers' answers (a collective).
+def play_and_answer(stage: Stage, student_folder: Path, episodes: int) -> None:
+    """Let the student of `student_folder` play `episodes` of every new task, and record the teachers' answers.
 
     On the goals of the trajectories, never on those of the evaluation. What is recorded does not depend on the number
-    of ranks. A task that is done is not played again. Raises StopRequested between two tasks.
+    of ranks. A task that is done is not played again. A collective. Raises StopRequested between two tasks.
     """
     student = load_student(student_folder)
-    for task in tasks:
-        stop_together(stop, f"stage {stage} stops before the student has played {task}")
-        _relabel_task(run, task, run.relabelled(stage, task), student)
+    for task in stage.tasks:
+        stop_together(stage.stop, f"stage {stage.number} stops before the student has played {task}")
+        folder = stage.run.dagger(stage.number, task)
+        if run_on_rank(lambda folder=folder: is_done(folder)):  # type: ignore[misc]
+            continue
+        _record(stage, task, folder, student, episodes)
 
 
-def _relabel_task(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:
-    if run_on_rank(lambda: is_done(folder)):
-        return
+def _record(stage: Stage, task: str, folder: Path, student: StudentPolicy, episodes: int) -> None:
     run_on_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
-    run_on_all_ranks(lambda: _play(run, task, folder, student))  # the manifest is to list every rank's shard
-    run_on_rank(lambda: _publish(run, task, folder))
+    run_on_all_ranks(lambda: _play(stage, task, folder, student, episodes))  # the manifest lists every rank's shard
+    run_on_rank(lambda: _publish(stage.run, task, folder))
 
 
-def _play(run: Run, task: str, folder: Path, student: StudentPolicy) -> None:
+def _play(stage: Stage, task: str, folder: Path, student: StudentPolicy, wanted: int) -> None:
     """This rank's blocks of episodes."""
-    config = run.config()
+    run, config, spec = stage.run, stage.config, describe(task)
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    wanted, spec = config.distill.relabelled_episodes, describe(task)
     plan = AttemptPlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
     teacher = TeacherActor(load_any_teacher(run.teacher(task), task))
     player = TeacherActor(StudentTeacher(task, student))

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_cpd.distill.moments import read_moments, write_moments
-from hpc_cpd.distill.projection import project_gradients, take_gradients
+from hpc_cpd.distill.optimizer_state import read_moments, write_moments
 from hpc_cpd.distributed.torch import device_of_rank
+from hpc_cpd.methods.base import Method
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.checkpoint import Moments
@@ -32,7 +32,7 @@ class PhaseEngine:
     frozen or freed later, and a second engine on the same module would keep the first alive.
     """
 
-    def __init__(self, student: Student, settings: DistillSettings, total_steps: int) -> None:
+    def __init__(self, student: Student, settings: DistillSettings, total_steps: int, method: Method) -> None:
         """Wrap `student`, whose ``requires_grad`` flags already say what learns in this phase."""
         import deepspeed
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -40,6 +40,7 @@ class PhaseEngine:
         self.student = student
         self.settings = settings
         self.total_steps = total_steps
+        self.method = method
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         groups = split_params_into_different_moe_groups_for_optimizer(
             {"params": trainable, "name": "dense", "lr": settings.learning_rate}, max_group_size=None
@@ -87,18 +88,23 @@ class PhaseEngine:
         A collective that changes nothing.
         """
         self.engine.backward(loss)
-        return take_gradients(self.student)
+        taken = []
+        for parameter in self.student.parameters():
+            if parameter.requires_grad:
+                taken.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                parameter.grad = None
+        return taken
 
     def step(self, loss: Tensor, step: int, reference: list[Tensor] | None = None) -> float:
         """One update from this rank's share of the loss; returns the global gradient norm before clipping.
 
-        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients. With
-        `reference`, gradients of another loss, the update does not go against it. Raises FloatingPointError on every
-        rank, before the update, when a gradient is not finite.
+        `loss` must be scaled so that its mean over ranks is the global loss: DeepSpeed averages gradients. `reference`:
+        gradients of another loss, for the method. Raises FloatingPointError on every rank, before the update, when a
+        gradient is not finite.
         """
         self.engine.backward(loss)
-        if reference is not None:
-            project_gradients(self.student, reference)
+        if self._zero is None:
+            self.method.gradients(self.student, reference)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings, step, self.total_steps)
         norm = self._clip() if self._zero is None else math.nan
@@ -111,6 +117,7 @@ class PhaseEngine:
             norm = float(self.engine.get_global_grad_norm())
         if not math.isfinite(norm):
             raise FloatingPointError(f"the norm of the gradient is {norm}")
+        self.method.after_step(self.student)
         return norm
 
     def hold(self, fixed: Mapping[str, Tensor]) -> None:

@@ -1,8 +1,8 @@
-"""What a learnt stage leaves for the later ones: replay memory, routing, weight penalties."""
+"""What a learnt stage leaves besides its student: errors of the episodes, the routing of tasks, samples for methods."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +11,11 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.distill.batches import StageBatches
-from hpc_cpd.distill.importance import Samples
-from hpc_cpd.distill.learn import Beginning
 from hpc_cpd.distill.losses import action_mean_error
-from hpc_cpd.distill.penalties import Penalty, importance_of, next_penalty
-from hpc_cpd.distributed.torch import device_of_rank, run_on_all_ranks, run_on_rank
-from hpc_cpd.settings import Config
-from hpc_cpd.student.network import Student
+from hpc_cpd.methods.base import Samples
 from hpc_cpd.student.policy import StudentPolicy, load_student
-from hpc_cpd.trajectories.memory import select_memory, write_memory
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-IMPORTANCE_SAMPLES = 256  # of the default student with 25 experts, under a minute on one core
 ROUTING_STEPS = 512
 STEPS_AT_ONCE = 512
 
@@ -47,27 +40,6 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
     return store.episode_means(errors.numpy())
 
 
-def keep_memory(folder: Path, config: Config, stage: int, store: TrajectoryStore, errors: np.ndarray) -> None:
-    """Write ``stages/K/memory``: of each new task the episodes that fit its budget of steps.
-
-    `errors` float64 [episodes of the store]: the student's, the priority of the selection.
-    """
-    settings = config.memory
-    memories = [
-        select_memory(
-            store,
-            task,
-            errors[store.task_episodes(task)],
-            settings.budget_fraction,
-            settings.selection,
-            config.seed,
-        )
-        for task in store.task_ids
-    ]
-    facts = {"stage": stage, "method": settings.selection, "budget_fraction": settings.budget_fraction}
-    write_memory(folder / "memory", memories, **facts)
-
-
 def routing_by_task(student_folder: Path, stores: list[TrajectoryStore]) -> dict[str, Any]:
     """Mean gate probability of every expert at steps of each task (drawn with a fixed seed)."""
     policy = load_student(student_folder)
@@ -89,44 +61,16 @@ def routing_by_task(student_folder: Path, stores: list[TrajectoryStore]) -> dict
     return {"experts": experts, "tasks": {task: tasks[task] for names in stages for task in names if task in tasks}}
 
 
-def update_penalty(
-    folder: Path,
-    config: Config,
-    beginning: Beginning,
-    state: Mapping[str, Tensor],
-    batches: StageBatches,
-    previous: Penalty | None,
-) -> None:
-    """Write ``penalty.safetensors``: what the next stage must not move, and how firmly.
-
-    The samples are shared out over the ranks (a collective); `state` must be the same on all of them.
-    """
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-    def of_my_samples() -> dict[str, Tensor]:
-        student = Student(beginning.shape, beginning.experts_by_stage, inference=True).to(device_of_rank())
-        student.load_canonical(state)
-        observations, vectors, steps = (part.tensor_split(world_size)[rank] for part in _samples(batches))
-        found = importance_of(config.distill, student, (observations, vectors, steps))
-        return {name: (mean * (len(steps) / IMPORTANCE_SAMPLES)).cpu() for name, mean in found.items()}
-
-    importance = run_on_all_ranks(of_my_samples)
-    for share in importance.values():
-        torch.distributed.all_reduce(share)
-    penalty = next_penalty(config.distill, previous, dict(state), importance)
-    run_on_rank(lambda: penalty.save(folder / "penalty.safetensors"))
-
-
-def _samples(batches: StageBatches) -> Samples:
-    """IMPORTANCE_SAMPLES histories of batches that no phase trains on, and the step of each that a batch asks for."""
+def samples_of(batches: StageBatches, count: int) -> Samples:
+    """`count` steps of batches that no phase trains on, from all over the batches."""
     parts: list[Samples] = []
-    while sum(len(steps) for _, _, steps in parts) < IMPORTANCE_SAMPLES:
+    while sum(len(part.steps) for part in parts) < count:
         batch = batches.batch(0, len(parts), 0, 1)
-        parts.append((batch.observations, batch.task_vectors, batch.valid.int().argmax(dim=1)))
+        parts.append(Samples(batch.observations, batch.task_vectors, batch.valid.int().argmax(dim=1)))
     observations, task_vectors, steps = (torch.cat(column) for column in zip(*parts, strict=True))
     # of a larger batch, rows from all over it: new ones come first
-    chosen = torch.arange(IMPORTANCE_SAMPLES, device=steps.device) * len(steps) // IMPORTANCE_SAMPLES
-    return observations[chosen], task_vectors[chosen], steps[chosen]
+    chosen = torch.arange(count, device=steps.device) * len(steps) // count
+    return Samples(observations[chosen], task_vectors[chosen], steps[chosen])
 
 
 def _predictions(

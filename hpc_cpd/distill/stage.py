@@ -1,28 +1,24 @@
 """A stage of continual distillation, top to bottom.
 
 Each step leaves a file or folder that is published by a rename; a stage that is run again takes up at the first
-step whose result is not there. Section 4 of the design numbers the steps.
+step whose result is not there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from hpc_cpd.distill.batches import StageBatches, require_replay
-from hpc_cpd.distill.dagger import open_new, relabel
-from hpc_cpd.distill.finalize import episode_errors, keep_memory, routing_by_task, update_penalty
-from hpc_cpd.distill.initialize import begin_stage, load_beginning
-from hpc_cpd.distill.isolation import isolation_of_stage
-from hpc_cpd.distill.learn import learn_stage
-from hpc_cpd.distill.penalties import Penalty
-from hpc_cpd.distill.phases import Phase, phases_of
-from hpc_cpd.distill.validation import do_without_missing, require_settings, require_stage
+from hpc_cpd.distill.batches import StageBatches, shares_of
+from hpc_cpd.distill.dagger import open_new, play_and_answer
+from hpc_cpd.distill.finalize import episode_errors, routing_by_task, samples_of
+from hpc_cpd.distill.initialize import initialize_stage, untrained
+from hpc_cpd.distill.train import train_phases
+from hpc_cpd.distill.validation import check_settings, do_without_missing, require_stage
 from hpc_cpd.distributed.torch import (
     device_of_rank,
     finish_distributed,
@@ -31,174 +27,176 @@ from hpc_cpd.distributed.torch import (
     stop_together,
 )
 from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
+from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, phases_of
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, read_json, write_json
-from hpc_cpd.settings import Config
+from hpc_cpd.student.checkpoint import gather_method_state
+from hpc_cpd.student.method_state import MethodState
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
+from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import run_plan
-from hpc_cpd.trajectories.memory import open_memory
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-Evaluate = Callable[[StudentPolicy | TaskAgnosticPolicy, str, int, int, list[int]], list[EpisodeResult]]
-"""(policy, task id, episodes, seed, episode numbers of this rank) -> their results."""
-Stop = Callable[[], bool]
-"""Whether this rank was asked to stop."""
 
+def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bool = False) -> None:
+    """Learn stage `number` (from 1) of `run`; called by every rank of the job.
 
-def run_stage(run: Run, stage: int, evaluate: Evaluate, stop: Stop, allow_missing: bool = False) -> None:
-    """Learn stage `stage` (from 1) of `run`; called by every rank of the job.
+    `stop`: whether this rank was asked to stop. With `allow_missing`, tasks whose teachers are missing when the stage
+    begins are left out for good.
 
-    With `allow_missing`, tasks whose teachers are missing when the stage begins are left out for good.
-
-    Publishes ``stages/K/student``, ``memory``, ``evaluation.json``, ``routing.json``, and ``DONE`` last. Does nothing
-    when the stage is done. Raises UserError naming what is missing, StopRequested after all ranks saved.
+    Publishes ``stages/K/student``, ``evaluation.json``, ``routing.json``, what the method keeps, and ``DONE`` last.
+    Does nothing when the stage is done. Raises UserError naming what is missing, StopRequested after all ranks saved.
     """
     config = run.config()
     if allow_missing:
         start_distributed()
-        run_on_rank(lambda: do_without_missing(run, stage))
+        run_on_rank(lambda: do_without_missing(run, number))
     plan = run_plan(run, config)
-    require_stage(run, plan, stage)
-    require_settings(config, len(plan))
-    folder = run.stage(stage)
+    require_stage(run, plan, number)
+    check_settings(config, plan)
+    folder = run.stage(number)
     if is_done(folder):
         return
     rank, _ = start_distributed()
-    say = Progress(f"stage {stage}", every_seconds=0, enabled=rank == 0, folder=folder)
-    seen = [task for tasks in plan[:stage] for task in tasks]
-    tasks = plan[stage - 1]
-    new = open_new(run, stage, tasks)
-    memory = open_memory([run.stage(k) / "memory" for k in range(1, stage)], config.distill.in_memory_gigabytes)
+    stage, method = Stage(run, config, plan, number, stop), method_of(config)
+    progress = Progress(f"stage {number}", every_seconds=0, enabled=rank == 0, folder=folder)
+    new, memory = open_new(stage), method.open_memory(stage)
 
     def lacks(name: str) -> bool:
         """Whether a step is to be done, as rank 0 sees it: a slower rank may look when its result is there already."""
-        stop_together(stop, f"stage {stage} stops between two steps")
+        stop_together(stop, f"stage {number} stops between two steps")
         return run_on_rank(lambda: not (folder / name).exists())
 
     if lacks("start"):
-        say.update("task embeddings and growth")
-        run_on_rank(lambda: begin_stage(run, config, plan, stage, new, memory))
+        progress.update("task embeddings and growth")
+        run_on_rank(lambda: initialize_stage(stage, method, new, memory))
     if config.evaluation.forward_transfer and lacks("evaluation_before.json"):
-        say.update("evaluating the new tasks before they are learnt")
-        _evaluate_before(run, config, stage, plan[stage - 1], evaluate, stop)
+        progress.update("evaluating the new tasks before they are learnt")
+        _evaluate_before(stage)
     if lacks("student"):
-        beginning, phases = "start", phases_of(stage, config)
-        if config.distill.relabelled_episodes:
+        *parts, last = _cut_before_dagger(phases_of(method, number))
+        begin = "start"
+        for part in parts:
             if lacks("draft"):
-                _learn(run, config, plan, stage, new, memory, phases[:-1], ("start", "draft"), stop)
-            say.update("playing the new tasks, for their teachers to answer")
-            relabel(run, stage, tasks, folder / "draft", stop)
-            beginning, phases, new = "draft", phases[-1:], open_new(run, stage, tasks)
-        _learn(run, config, plan, stage, new, memory, phases, (beginning, "student"), stop)
+                _learn(stage, method, new, memory, part, (begin, "draft"))
+            progress.update("playing the new tasks, for their teachers to answer")
+            play_and_answer(stage, folder / "draft", last[0].dagger_episodes)
+            begin, new = "draft", open_new(stage)
+        _learn(stage, method, new, memory, last, (begin, "student"))
         run_on_rank(lambda: shutil.rmtree(folder / "draft", ignore_errors=True))
-    if lacks("memory"):
-        say.update("choosing the replay memory")
+    if method.keeps_memory and lacks("memory"):
+        progress.update("choosing the replay memory")
         errors = episode_errors(folder / "student", new)
-        run_on_rank(lambda: keep_memory(folder, config, stage, new, errors))
+        run_on_rank(lambda: method.keep_memory(stage, new, errors))
     if lacks("routing.json"):
         stores = [new] if memory is None else [new, memory]
         run_on_rank(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)))
     if lacks("evaluation.json"):
-        say.update(f"evaluating {len(seen)} tasks")
-        records = _evaluate_all(load_student(folder / "student"), seen, config, evaluate, stop)
-        evaluation = evaluation_json(stage, config.evaluation, records)
-        run_on_rank(lambda: write_json(folder / "evaluation.json", evaluation))
+        progress.update(f"evaluating {len(stage.seen)} tasks")
+        _evaluate(stage, load_student(folder / "student"), "evaluation.json")
     if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
-        say.update(f"evaluating {len(seen)} tasks that the student is not told")
-        records = _evaluate_all(TaskAgnosticPolicy(load_student(folder / "student")), seen, config, evaluate, stop)
-        inferred = evaluation_json(stage, config.evaluation, records)
-        run_on_rank(lambda: write_json(folder / "evaluation_inferred.json", inferred))
-    run_on_rank(lambda: mark_done(folder, {"stage": stage, "tasks": seen}))
+        progress.update(f"evaluating {len(stage.seen)} tasks that the student is not told")
+        _evaluate(stage, TaskAgnosticPolicy(load_student(folder / "student")), "evaluation_inferred.json")
+    # a published student needs no checkpoints, and those of every stage would stay for ever
+    run_on_rank(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
+    run_on_rank(lambda: mark_done(folder, {"stage": number, "tasks": stage.seen}))
     finish_distributed()
 
 
+def _cut_before_dagger(phases: Sequence[Phase]) -> list[list[Phase]]:
+    """The phases in parts, of which each but the first begins with a phase that the student plays for."""
+    parts: list[list[Phase]] = [[]]
+    for phase in phases:
+        if phase.dagger_episodes and parts[-1]:
+            parts.append([])
+        parts[-1].append(phase)
+    return parts
+
+
 def _learn(
-    run: Run,
-    config: Config,
-    plan: list[list[str]],
-    stage: int,
+    stage: Stage,
+    method: Method,
     new: TrajectoryStore,
     memory: TrajectoryStore | None,
-    phases: list[Phase],
+    phases: Sequence[Phase],
     names: tuple[str, str],
-    stop: Stop,
 ) -> None:
     """Run `phases` and publish the student; `names`: of the folders that it starts from and ends in."""
-    folder = run.stage(stage)
-    beginning, parts = load_beginning(folder / names[0], stage)
-    batches = StageBatches(
+    config, folder = stage.config, stage.run.stage(stage.number)
+    start = load_student_parts(folder / names[0])
+    weights = _teacher_success(stage) if config.distill.task_weights == "teacher_success" else None
+    data = StageData(
         new,
-        memory if config.distill.replay_fraction > 0 else None,
-        parts.task_vectors,
+        memory,
+        start.task_vectors,
         config.student.history,
-        config.distill,
-        seed=[config.seed, stage],
-        device=device_of_rank(),
-        past=load_student(run.stage(stage - 1) / "student") if stage > 1 else None,
-        task_weights=_teacher_success(run, plan[:stage]) if config.distill.task_weights != "equal" else None,
+        "teacher_mean" if config.distill.target == "mean" else "actions",
+        lambda store: shares_of(store, weights),
+        load_student(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None,
     )
-    require_replay(config.distill, stage, batches)
-    penalty = None
-    if config.distill.penalty != "none" and stage > 1:
-        penalty = Penalty.load(run.stage(stage - 1) / "penalty.safetensors")
-    isolation = isolation_of_stage(run, config, stage, len(plan), parts.state, parts.isolation)
-    learnt = learn_stage(run, stage, config, phases, beginning, batches, penalty, isolation, stop)
-    state, kept = isolation.published(learnt)
+    method.load_state_dict(start.method_state.tensors if start.method_state is not None else {})
+    method.begin_stage(stage)
+    rows = method.rows(data, config.distill.batch_size)
+    batches = StageBatches(rows, data, [config.seed, stage.number], device_of_rank())
+    state = train_phases(stage, method, phases, start, batches)
 
-    if config.distill.penalty != "none" and names[1] == "student":
-        update_penalty(folder, config, beginning, state, batches, penalty)
+    def student() -> Student:
+        whole = Student(start.shape, start.experts_by_stage, inference=True).to(device_of_rank())
+        whole.load_canonical(state)
+        return whole
 
-    def publish() -> None:
-        metadata = {"stage": stage, "tasks_by_stage": plan[:stage], "seed": config.seed}
-        save_student(
-            folder / names[1],
-            state,
-            beginning.shape,
-            beginning.experts_by_stage,
-            parts.task_vectors,
-            parts.task_encoder_state,
-            metadata,
-            parts.episode_facts,
-            kept,
-        )
-
-    run_on_rank(publish)
+    published = dict(state)
+    if names[1] == "student":
+        published = dict(method.end_stage(state, student, lambda count: samples_of(batches, count)))
+    kept = gather_method_state(method.state_dict())
+    parts = dataclasses.replace(
+        start,
+        state=published,
+        metadata={"stage": stage.number, "tasks_by_stage": stage.plan[: stage.number], "seed": config.seed},
+        method_state=MethodState(config.method.name, kept) if kept or method.needs_task else None,
+    )
+    run_on_rank(lambda: save_student(folder / names[1], parts))
 
 
-def _teacher_success(run: Run, plan: list[list[str]]) -> dict[str, float]:
+def _teacher_success(stage: Stage) -> dict[str, float]:
     """The success rate of every task's teacher, as it was evaluated when it was published."""
     rates = {}
-    for task in (task for tasks in plan for task in tasks):
-        record = read_json(run.teacher(task) / "evaluation.json")["tasks"][task]
+    for task in stage.seen:
+        record = read_json(stage.run.teacher(task) / "evaluation.json")["tasks"][task]
         rates[task] = record["successes"] / record["episodes"]
     return rates
 
 
-def _evaluate_before(run: Run, config: Config, stage: int, tasks: list[str], evaluate: Evaluate, stop: Stop) -> None:
+def _evaluate_before(stage: Stage) -> None:
     """Zero-shot success of the student so far, and of one that never learnt: what forward transfer compares."""
-    folder: Path = run.stage(stage)
+    folder = stage.run.stage(stage.number)
     start = load_student_parts(folder / "start")
-    first = load_student_parts(run.stage(1) / "start")
-    untrained = dataclasses.replace(first, task_vectors=start.task_vectors, episode_facts=start.episode_facts)
-    records = {"untrained": _evaluate_all(StudentPolicy(untrained), tasks, config, evaluate, stop)}
-    if stage == 1:
-        records["before"] = records["untrained"]
-    else:
-        records["before"] = _evaluate_all(StudentPolicy(start), tasks, config, evaluate, stop)
-    run_on_rank(lambda: write_json(folder / "evaluation_before.json", {"stage": stage - 1, **records}))
+    never = untrained(start, load_student_parts(stage.run.stage(1) / "start"))
+    records = {"untrained": _records(stage, StudentPolicy(never), stage.tasks)}
+    records["before"] = (
+        records["untrained"] if stage.number == 1 else _records(stage, StudentPolicy(start), stage.tasks)
+    )
+    answer = {"stage": stage.number - 1, **records}
+    run_on_rank(lambda: write_json(folder / "evaluation_before.json", answer))
 
 
-def _evaluate_all(
-    policy: StudentPolicy | TaskAgnosticPolicy, tasks: list[str], config: Config, evaluate: Evaluate, stop: Stop
-) -> dict[str, dict[str, Any]]:
+def _evaluate(stage: Stage, policy: Policy, name: str) -> None:
+    """Write the file `name` with the record of every task seen so far."""
+    answer = evaluation_json(stage.number, stage.config.evaluation, _records(stage, policy, stage.seen))
+    run_on_rank(lambda: write_json(stage.run.stage(stage.number) / name, answer))
+
+
+def _records(stage: Stage, policy: Policy, tasks: list[str]) -> dict[str, dict[str, Any]]:
     """The record of every task; the episodes are shared out over the ranks (a collective)."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    episodes, seed = config.evaluation.episodes, config.evaluation.seed
+    episodes, seed = stage.config.evaluation.episodes, stage.config.evaluation.seed
     mine = {}
     for task in tasks:
-        stop_together(stop, "an evaluation stops and will be played again")
-        mine[task] = evaluate(policy, task, episodes, seed, list(range(episodes))[rank::world_size])
+        stop_together(stage.stop, "an evaluation stops and will be played again")
+        mine[task] = evaluate_policy(policy, task, episodes, seed, range(episodes)[rank::world_size])
     gathered: list[dict[str, list[EpisodeResult]]] = [{} for _ in range(world_size)]
     torch.distributed.all_gather_object(gathered, mine)
     results = {task: [result for part in gathered for result in part[task]] for task in tasks}

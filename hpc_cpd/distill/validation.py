@@ -2,100 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
+from hpc_cpd.methods.base import method_of, phases_of
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json, write_json
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan, stage_plan
 
-MOST_PACKNET_STAGES = 255  # PackNet's owners are kept as uint8
 
-
-def require_settings(config: Config, stages: int) -> None:
-    """Raise UserError when settings contradict each other over this many stages: now, not when a stage finds out."""
-    require_isolation(config, stages)
-    student, settings = config.student, config.distill
-    if config.evaluation.infer_task and student.task_embedding == "one_hot":
+def check_settings(config: Config, plan: Sequence[Sequence[str]]) -> None:
+    """Raise UserError when settings contradict each other over this plan: now, not when a stage finds out."""
+    method = method_of(config)
+    if config.evaluation.infer_task and config.student.task_embedding == "one_hot":
         raise UserError(
             "evaluation.infer_task asks for a student that finds out its task, but student.task_embedding is "
             "'one_hot': a name cannot be found out; set evaluation.infer_task=false"
         )
-    if stages > 1 and student.top_k and student.grow and settings.phase1_steps == 0:
+    if config.evaluation.infer_task and method.needs_task:
         raise UserError(
-            f"student.top_k is {student.top_k}, so new experts get work in phase 1 alone, but distill.phase1_steps is "
-            "0; give it steps, or set student.top_k=0"
+            f"evaluation.infer_task asks for a student that is not told its task, but with method {config.method.name} "
+            "it acts with weights that belong to the task's stage; set evaluation.infer_task=false"
         )
-    if settings.target == "executed" and settings.relabelled_episodes:
-        raise UserError(
-            f"distill.relabelled_episodes is {settings.relabelled_episodes}, in which the executed actions are the "
-            "student's own, so it must not imitate them; set distill.target=mean"
-        )
-    if settings.penalty != "none" and student.grow and settings.freeze_shared and settings.freeze_old:
-        raise UserError(
-            f"distill.penalty is '{settings.penalty}', but what was learnt before a stage does not move in it, so "
-            "there is nothing to hold; set student.grow=false and distill.freeze_shared=false, as in "
-            "configs/sweeps/baselines.yaml"
-        )
+    method.check(len(plan))
+    for number in range(1, len(plan) + 1):
+        phases_of(method, number)
 
 
 def lengthens(old: Config, new: Config) -> bool:
     """Whether `new` only adds stages behind those of `old`, so that a run may go on with it.
 
-    One-hot vectors have a place for every task, and PackNet shares its weights out among all stages: theirs may not.
+    One-hot vectors have a place for every task, and some methods plan for all stages: theirs may not.
     """
     before, after = stage_plan(old.stream), stage_plan(new.stream)
-    fixed = old.student.task_embedding == "one_hot" or old.distill.isolation == "packnet"
+    fixed = plugins.load("methods", old.method.name).fixed_number_of_stages or old.student.task_embedding == "one_hot"
     return len(after) > len(before) and after[: len(before)] == before and not fixed
-
-
-def require_isolation(config: Config, stages: int) -> None:
-    """Raise UserError when distill.isolation asks for what the other settings, or this many stages, contradict."""
-    settings = config.distill
-    method = f"distill.isolation is '{settings.isolation}'"
-    if settings.isolation == "none":
-        return
-    if config.student.grow:
-        raise UserError(f"{method}, which shares one student that does not grow out; set student.grow=false")
-    if settings.penalty != "none":
-        raise UserError(
-            f"{method}, which holds the weights of past stages entirely, but distill.penalty is '{settings.penalty}'; "
-            "set one of them to 'none'"
-        )
-    if settings.gradient_projection:
-        raise UserError(
-            f"{method}, which holds the weights of past stages entirely, so there is nothing to project a gradient "
-            "for; set distill.gradient_projection=false"
-        )
-    if config.evaluation.infer_task:
-        raise UserError(
-            f"{method}, which puts the weights of a task in place by its name, but evaluation.infer_task asks for a "
-            "student that is not told it; set evaluation.infer_task=false"
-        )
-    if settings.replay_targets == "past_student":
-        raise UserError(
-            f"{method}, so no stage can unlearn what the student before it did, and there is nothing to ask it for; "
-            "set distill.replay_targets=teacher"
-        )
-    if settings.replay_fraction > 0 and settings.anchor_fraction > 0:
-        raise UserError(
-            f"{method}, so no stage can unlearn what the student before it did, and there is nothing to anchor; set "
-            "distill.anchor_fraction=0 (or distill.replay_fraction=0, to replay nothing at all)"
-        )
-    if settings.relabelled_episodes:
-        raise UserError(
-            f"{method}, whose stages end with phase 2, but distill.relabelled_episodes is "
-            f"{settings.relabelled_episodes}; set it to 0"
-        )
-    if settings.isolation == "packnet" and settings.phase1_steps == 0:
-        raise UserError(
-            f"{method}, which chooses a stage's weights by what phase 1 made of them, but distill.phase1_steps is 0; "
-            "give it steps"
-        )
-    if settings.isolation == "packnet" and stages > MOST_PACKNET_STAGES:
-        raise UserError(
-            f"{method}, which shares its weights out among {MOST_PACKNET_STAGES} stages at most, but the stream has "
-            f"{stages}; raise stream.tasks_per_stage"
-        )
 
 
 def missing_for_stage(run: Run, plan: list[list[str]], stage: int) -> list[str]:

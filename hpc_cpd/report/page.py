@@ -194,7 +194,8 @@ def _memories(facts: RunResults) -> str:
         f"<td>{percent(r['share'])}</td></tr>"
         for stage, r in records.items()
     )
-    about = f"chosen by {facts.config.memory.selection}, budget {percent(facts.config.memory.budget_fraction)} per task"
+    first = next(iter(facts.memories().values()))
+    about = f"chosen by {first['selection']['name']}, budget {percent(first['budget_fraction'])} per task"
     return (
         f'<section><h2>Replay memory</h2><p class="small">Steps kept of each stage\'s data ({_text(about)}).</p>'
         '<div class="scroll"><table><thead><tr><th>Stage</th><th>Steps kept</th><th>Steps seen</th><th>Share</th></tr>'

@@ -61,9 +61,9 @@ class Run:
         """Folder of stage `stage`, counted from 1."""
         return self.folder / "stages" / str(stage)
 
-    def relabelled(self, stage: int, task_id: str) -> Path:
+    def dagger(self, stage: int, task_id: str) -> Path:
         """Folder of the episodes of a new task that the student of `stage` played and the teacher answered."""
-        return self.stage(stage) / "relabelled" / task_id
+        return self.stage(stage) / "dagger" / task_id
 
     def left_out_file(self, stage: int) -> Path:
         """The tasks that `stage` was told to do without (``--allow-missing``); absent: none."""

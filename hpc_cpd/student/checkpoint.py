@@ -29,10 +29,11 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, read_json, write_json
 from hpc_cpd.student.network import Student, StudentShape, expert_of, expert_place
 
-CHECKPOINT_SCHEMA_VERSION = 2
+CHECKPOINT_SCHEMA_VERSION = 3
+METHOD_PREFIX = "method:"
 DENSE_FILE = "dense.safetensors"
 INDEX_FILE = "index.json"
-_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
+_TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 Moments = Mapping[str, Mapping[str, Tensor]]
 """Parameter name -> MOMENTS: AdamW's state of the parameters that this rank holds and that learn."""
@@ -41,8 +42,18 @@ Moments = Mapping[str, Mapping[str, Tensor]]
 class PendingCheckpoint:
     """A checkpoint whose files are being written by a thread of every rank, while training goes on."""
 
-    def __init__(self, folder: Path, student: Student, moments: Moments, position: Mapping[str, Any]) -> None:
-        """Copy `student`, its optimizer's `moments` and `position` (plain JSON), and begin to write. A collective."""
+    def __init__(
+        self,
+        folder: Path,
+        student: Student,
+        moments: Moments,
+        position: Mapping[str, Any],
+        method_state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copy `student`, its optimizer's `moments`, `position` (plain JSON) and the method's state; begin to write.
+
+        A collective.
+        """
         self.folder = folder
         self._stack = ExitStack()
         self._temporary = Path(run_on_rank(lambda: str(self._stack.enter_context(atomic_folder(folder)))))
@@ -52,7 +63,7 @@ class PendingCheckpoint:
             "experts_by_stage": student.experts_by_stage,
             "position": dict(position),
         }
-        files = _files_of(student, moments)
+        files = _files_of(student, moments, method_state or {})
         writer = ThreadPoolExecutor(1, "checkpoint")
         self._written = writer.submit(_write_tensors, self._temporary, files)
         writer.shutdown(wait=False)
@@ -79,8 +90,8 @@ def save_checkpoint(folder: Path, student: Student, moments: Moments, position: 
     PendingCheckpoint(folder, student, moments, position).publish()
 
 
-def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Moments]:
-    """Load into `student`, on any number of ranks, and return the position and the moments. A collective.
+def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict[str, Tensor]]:
+    """Load into `student`, on any number of ranks; return position, moments and the method's state. A collective.
 
     Raises UserError on every rank when the checkpoint is damaged, has another schema, or holds another student.
     """
@@ -108,12 +119,21 @@ def gather_state(student: Student) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
+def gather_method_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A method's state on the CPU, with what belongs to the experts of all ranks, on every rank. A collective."""
+    mine = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
+    spread = {
+        key: tensor for key, tensor in mine.items() if "|" in key and expert_of(key.partition("|")[0]) is not None
+    }
+    return dict(sorted((mine | {key: tensor for part in gather(spread) for key, tensor in part.items()}).items()))
+
+
 def _file_of(name: str) -> str:
     place = expert_place(name)
     return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
 
 
-def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]]:
+def _files_of(student: Student, moments: Moments, method_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Copies of what this rank has to write: dense things on rank 0, experts in the first group that holds them."""
     rank = dist.get_rank() if is_distributed() else 0
     files: dict[str, dict[str, Tensor]] = {}
@@ -124,6 +144,10 @@ def _files_of(student: Student, moments: Moments) -> dict[str, dict[str, Tensor]
         file = files.setdefault(_file_of(name), {})
         found = {name: tensor} | {f"{name}|{moment}": value for moment, value in moments.get(name, {}).items()}
         file |= {key: value.detach().to("cpu", copy=True).contiguous() for key, value in found.items()}
+    for key, tensor in method_state.items():
+        parameter = key.partition("|")[0] if "|" in key else ""  # no parameter's: the same on every rank
+        if rank < (student.expert_parallel_size if expert_of(parameter) is not None else 1):
+            files.setdefault(_file_of(parameter), {})[METHOD_PREFIX + key] = tensor.detach().to("cpu", copy=True)
     return files
 
 
@@ -198,7 +222,7 @@ def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
         raise UserError(damaged % error) from None
 
 
-def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments]:
+def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict[str, Tensor]]:
     index = _read_index(folder)
     for what, saved, wanted in (
         ("shape", index["shape"], student.shape.as_json()),
@@ -221,7 +245,8 @@ def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments]:
     position = index["position"]
     if not isinstance(position, dict):
         raise UserError(f"{folder / INDEX_FILE} is damaged: its position is not an object; delete the checkpoint")
-    return position, moments
+    kept = {key.removeprefix(METHOD_PREFIX): t for key, t in tensors.items() if key.startswith(METHOD_PREFIX)}
+    return position, moments, kept
 
 
 def shape_from_json(values: Mapping[str, Any], path: Path) -> StudentShape:

@@ -42,7 +42,11 @@ class StudentShape:
 
     @staticmethod
     def from_settings(
-        settings: StudentSettings, observation_size: int, action_size: int, task_vector_size: int
+        settings: StudentSettings,
+        observation_size: int,
+        action_size: int,
+        task_vector_size: int,
+        initial_gate_bias: float,
     ) -> StudentShape:
         """The shape the settings ask for; sizes that come from tasks are given beside them."""
         return StudentShape(
@@ -58,7 +62,7 @@ class StudentShape:
             shared_expert_hidden=settings.shared_expert_hidden,
             experts_see_observation=settings.experts_see_observation,
             top_k=settings.top_k,
-            gate_bias_at_birth=settings.gate_bias_at_birth,
+            gate_bias_at_birth=initial_gate_bias,
         )
 
     def as_json(self) -> dict[str, int | float | bool]:

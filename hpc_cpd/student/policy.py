@@ -17,11 +17,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, write_json
 from hpc_cpd.student.acting import Actor
 from hpc_cpd.student.checkpoint import read_tensors, shape_from_json
-from hpc_cpd.student.isolation import Isolation, isolation_from
+from hpc_cpd.student.method_state import MethodState
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.task_inference import EpisodeStatistics, TaskInference, remember
@@ -42,33 +43,22 @@ class StudentParts:
     task_encoder_state: dict[str, Tensor] | None
     metadata: dict[str, Any]
     episode_facts: dict[str, EpisodeStatistics]  # of every task, for the student that is not told which it is
-    isolation: Isolation | None = None  # weights that stages have to themselves
+    method_state: MethodState | None = None
 
     def normaliser(self) -> tuple[np.ndarray, np.ndarray]:
         """(mean, standard deviation) of observations, float32 [obs] each."""
         return self.state["observation_mean"].numpy(), self.state["observation_std"].numpy()
 
 
-def save_student(
-    folder: Path,
-    state: Mapping[str, Tensor],
-    shape: StudentShape,
-    experts_by_stage: list[list[int]],
-    task_vectors: Mapping[str, np.ndarray],
-    task_encoder_state: Mapping[str, Tensor] | None,
-    metadata: Mapping[str, Any],
-    episode_facts: Mapping[str, EpisodeStatistics],
-    isolation: Isolation | None = None,
-) -> None:
-    """Write a student folder atomically. `state` is canonical; `metadata` is plain JSON without NaN.
-
-    With `isolation` it must hold ``tasks_by_stage``.
-    """
+def save_student(folder: Path, parts: StudentParts) -> None:
+    """Write a student folder atomically."""
+    state, shape, task_vectors, episode_facts = parts.state, parts.shape, parts.task_vectors, parts.episode_facts
+    task_encoder_state, metadata, kept = parts.task_encoder_state, parts.metadata, parts.method_state
     tensors = {f"student/{name}": value for name, value in state.items()}
     tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(vector)) for task, vector in task_vectors.items()}
     tensors |= {f"task_encoder/{name}": value for name, value in (task_encoder_state or {}).items()}
     tensors |= {f"task_start/{task}": torch.tensor(facts.start) for task, facts in episode_facts.items()}
-    tensors |= isolation.tensors() if isolation is not None else {}
+    tensors |= {f"method/{name}": value for name, value in kept.tensors.items()} if kept is not None else {}
     encoder = None
     if task_encoder_state is not None:
         encoder = TaskEncoder.sizes_of(task_encoder_state, shape.observation_size)
@@ -78,15 +68,15 @@ def save_student(
         description = {
             "schema_version": STUDENT_SCHEMA_VERSION,
             "shape": shape.as_json(),
-            "experts_by_stage": [list(stage) for stage in experts_by_stage],
+            "experts_by_stage": [list(stage) for stage in parts.experts_by_stage],
             "tasks": list(task_vectors),
             "task_steps": {task: facts.steps for task, facts in episode_facts.items()},
             "task_encoder": encoder,
             "model_sha256": sha256(model),
             "metadata": dict(metadata),
         }
-        if isolation is not None:
-            description["isolation"] = isolation.method
+        if kept is not None:
+            description["method"] = kept.method
         write_json(temporary / JSON_FILE, description)
 
 
@@ -113,11 +103,8 @@ def load_student_parts(folder: str | Path) -> StudentParts:
             raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
         vectors[task] = tensors[f"task_vector/{task}"].numpy()
         facts[task] = EpisodeStatistics(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
-    method = description.get("isolation")
-    try:
-        isolation = isolation_from(method, tensors) if method is not None else None
-    except ValueError as error:
-        raise UserError(f"{path} is of no kind this version knows: {error}") from None
+    method = description.get("method")
+    kept = MethodState(method, _with_prefix(tensors, "method/")) if method is not None else None
     return StudentParts(
         state=_with_prefix(tensors, "student/"),
         shape=shape_from_json(description["shape"], path),
@@ -126,7 +113,7 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         task_encoder_state=_with_prefix(tensors, "task_encoder/") or None,
         metadata=description["metadata"],
         episode_facts=facts,
-        isolation=isolation,
+        method_state=kept,
     )
 
 
@@ -151,7 +138,8 @@ class StudentPolicy:
         self.student.load_canonical(parts.state)
         self.student.eval().requires_grad_(False)
         self.actor = Actor(self.student)
-        self.isolation = parts.isolation
+        kept = parts.method_state
+        self.isolation = plugins.load("methods", kept.method).acting(kept.tensors) if kept is not None else None
         if self.isolation is not None:
             self._state = parts.state
             stages = enumerate(parts.metadata["tasks_by_stage"], start=1)
@@ -183,7 +171,7 @@ class StudentPolicy:
         if task_id is None:
             if self.isolation is not None:
                 raise UserError(
-                    f"this student acts with weights that belong to a task's stage ({self.isolation.method}), so it "
+                    f"this student acts with weights that belong to a task's stage , so it "
                     f"must be told the task; name one instead of None: {', '.join(self.task_ids)}"
                 )
             if self.inference is None:

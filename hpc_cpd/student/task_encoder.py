@@ -71,6 +71,7 @@ def info_nce(first: Tensor, second: Tensor, task_index: Tensor, temperature: flo
 def learn_task_vectors(
     windows_of: WindowsOf,
     new_tasks: list[str],
+    remembered: list[str],
     old_vectors: Mapping[str, np.ndarray],
     encoder_state: Mapping[str, Tensor] | None,
     mean: np.ndarray,
@@ -81,18 +82,19 @@ def learn_task_vectors(
 ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """Train the encoder for one stage and give every new task its vector.
 
-    ``windows_of(task, n, rng)`` returns raw observations float32 [n, window, obs] of a new task, or of an old one from
-    the replay memory. Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its
-    arguments; old vectors are read, never changed.
+    ``windows_of(task, n, rng)`` returns raw observations float32 [n, window, obs] of a new task, or of one of the old
+    tasks that are `remembered`; the vectors of other old tasks only keep the new ones away. Returns (encoder state,
+    float32 [size] unit vector of each new task). A pure function of its arguments; old vectors are never changed.
     """
     rng = np.random.default_rng([seed, stage, 4])
     old_tasks = list(old_vectors)
-    pools = {task: _pool(windows_of, task, mean, std, rng) for task in [*new_tasks, *old_tasks]}
+    pools = {task: _pool(windows_of, task, mean, std, rng) for task in [*new_tasks, *remembered]}
     encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, seed)
     if encoder_state is not None:
         encoder.load_state_dict(dict(encoder_state))
     stored = torch.tensor(np.stack([old_vectors[task] for task in old_tasks])) if old_tasks else None
     optimizer = Adam(encoder.parameters(), lr=settings.learning_rate)
+    places = torch.tensor([old_tasks.index(task) for task in remembered], dtype=torch.int64)
     per_task = settings.windows_per_task
     new_index = torch.arange(len(new_tasks)).repeat_interleave(per_task)
     for _ in range(settings.gradient_steps):
@@ -104,7 +106,8 @@ def learn_task_vectors(
             loss = info_nce(first, second, new_index, settings.temperature)
         else:
             loss = _info_nce_beside(first, second, new_index, stored, settings.temperature)
-            loss = loss + _pull(encoded[len(new_tasks) :], new, stored, settings.temperature)
+            if remembered:
+                loss = loss + _pull(encoded[len(new_tasks) :], new, stored, places, settings.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -126,12 +129,15 @@ def _info_nce_beside(first: Tensor, second: Tensor, index: Tensor, stored: Tenso
     return F.cross_entropy(logits, torch.arange(len(first)))
 
 
-def _pull(old: Tensor, new: Tensor, stored: Tensor, temperature: float) -> Tensor:
-    """Windows of old tasks [tasks, 2, n, D] towards their stored vectors, away from the others and the new tasks."""
+def _pull(old: Tensor, new: Tensor, stored: Tensor, places: Tensor, temperature: float) -> Tensor:
+    """Windows of old tasks [tasks, 2, n, D] towards their vectors, away from the others and the new tasks.
+
+    `places` int64 [tasks]: which of the `stored` vectors belongs to each.
+    """
     centres = F.normalize(new.flatten(1, 2).mean(dim=1), dim=1)
     logits = old.flatten(1, 2) @ torch.cat([stored, centres]).T / temperature
-    target = torch.arange(len(stored)).repeat_interleave(logits.shape[1])
-    distance = 1.0 - (old.flatten(1, 2) * stored[:, None]).sum(dim=2)
+    target = places.repeat_interleave(logits.shape[1])
+    distance = 1.0 - (old.flatten(1, 2) * stored[places][:, None]).sum(dim=2)
     return F.cross_entropy(logits.flatten(0, 1), target) + distance.mean() / temperature
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from hpc_cpd.config import load_config
-from hpc_cpd.distill.validation import require_settings
+from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config, Settings
@@ -142,7 +142,7 @@ def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, st
     settings = [f"seed={seed}", *(f"{key}={value}" for key, value in words.items())]
     try:
         checked = load_config(config, settings)
-        require_settings(checked, len(stage_plan(checked.stream)))
+        check_settings(checked, stage_plan(checked.stream))
     except UserError as error:
         raise UserError(f"{file}: rows.{row}: {error}") from None
     run = Run(folder / row / f"seed-{seed}")

@@ -84,7 +84,7 @@ def stage_plan(stream: StreamSettings) -> list[list[str]]:
     if stream.order_seed is not None:
         order = np.random.default_rng([stream.order_seed]).permutation(len(tasks))
         tasks = [tasks[index] for index in order]
-    size = stream.tasks_per_stage
+    size = stream.tasks_per_stage or len(tasks)
     return [tasks[start : start + size] for start in range(0, len(tasks), size)]
 
 

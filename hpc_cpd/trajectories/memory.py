@@ -11,12 +11,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd.run.publish import atomic_folder, is_done, load_done, mark_done, write_json
+from hpc_cpd.settings import PluginSettings
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.selection.dpp import greedy_map
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
@@ -42,7 +43,7 @@ def select_memory(
     task_id: str,
     errors: ArrayLike,
     budget_fraction: float,
-    method: Literal["dpp", "uniform"],
+    selection: PluginSettings,
     seed: int,
 ) -> TaskMemory:
     """Choose which episodes of a task are kept: at most `budget_fraction` of its steps, but one episode at least.
@@ -60,7 +61,7 @@ def select_memory(
     key = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
     features = trajectory_features(episodes, *store.observation_statistics(task_id))
     rng = np.random.default_rng([seed, key])
-    chosen = select_episodes(features, quality, lengths, budget, method, rng)
+    chosen = select_episodes(features, quality, lengths, budget, selection.name, rng)
     return TaskMemory(
         origin=store.origins[task_id],
         episodes=[episodes[number] for number in chosen],
@@ -115,7 +116,7 @@ def select_episodes(
     quality: ArrayLike,
     lengths: ArrayLike,
     budget_steps: int,
-    method: Literal["dpp", "uniform"],
+    method: str,
     rng: np.random.Generator,
 ) -> NDArray[np.int64]:
     """Rows kept under a budget of steps, in the order of selection: int64 [<= N].

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from hpc_cpd.cluster.worker import leave
-from hpc_cpd.distill import learn, stage
+from hpc_cpd.distill import stage, train
 from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
+from hpc_cpd.methods.base import Method
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.network import Student, expert_of
@@ -32,8 +33,8 @@ steps_with_gradient: Counter[int] = Counter()
 class WatchedEngine(PhaseEngine):
     """Counts for every expert of this rank the steps in which it received a gradient that is not zero."""
 
-    def __init__(self, student: Student, settings: DistillSettings, total_steps: int) -> None:
-        super().__init__(student, settings, total_steps)
+    def __init__(self, student: Student, settings: DistillSettings, total_steps: int, method: Method) -> None:
+        super().__init__(student, settings, total_steps, method)
         for name, parameter in student.expert_parameters():
             number = expert_of(name)
             if number is None or not name.endswith(".last.bias") or not parameter.requires_grad:
@@ -55,14 +56,15 @@ def resident_megabytes() -> float:
 def main() -> int:
     arguments, answer = json.loads(sys.argv[1]), Path(sys.argv[2])
     rank, _ = start_distributed()
-    learn.PhaseEngine = WatchedEngine  # type: ignore[misc]
+    train.PhaseEngine = WatchedEngine  # type: ignore[misc]
     # DeepSpeed keeps its groups for the life of the process, so the ranks must not part between two stages
     stage.finish_distributed = lambda: None
+    stage.evaluate_policy = evaluate
     result: dict[str, list[Any]] = {"gradients": [], "megabytes": []}
     for number in range(1, arguments["stages"] + 1):
         steps_with_gradient.clear()
         # stages of different sizes: tasks without a teacher are left out of theirs
-        stage.run_stage(Run(arguments["run"]), number, evaluate, lambda: False, allow_missing=True)
+        stage.run_stage(Run(arguments["run"]), number, lambda: False, allow_missing=True)
         result["gradients"].append(dict(steps_with_gradient))
         result["megabytes"].append(resident_megabytes())
     if rank == 0:

@@ -18,7 +18,8 @@ from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
-from hpc_cpd.settings import DistillSettings
+from hpc_cpd.methods.base import method_of
+from hpc_cpd.settings import Config, DistillSettings
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 
@@ -43,7 +44,7 @@ def steps_with(zero: int) -> dict[str, Any]:
     free = sum(float((g[~fixed[name]] if name in fixed else g).square().sum()) for name, g in gradients.items())
 
     settings = DistillSettings(zero_stage=zero, weight_decay=0.5, warmup_steps=0, max_gradient_norm=1e-3)
-    engine = PhaseEngine(student, settings, 10)
+    engine = PhaseEngine(student, settings, 10, method_of(Config()))
     engine.hold(fixed)
     norms = [engine.step(loss(engine.forward(observations, tasks, valid)[0]), step) for step in range(3)]
     moments = engine.moments()

@@ -35,13 +35,14 @@ def learn(folder: str, stage: str, stop_after: str = "-1") -> int:
         left -= 1
         return left == 0
 
-    distill_stage.run_stage(Run(Path(folder)), int(stage), evaluate, stop)
+    distill_stage.run_stage(Run(Path(folder)), int(stage), stop)
     return EXIT_DONE
 
 
 def main() -> int:
     # DeepSpeed keeps its groups for the life of the process, so the ranks must not part between two stages
     distill_stage.finish_distributed = lambda: None
+    distill_stage.evaluate_policy = evaluate
     wishes = [list(words) for dashes, words in groupby(sys.argv[1:], "--".__eq__) if not dashes]
     code = max(run_command(partial(learn, *wish)) for wish in wishes)
     if code == EXIT_DONE:

@@ -28,8 +28,8 @@ SETTINGS = [
     "distill.phase1_steps=30",
     "distill.phase2_steps=20",
     "distill.warmup_steps=5",
-    "distill.freeze_old=false",
-    "memory.budget_fraction=0.2",
+    "method.growth.freeze_old_experts=false",
+    "method.memory.budget_fraction=0.2",
     "evaluation.episodes=2",
     "evaluation.forward_transfer=false",
 ]

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from hpc_cpd.distill.batches import StageBatches, require_replay
+from hpc_cpd.config import load_config
+from hpc_cpd.distill.batches import StageBatches, shares_of
 from hpc_cpd.errors import UserError
+from hpc_cpd.methods._rows import with_replay
+from hpc_cpd.methods.base import Stage, StageData, method_of
 from hpc_cpd.run.paths import Run
-from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
-from hpc_cpd.trajectories.store import open_trajectories
+from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 from tests.distill.synthetic import ACTION_SIZE, OBSERVATION_SIZE, TASKS, make_run
 
 VECTORS = {task: np.eye(len(TASKS), dtype=np.float32)[number] for number, task in enumerate(TASKS)}
@@ -48,12 +49,26 @@ def past() -> StudentPolicy:
     return StudentPolicy(StudentParts(state, shape, [[0, 1]], {t: VECTORS[t] for t in TASKS[:2]}, None, {}, {}))
 
 
+def data_of(
+    new: TrajectoryStore,
+    memory: TrajectoryStore | None,
+    past: StudentPolicy | None = None,
+    target: str = "teacher_mean",
+    weights: dict[str, float] | None = None,
+) -> StageData:
+    return StageData(new, memory, VECTORS, 4, target, lambda store: shares_of(store, weights), past)
+
+
+def drawn_from(data: StageData, size: int = 32, between: float = 0.0, asks_past_student: bool = False) -> StageBatches:
+    rows = with_replay(data, size, 0.5, 0.5, between, asks_past_student)
+    return StageBatches(rows, data, [0, 2], torch.device("cpu"))
+
+
 def batches(
-    run: Run, past: StudentPolicy | None, targets: Literal["teacher", "past_student"] = "teacher", between: float = 0.0
+    run: Run, past: StudentPolicy | None, asks_past_student: bool = False, between: float = 0.0
 ) -> StageBatches:
     new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
-    settings = DistillSettings(batch_size=32, between_fraction=between, replay_targets=targets)
-    return StageBatches(new, memory, VECTORS, 4, settings, [0, 2], torch.device("cpu"), past)
+    return drawn_from(data_of(new, memory, past), between=between, asks_past_student=asks_past_student)
 
 
 def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, past: StudentPolicy) -> None:
@@ -63,32 +78,30 @@ def test_a_batch_is_half_new_a_quarter_memory_and_a_quarter_anchors(run: Run, pa
     assert set(tasks[:16].tolist()) == {2, 3}
     assert set(tasks[16:].tolist()) == {0, 1}
     assert (batch.valid.sum(dim=1) == 1).all()
-    assert batch.global_valid == 32
+    assert (batch.rows_of_all_ranks, batch.new_rows_of_all_ranks) == (32, 16)
 
 
 def test_the_executed_action_can_be_asked_for_in_place_of_the_mean(run: Run) -> None:
     asked = {}
-    for target in ("mean", "executed"):
+    for target in ("teacher_mean", "actions"):
         store = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
         store.actions[:] = -store.teacher_mean
-        settings = DistillSettings.model_validate({"batch_size": 32, "target": target})
-        made = StageBatches(store, None, VECTORS, 4, settings, [0, 1], torch.device("cpu"))
-        asked[target] = made.batch(1, 0, 0, 1).teacher_mean
-    assert asked["mean"].abs().max() > 0 and torch.equal(asked["executed"], -asked["mean"])
+        asked[target] = drawn_from(data_of(store, None, target=target)).batch(1, 0, 0, 1).target
+    assert asked["teacher_mean"].abs().max() > 0 and torch.equal(asked["actions"], -asked["teacher_mean"])
 
 
 def test_tasks_are_drawn_in_proportion_to_their_weights(run: Run, past: StudentPolicy) -> None:
     new, memory = (open_trajectories([run.trajectories(t) for t in tasks]) for tasks in (TASKS[2:], TASKS[:2]))
     weights = dict(zip(TASKS, [0.9, 0.3, 0.0, 0.5], strict=True))
     size = 4096
-    settings = DistillSettings(batch_size=size)
-    made = StageBatches(new, memory, VECTORS, 4, settings, [0, 2], torch.device("cpu"), past, weights)
+    made = drawn_from(data_of(new, memory, past, weights=weights), size, between=0.5)
     batch = made.batch(1, 0, 0, 1)
     told = batch.task_vectors.argmax(dim=1)
     assert set(told[: size // 2].tolist()) == {3}
     replayed = told[size // 2 : 3 * size // 4]
     assert (replayed == 0).float().mean() == pytest.approx(0.75, abs=0.05)
-    assert len(made.origins(1, 0, 0, 1)) == size and TASKS[2] not in " ".join(made.origins(1, 0, 0, 1))
+    origins = batch.describe(range(size))
+    assert len(origins) == size and TASKS[2] not in " ".join(origins)
     ranks = [made.batch(1, 0, rank, 2).observations for rank in range(2)]
     assert torch.equal(torch.stack(ranks, dim=1)[: size // 4].flatten(0, 1), batch.observations[: size // 2])
 
@@ -103,7 +116,7 @@ def test_anchors_ask_at_new_observations_for_what_the_past_student_did(run: Run,
         past.reset(TASKS[int(batch.task_vectors[row].argmax())], 1)
         for step in range(steps):
             action = past.act(batch.observations[row, step : step + 1].numpy())
-        asked = batch.teacher_mean[row, steps - 1].clamp(-1, 1).numpy()
+        asked = batch.target[row, steps - 1].clamp(-1, 1).numpy()
         np.testing.assert_allclose(asked, action[0], atol=1e-5)
 
 
@@ -121,7 +134,7 @@ def test_anchors_between_remembered_states_ask_the_past_student_there(run: Run, 
         with torch.no_grad():
             window = batch.observations[row, : now + 1][None]
             actions, _, _ = past.student(window, batch.task_vectors[row][None])
-        torch.testing.assert_close(batch.teacher_mean[row, now], actions[0, -1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(batch.target[row, now], actions[0, -1], rtol=0, atol=1e-5)
 
 
 def distance_to_line(point: np.ndarray, one: np.ndarray, others: np.ndarray) -> float:
@@ -158,50 +171,51 @@ def test_without_a_past_student_the_whole_replay_is_memory(run: Run) -> None:
 def test_batches_are_a_pure_function_of_the_step(run: Run, past: StudentPolicy, tmp_path: Path) -> None:
     first, second = batches(run, past), batches(run, past)
     first.batch(1, 0, 0, 1)  # what was drawn before does not matter
-    for name in ("observations", "teacher_mean", "task_vectors"):
+    for name in ("observations", "target", "task_vectors"):
         assert torch.equal(getattr(first.batch(1, 5, 0, 1), name), getattr(second.batch(1, 5, 0, 1), name))
     assert not torch.equal(first.batch(1, 5, 0, 1).observations, first.batch(1, 6, 0, 1).observations)
 
 
 def test_replayed_rows_ask_for_what_the_past_student_did_when_told_so(run: Run, past: StudentPolicy) -> None:
     told = batches(run, past).batch(1, 0, 0, 1)
-    cloned = batches(run, past, "past_student").batch(1, 0, 0, 1)
+    cloned = batches(run, past, asks_past_student=True).batch(1, 0, 0, 1)
     for name in ("observations", "valid", "task_vectors", "is_new_task"):
         assert torch.equal(getattr(told, name), getattr(cloned, name))
     for rows in (slice(0, 16), slice(24, 32)):  # new rows have a teacher, anchors are the past student's anyway
-        torch.testing.assert_close(
-            told.teacher_mean[rows][told.valid[rows]], cloned.teacher_mean[rows][told.valid[rows]]
-        )
+        torch.testing.assert_close(told.target[rows][told.valid[rows]], cloned.target[rows][told.valid[rows]])
     for row in range(16, 24):
         steps = int(cloned.valid[row].nonzero()) + 1
         past.reset(TASKS[int(cloned.task_vectors[row].argmax())], 1)
         for step in range(steps):
             action = past.act(cloned.observations[row, step : step + 1].numpy())
-        asked = cloned.teacher_mean[row, steps - 1].clamp(-1, 1).numpy()
+        asked = cloned.target[row, steps - 1].clamp(-1, 1).numpy()
         np.testing.assert_allclose(asked, action[0], atol=1e-5)
-        assert np.abs(asked - told.teacher_mean[row, steps - 1].numpy()).max() > 1e-3
+        assert np.abs(asked - told.target[row, steps - 1].numpy()).max() > 1e-3
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_rows_of_all_ranks_are_the_same_whoever_answers_them(run: Run, past: StudentPolicy, ranks: int) -> None:
-    drawn = batches(run, past, "past_student")
+    drawn = batches(run, past, asks_past_student=True)
     whole = drawn.batch(1, 0, 0, 1)
     for rank in range(ranks):
-        new, replayed = drawn.batch(1, 0, rank, ranks).split(16)
-        assert (new.global_valid, replayed.global_valid) == (16, 16)
+        new, replayed = drawn.batch(1, 0, rank, ranks).split()
+        assert (new.rows_of_all_ranks, replayed.rows_of_all_ranks) == (16, 16)
         assert new.is_new_task.all()
         assert not replayed.is_new_task.any()
         for part, places in ((new, [range(16)]), (replayed, [range(16, 24), range(24, 32)])):
             rows = [row for of in places for row in of[rank::ranks]]
             assert torch.equal(part.observations, whole.observations[rows])
-            torch.testing.assert_close(part.teacher_mean[part.valid], whole.teacher_mean[rows][part.valid])
+            torch.testing.assert_close(part.target[part.valid], whole.target[rows][part.valid])
 
 
-def test_without_a_memory_what_is_about_it_is_refused(run: Run, past: StudentPolicy) -> None:
+@pytest.mark.parametrize("method", ["a_gem", "clonex"])
+def test_a_method_that_needs_remembered_rows_says_so_when_there_are_none(
+    run: Run, past: StudentPolicy, method: str
+) -> None:
     new = open_trajectories([run.trajectories(task) for task in TASKS[2:]])
-    for key, value in (("gradient_projection", True), ("replay_targets", "past_student")):
-        settings = DistillSettings.model_validate({key: value})
-        drawn = StageBatches(new, None, VECTORS, 4, settings, [0, 2], torch.device("cpu"), past)
-        require_replay(settings, 1, drawn)
-        with pytest.raises(UserError, match=rf"stage 2: distill\.{key} needs .* 0 of the memory"):
-            require_replay(settings, 2, drawn)
+    config = load_config(None, [f"method={method}"])
+    made = method_of(config)
+    made.begin_stage(Stage(run, config, [TASKS[:2], TASKS[2:]], 2))
+    made.rows(data_of(new, None), 32)  # in stage 1 there is nothing to remember
+    with pytest.raises(UserError, match=rf"stage 2: method {method} needs .* 0 are remembered"):
+        made.rows(data_of(new, None, past), 32)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_cpd.cluster.ranks import GRACE_SECONDS
-from hpc_cpd.distill.learn import newest_checkpoint
+from hpc_cpd.distill.train import newest_checkpoint
 from hpc_cpd.distributed.failures import ROLL_CALL_SECONDS
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
@@ -29,7 +29,7 @@ def wait_for_checkpoint(run: Run, stage: int, seconds: float = 120.0) -> None:
 def test_a_rank_lost_in_a_step_is_named_by_the_other_and_the_next_launch_goes_on(
     tmp_path: Path, lost: int, number: signal.Signals
 ) -> None:
-    words = ["distill.phase1_steps=3000", "distill.patience_seconds=4", "checkpoint_every_seconds=4"]
+    words = ["distill.phase1_steps=3000", "distill.collective_timeout_seconds=4", "checkpoint_every_seconds=4"]
     run = make_run(tmp_path / "run", *words)
     ranks = start_ranks(2, run.folder, 1)
     wait_for_checkpoint(run, 1)
@@ -51,7 +51,7 @@ def test_a_rank_lost_in_a_step_is_named_by_the_other_and_the_next_launch_goes_on
 
 
 def test_a_lost_rank_ends_the_job_within_a_minute_by_default() -> None:
-    assert DistillSettings().patience_seconds + ROLL_CALL_SECONDS + GRACE_SECONDS < 60
+    assert DistillSettings().collective_timeout_seconds + ROLL_CALL_SECONDS + GRACE_SECONDS < 60
 
 
 @pytest.mark.parametrize("zero", [0, 1])

@@ -36,7 +36,7 @@ def test_stages_that_are_added_later_give_the_bits_of_a_stream_that_had_them(tmp
     assert grown.config() == whole.config()
 
 
-ONE_HOT, PACKNET = "student.task_embedding=one_hot", "distill.isolation=packnet"
+ONE_HOT, PACKNET = "student.task_embedding=one_hot", "method=packnet"
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hpc_cpd.distill.learn import newest_checkpoint
 from hpc_cpd.distill.stage import run_stage
+from hpc_cpd.distill.train import newest_checkpoint
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.student.policy import load_student, load_student_parts
-from tests.distill.rank_stage import evaluate
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import TASKS, make_run
 
@@ -41,8 +40,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 VARIANTS: dict[str, tuple[dict[str, str], int | None]] = {
     "phase 1 alone": ({"phase2_steps: 20": "phase2_steps: 0"}, None),
     "phase 2 alone": ({"phase1_steps: 30": "phase1_steps: 0"}, None),
-    "old ones frozen": ({"freeze_old: false": "freeze_old: true"}, None),
-    "nothing frozen": ({"freeze_shared: true": "freeze_shared: false"}, None),
+    "old ones frozen": ({"freeze_old_experts: false": "freeze_old_experts: true"}, None),
+    "nothing frozen": ({"freeze_shared_layers: true": "freeze_shared_layers: false"}, None),
     "every expert on every rank": ({"expert_parallel_size: 0": "expert_parallel_size: 1"}, None),
     "ZeRO 1": ({"zero_stage: 0": "zero_stage: 1", "expert_parallel_size: 0": "expert_parallel_size: 2"}, None),
     "ZeRO 2": ({"zero_stage: 0": "zero_stage: 2", "expert_parallel_size: 0": "expert_parallel_size: 1"}, None),
@@ -308,11 +307,11 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path)
     run = make_run(tmp_path / "run")
     shutil.rmtree(run.trajectories(TASKS[3]))
     with pytest.raises(UserError) as refusal:
-        run_stage(run, 2, evaluate, lambda: False)
+        run_stage(run, 2, lambda: False)
     output = str(refusal.value)
     assert f"the trajectories of {TASKS[3]}" in output
     assert "--stage teachers" in output
     assert f"the student of stage 1 (make it with: python -m hpc_cpd.launch --run {run.folder} --stage 1)" in output
     with pytest.raises(UserError, match="there is no stage 3"):
-        run_stage(run, 3, evaluate, lambda: False)
+        run_stage(run, 3, lambda: False)
     assert not torch.distributed.is_initialized()

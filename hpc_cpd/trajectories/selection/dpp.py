@@ -122,3 +122,15 @@ class _Gains:
 
     def _pieces(self) -> list[slice]:
         return [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(self._rows), ROWS_AT_ONCE)]
+
+
+class _dpp:
+    from typing import Literal as _L
+
+    from hpc_cpd.settings import PluginSettings as _P
+
+    class Settings(_P):
+        name: str = "dpp"
+
+
+plugin = _dpp

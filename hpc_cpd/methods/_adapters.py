@@ -1,18 +1,9 @@
-"""Weights that a stage has to itself: what a student keeps for every stage, and the state its tasks act with.
-
-PackNet (arXiv 1711.05769) shares the entries of every matrix out among the stages: a task acts with those that its own
-stage and earlier ones own. Vectors (biases, layer norms, gate biases) belong to stage 1. Low-rank adapters (LoRA, arXiv
-2106.09685) leave the student of stage 1 as it is: a task of a later stage acts with W + up @ down of its own stage.
-
-    owner/NAME                    uint8, the shape of matrix NAME: the stage that owns each entry; 0: still free
-    adapter/STAGE/NAME_up|_down   float32 [out, r] and [r, in], r = min(rank, out, in); none for stage 1
-"""
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on every linear layer and gate of a student."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,58 +15,8 @@ from hpc_cpd.student.network import Student
 _UP, _DOWN = "_up", "_down"
 
 
-class Owners:
-    """PackNet: the stage that owns each entry of each matrix."""
-
-    method: ClassVar[str] = "packnet"
-
-    def __init__(self, owners: Mapping[str, Tensor]) -> None:
-        """`owners`: uint8 by canonical name, one for every matrix of the student."""
-        self.owners = dict(owners)
-
-    @staticmethod
-    def of_nobody(state: Mapping[str, Tensor]) -> Owners:
-        """Every matrix of the canonical `state` is free."""
-        return Owners({name: torch.zeros(w.shape, dtype=torch.uint8) for name, w in state.items() if w.dim() > 1})
-
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Owners:
-        """What `tensors` gave; other keys are passed over."""
-        return Owners({name.removeprefix("owner/"): t for name, t in tensors.items() if name.startswith("owner/")})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As a student folder holds them."""
-        return {f"owner/{name}": owner for name, owner in self.owners.items()}
-
-    def state_of_stage(self, state: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
-        """The canonical state that a task of `stage` (from 1) acts with; `state` is that of the newest stage."""
-        acting = dict(state)
-        for name, owner in self.owners.items():
-            acting[name] = torch.where((owner >= 1) & (owner <= stage), state[name], 0.0)
-        return acting
-
-    def pruned(self, state: Mapping[str, Tensor], stage: int, stages: int) -> tuple[Owners, dict[str, Tensor]]:
-        """Give `stage` (from 1, of `stages`) its share of what is free; (the owners then, the state then).
-
-        Of the n free entries of a matrix it gets the ceil(n / (stages - stage + 1)) of largest magnitude, of equals
-        the first; the others become zero and stay free. The last stage gets everything that is left.
-        """
-        owners, after = {}, dict(state)
-        for name, owner in self.owners.items():
-            free = (owner == 0).flatten()
-            magnitudes = torch.where(free, state[name].flatten().abs(), -1.0)
-            share = -(-int(free.sum()) // (stages - stage + 1))
-            taken = owner.flatten().clone()
-            taken[magnitudes.sort(descending=True, stable=True).indices[:share]] = stage
-            owners[name] = taken.view_as(owner)
-            after[name] = torch.where(owners[name] > 0, state[name], 0.0)
-        return Owners(owners), after
-
-
 class Adapters:
-    """LoRA: the low-rank adapters of every stage after the first."""
-
-    method: ClassVar[str] = "lora"
+    """The low-rank adapters of every stage after the first: float32 [out, r] and [r, in], r = min(rank, out, in)."""
 
     def __init__(self, by_stage: Mapping[int, Mapping[str, Tensor]]) -> None:
         """`by_stage`: for each stage its up and down matrices, by canonical name."""
@@ -83,17 +24,16 @@ class Adapters:
 
     @staticmethod
     def from_tensors(tensors: Mapping[str, Tensor]) -> Adapters:
-        """What `tensors` gave; other keys are passed over."""
+        """What `tensors` gave."""
         by_stage: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            if key.startswith("adapter/"):
-                _, stage, name = key.split("/")
-                by_stage.setdefault(int(stage), {})[name] = tensor
+            stage, name = key.split("/")
+            by_stage.setdefault(int(stage), {})[name] = tensor
         return Adapters(by_stage)
 
     def tensors(self) -> dict[str, Tensor]:
         """As a student folder holds them."""
-        return {f"adapter/{stage}/{name}": t for stage, part in self.by_stage.items() for name, t in part.items()}
+        return {f"{stage}/{name}": t for stage, part in self.by_stage.items() for name, t in part.items()}
 
     def state_of_stage(self, state: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         """The canonical state that a task of `stage` (from 1) acts with; `state` is that of stage 1.
@@ -106,17 +46,6 @@ class Adapters:
                 weight = name.removesuffix(_UP)
                 acting[weight] = state[weight] + up @ adapters[weight + _DOWN]
         return acting
-
-
-Isolation = Owners | Adapters
-
-
-def isolation_from(method: str, tensors: Mapping[str, Tensor]) -> Isolation:
-    """What a student folder of `method` holds in `tensors`. Raises ValueError for a method that is not known."""
-    for kind in (Owners, Adapters):
-        if kind.method == method:
-            return kind.from_tensors(tensors)
-    raise ValueError(f"there is no isolation '{method}'")
 
 
 def is_adapter(name: str) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hpc_cpd.distill import importance
-from hpc_cpd.distill.importance import Samples, fisher_diagonal, output_sensitivity
+from hpc_cpd.methods import _importance
+from hpc_cpd.methods._importance import fisher_diagonal, output_sensitivity
+from hpc_cpd.methods.base import Samples
 from hpc_cpd.student.network import Student, StudentShape
 
 SHAPE = StudentShape(
@@ -42,7 +43,7 @@ def samples_of(shape: StudentShape, count: int = 7) -> Samples:
     generator = torch.Generator().manual_seed(1)
     observations = torch.randn(count, shape.history, shape.observation_size, generator=generator)
     steps = torch.arange(count) % shape.history  # an episode that has just begun is asked at an early step
-    return observations, torch.randn(count, shape.task_vector_size, generator=generator), steps
+    return Samples(observations, torch.randn(count, shape.task_vector_size, generator=generator), steps)
 
 
 def one_after_the_other(student: Student, samples: Samples, mas: bool) -> dict[str, torch.Tensor]:
@@ -67,7 +68,7 @@ def test_importance_is_what_a_loop_of_plain_autograd_over_the_samples_finds(
     shape = replace(SHAPE, top_k=top_k)
     student, samples = student_of(shape), samples_of(shape)
     numbers = shape.action_size * sum(parameter.numel() for parameter in student.parameters())
-    monkeypatch.setattr(importance, "NUMBERS_AT_ONCE", 3 * numbers)  # pieces of three, three and one sample
+    monkeypatch.setattr(_importance, "NUMBERS_AT_ONCE", 3 * numbers)  # pieces of three, three and one sample
     found = (output_sensitivity if mas else fisher_diagonal)(student, samples)
     wanted = one_after_the_other(student, samples, mas)
     assert found.keys() == wanted.keys()

@@ -17,15 +17,16 @@ from torch import Tensor
 from hpc_cpd.config import load_config
 from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.errors import UserError
+from hpc_cpd.methods.base import method_of
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
 from hpc_cpd.student.network import Student
-from tests.distill.rank_projection import shape_of, whole_batch, with_small_actions
 from tests.distill.ranks import finish, start_ranks
 from tests.distill.synthetic import make_run
+from tests.methods.rank_a_gem import shape_of, whole_batch, with_small_actions
 from tests.rank_environments import rank_environments
 
-SCRIPT = Path(__file__).with_name("rank_projection.py")
+SCRIPT = Path(__file__).with_name("rank_a_gem.py")
 CASES = ["against", "along"]
 Parts = dict[str, dict[str, dict[str, Tensor]]]
 
@@ -60,7 +61,7 @@ def plain_gradients(case: str, top_k: int) -> tuple[dict[str, Tensor], dict[str,
     for rows in (batch.is_new_task, ~batch.is_new_task):
         student.zero_grad()
         actions, _, _ = student(batch.observations[rows], batch.task_vectors[rows], batch.valid[rows])
-        errors = action_mean_error(actions, batch.teacher_mean[rows], batch.valid[rows])
+        errors = action_mean_error(actions, batch.target[rows], batch.valid[rows])
         (errors.sum() / batch.valid[rows].sum()).backward()
         named = student.named_parameters()
         found.append({name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in named})
@@ -99,23 +100,13 @@ def test_the_projection_is_that_of_the_whole_student_wherever_its_experts_live(
                 torch.testing.assert_close(ours[sure], update[sure], rtol=1e-3, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("words", "named"),
-    [
-        (["distill.gradient_projection=true", "distill.zero_stage=2"], "distill.zero_stage is 2"),
-        (["distill.gradient_projection=true", "distill.replay_fraction=0"], "no row comes from the replay memory"),
-        (["distill.gradient_projection=true", "distill.anchor_fraction=1"], "no row comes from the replay memory"),
-        (["distill.replay_targets=past_student", "distill.replay_fraction=0"], "distill.replay_targets is past_stu"),
-        (["distill.replay_targets=past_student", "distill.anchor_fraction=1"], "distill.replay_targets is past_stu"),
-    ],
-)
-def test_settings_that_contradict_each_other_are_one_sentence(words: list[str], named: str) -> None:
-    with pytest.raises(UserError, match=re.escape(named)):
-        load_config(None, words)
+def test_zero_that_shares_gradients_out_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("distill.zero_stage is 2")):
+        method_of(load_config(None, ["method=a_gem", "distill.zero_stage=2"])).check(2)
 
 
 def test_a_stage_with_gradient_projection_goes_on_with_the_same_bits_and_needs_a_memory(tmp_path: Path) -> None:
-    words = ("distill.gradient_projection=true", "distill.replay_targets=past_student", "distill.anchor_fraction=0")
+    words = ("method=a_gem", "method.experts_per_task=1", "method.memory.budget_fraction=0.2")
     run = make_run(tmp_path / "run", *words)
     finish(start_ranks(2, run.folder, 1))
     stopped = Run(shutil.copytree(run.folder, tmp_path / "stopped"))
@@ -129,4 +120,4 @@ def test_a_stage_with_gradient_projection_goes_on_with_the_same_bits_and_needs_a
     text = without.config_file.read_text()
     without.config_file.write_text(text.replace("batch_size: 32", "batch_size: 1"))
     output = finish(start_ranks(1, without.folder, 2), expected=2)
-    assert "stage 2: distill.gradient_projection needs new rows and rows of the replay memory" in output
+    assert "stage 2: method a_gem needs new rows and remembered rows" in output

@@ -1,4 +1,4 @@
-"""One rank of steps whose gradient a replay memory corrects: ``rank_projection.py ARGUMENTS ANSWER``.
+"""One rank of steps whose gradient a replay memory corrects: ``rank_a_gem.py ARGUMENTS ANSWER``.
 
 ARGUMENTS: JSON object with "expert_parallel_size", "top_k" and "cases": names of `TARGETS`. ANSWER: safetensors with,
 for each case, the gradient before clipping and the update of every parameter, and the gradients that went into it.
@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hpc_cpd.cluster.worker import leave
-from hpc_cpd.distill import engine as engines
+from hpc_cpd.config import load_config
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine
-from hpc_cpd.distill.learn import _step
-from hpc_cpd.distill.phases import Phase
+from hpc_cpd.distill.train import _step
 from hpc_cpd.distributed.torch import finish_distributed, gather, start_distributed
 from hpc_cpd.errors import run_command
-from hpc_cpd.settings import Config, DistillSettings
+from hpc_cpd.methods.a_gem import AGEM
+from hpc_cpd.methods.base import Phase
 from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.network import Student, StudentShape
 
@@ -66,6 +66,8 @@ def whole_batch(case: str) -> Batch:
         torch.arange(NEW + REPLAYED) < NEW,
         None,
         NEW + REPLAYED,
+        NEW,
+        [],
     )
 
 
@@ -81,13 +83,14 @@ class WholeBatches:
     """As much of `StageBatches` as a step asks for."""
 
     def __init__(self, case: str) -> None:
-        self.case, self.rows, self.replayed = case, [NEW, REPLAYED], REPLAYED
+        self.case = case
 
     def batch(self, phase: int, step: int, rank: int, world_size: int) -> Batch:
         whole = whole_batch(self.case)
         rows = torch.cat([torch.arange(NEW)[rank::world_size], NEW + torch.arange(REPLAYED)[rank::world_size]])
-        tensors = (whole.observations, whole.teacher_mean, whole.valid, whole.task_vectors, whole.is_new_task)
-        return Batch(*(part[rows] for part in tensors), None, NEW + REPLAYED)  # type: ignore[call-arg, arg-type]
+        tensors = (whole.observations, whole.target, whole.valid, whole.task_vectors, whole.is_new_task)
+        observations, target, valid, task_vectors, is_new = (part[rows] for part in tensors)
+        return Batch(observations, target, valid, task_vectors, is_new, None, NEW + REPLAYED, NEW, [])
 
 
 def everywhere(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,23 +114,23 @@ def main() -> int:
             seen["projected"] = {name: value.grad.clone() for name, value in named if value.grad is not None}
             return super()._clip()
 
-    def watched_projection(student: Student, reference: list[Tensor]) -> None:
-        named = dict(student.named_parameters())
-        seen["gradient"] = {name: value.grad.clone() for name, value in named.items() if value.grad is not None}
-        seen["reference"] = dict(zip(named, reference, strict=True))
-        projection(student, reference)
+    class WatchedMethod(AGEM):
+        def gradients(self, student: Student, reference: Sequence[Tensor] | None) -> None:
+            assert reference is not None
+            named = dict(student.named_parameters())
+            seen["gradient"] = {name: value.grad.clone() for name, value in named.items() if value.grad is not None}
+            seen["reference"] = dict(zip(named, reference, strict=True))
+            super().gradients(student, reference)
 
-    projection, engines.project_gradients = engines.project_gradients, watched_projection  # type: ignore[assignment]
     result: dict[str, Tensor] = {}
     for case in arguments["cases"]:
         student = Student(shape_of(arguments["top_k"]), [[0, 1, 2]], arguments["expert_parallel_size"], 0)
         with_small_actions(student)
         before = gather_state(student)
-        words: dict[str, Any] = {"gradient_projection": True, "load_balancing_coefficient": 0.0, "warmup_steps": 0}
-        config = Config(distill=DistillSettings(**words))
-        engine = Watched(student, config.distill, 1)
-        phase = Phase(1, 1, shared_learns=True, gate_learns=True, old_experts_learn=True)
-        _step(engine, phase, 0, config, WholeBatches(case), None, "test")  # type: ignore[arg-type]
+        words = ["method=a_gem", "distill.load_balancing_coefficient=0", "distill.warmup_steps=0"]
+        method = WatchedMethod(load_config(None, words))
+        engine = Watched(student, method.config.distill, 1, method)
+        _step(engine, Phase(1, 1), 0, WholeBatches(case), method, "test")  # type: ignore[arg-type]
         after = gather_state(student)
         parts = {name: everywhere(tensors) for name, tensors in seen.items()}
         parts["update"] = {name: after[name] - before[name] for name in after}

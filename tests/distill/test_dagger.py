@@ -13,6 +13,7 @@ from hpc_cpd.cli import verify
 from hpc_cpd.distill.dagger import FIRST_INDEX, open_new
 from hpc_cpd.distill.finalize import _predictions
 from hpc_cpd.errors import UserError
+from hpc_cpd.methods.base import Stage
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, sha256
@@ -26,10 +27,10 @@ from tests.distill.synthetic import OBSERVATION_SIZE, TASKS, make_run, record_ta
 
 TASK, EPISODES = TASKS[0], 10
 WORDS = (
-    f"distill.relabelled_episodes={EPISODES}",
-    "distill.phase3_steps=40",
+    f"method.dagger.episodes={EPISODES}",
+    "method.dagger.steps=40",
     "stream.tasks_per_stage=1",
-    "memory.budget_fraction=0.5",
+    "method.memory.budget_fraction=0.5",
 )
 STOP_IN_PHASE_3 = 30 + 20 + 20  # looks at `stop`: one per step, and some between two tasks
 
@@ -53,13 +54,13 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def finished(stopped: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The same, played again and finished by one rank."""
     run = Run(shutil.copytree(stopped.folder, tmp_path_factory.mktemp("finished") / "run"))
-    shutil.rmtree(run.stage(1) / "relabelled")
+    shutil.rmtree(run.stage(1) / "dagger")
     finish(start_ranks(1, run.folder, 1))
     return run
 
 
-def relabelled(run: Run) -> TrajectoryStore:
-    return open_trajectories(run.relabelled(1, TASK), [TASK])
+def answered(run: Run) -> TrajectoryStore:
+    return open_trajectories(run.dagger(1, TASK), [TASK])
 
 
 def error_at(student: Path, store: TrajectoryStore) -> float:
@@ -73,7 +74,7 @@ def error_at(student: Path, store: TrajectoryStore) -> float:
 
 def test_the_student_acts_and_the_teacher_answers(stopped: Run) -> None:
     store, teacher, draft = (
-        relabelled(stopped),
+        answered(stopped),
         load_teacher(stopped.teacher(TASK)),
         load_student(stopped.stage(1) / "draft"),
     )
@@ -87,21 +88,23 @@ def test_the_student_acts_and_the_teacher_answers(stopped: Run) -> None:
 
 
 def test_whoever_plays_records_the_same(stopped: Run, finished: Run) -> None:
-    one, two = relabelled(stopped), relabelled(finished)
+    one, two = answered(stopped), answered(finished)
     for name in ("observations", "actions", "teacher_mean"):
         assert np.array_equal(getattr(one, name), getattr(two, name)), name
 
 
-def test_phase_3_teaches_what_was_relabelled(stopped: Run, finished: Run) -> None:
+def test_phase_3_teaches_what_was_answered(stopped: Run, finished: Run) -> None:
     assert not (stopped.stage(1) / "student").exists()
     assert [record["phase"] for record in read_metrics(finished.stage(1) / "metrics.jsonl")] == [1, 2, 3]
     draft, student = stopped.stage(1) / "draft", finished.stage(1) / "student"
-    assert error_at(student, relabelled(finished)) < 0.5 * error_at(draft, relabelled(finished))
+    assert error_at(student, answered(finished)) < 0.5 * error_at(draft, answered(finished))
 
 
-def test_relabelled_episodes_count_among_the_data_of_the_stage(finished: Run) -> None:
+def test_answered_episodes_count_among_the_data_of_the_stage(finished: Run) -> None:
     recorded = open_trajectories(finished.trajectories(TASK), [TASK])
-    assert len(open_new(finished, 1, [TASK])) == len(recorded) + len(relabelled(finished))
+    assert len(open_new(Stage(finished, finished.config(), [[task] for task in TASKS], 1))) == len(recorded) + len(
+        answered(finished)
+    )
     assert is_done(finished.stage(1)) and not (finished.stage(1) / "draft").exists()
-    with pytest.raises(UserError, match="1 relabelled folders"):  # damaged: other tasks' teachers are stand-ins
+    with pytest.raises(UserError, match="1 DAgger folders"):  # damaged: other tasks' teachers are stand-ins
         verify(finished.folder)

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.student.isolation import Adapters, Isolation, Owners, add_adapters, is_adapter
+from hpc_cpd.methods._adapters import Adapters, add_adapters, is_adapter
+from hpc_cpd.methods.packnet import PackNetMasks
+from hpc_cpd.student.method_state import MethodState
 from hpc_cpd.student.network import Student
-from hpc_cpd.student.policy import load_student, load_student_parts, save_student
+from hpc_cpd.student.policy import StudentParts, load_student, load_student_parts, save_student
 from hpc_cpd.student.task_inference import EpisodeStatistics
 from tests.student.reference import make_student, small_shape
 
@@ -36,11 +38,12 @@ def random_adapters(student: Student, rank: int = 2) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in student.state_dict().items() if is_adapter(name)}
 
 
-def publish(folder: Path, state: dict[str, Tensor], isolation: Isolation | None) -> None:
+def publish(folder: Path, state: dict[str, Tensor], method_state: MethodState | None) -> None:
     vectors = {task: row for task, row in zip(TASKS, np.eye(5, dtype=np.float32), strict=False)}
     metadata = {"tasks_by_stage": PLAN}
     facts = {task: EpisodeStatistics(100, np.ones((2, 6), np.float32)) for task in vectors}
-    save_student(folder, state, new_student().shape, EXPERTS, vectors, None, metadata, facts, isolation)
+    parts = StudentParts(state, new_student().shape, EXPERTS, vectors, None, metadata, facts, method_state)
+    save_student(folder, parts)
 
 
 def inputs() -> tuple[Tensor, Tensor]:
@@ -51,7 +54,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 def test_each_stage_gets_the_largest_of_its_share_of_what_is_free_and_the_rest_is_zero() -> None:
     weights = torch.tensor([[5.0, -1.0, 3.0], [0.5, -4.0, 2.0], [0.1, 0.2, -6.0]])
     state = {"w": weights, "b": torch.ones(3)}
-    owners, state = Owners.of_nobody(state).pruned(state, 1, 4)  # ceil(9 / 4) = 3
+    owners, state = PackNetMasks.of_nobody(state).pruned(state, 1, 4)  # ceil(9 / 4) = 3
     assert owners.owners["w"].tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
     assert state["w"].tolist() == [[5.0, 0.0, 0.0], [0.0, -4.0, 0.0], [0.0, 0.0, -6.0]]
     assert list(owners.owners) == ["w"] and state["b"].tolist() == [1.0, 1.0, 1.0]
@@ -107,26 +110,27 @@ def test_adapters_are_refused_to_a_student_that_has_grown() -> None:
 @pytest.mark.parametrize("method", ["packnet", "lora"])
 def test_a_published_student_acts_with_the_weights_of_the_tasks_stage(tmp_path: Path, method: str) -> None:
     state = {name: tensor.clone() for name, tensor in new_student().state_dict().items()}
-    isolation: Isolation
+    acting: PackNetMasks | Adapters
     if method == "packnet":
-        owners, after = Owners.of_nobody(state).pruned(state, 1, 3)
+        owners, after = PackNetMasks.of_nobody(state).pruned(state, 1, 3)
         refilled = {name: torch.where(after[name] == 0, state[name], after[name]) for name in state}
-        isolation, state = owners.pruned(refilled, 2, 3)
+        acting, state = owners.pruned(refilled, 2, 3)
+        kept = acting.owners
     else:
-        isolation = Adapters({2: random_adapters(new_student())})
-    publish(tmp_path / "isolated", state, isolation)
-    kept = load_student_parts(tmp_path / "isolated").isolation
-    assert kept is not None and kept.method == method
-    assert kept.tensors().keys() == isolation.tensors().keys()
-    assert all(torch.equal(tensor, isolation.tensors()[name]) for name, tensor in kept.tensors().items())
-    policy = load_student(tmp_path / "isolated")
+        acting = Adapters({2: random_adapters(new_student())})
+        kept = acting.tensors()
+    publish(tmp_path / "student", state, MethodState(method, kept))
+    found = load_student_parts(tmp_path / "student").method_state
+    assert found is not None and found.method == method and found.tensors.keys() == kept.keys()
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in found.tensors.items())
+    policy = load_student(tmp_path / "student")
     seen = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     told = {}
     for task in (*TASKS, *reversed(TASKS)):
         policy.reset(task, 4)
         told.setdefault(task, []).append(policy.act(seen))
     for stage, tasks in enumerate(PLAN, start=1):
-        publish(tmp_path / str(stage), isolation.state_of_stage(state, stage), None)
+        publish(tmp_path / str(stage), acting.state_of_stage(state, stage), None)
         alone = load_student(tmp_path / str(stage))
         for task in tasks:
             alone.reset(task, 4)
@@ -134,18 +138,18 @@ def test_a_published_student_acts_with_the_weights_of_the_tasks_stage(tmp_path: 
             assert all((actions == expected).all() for actions in told[task])
     alone.reset(TASKS[0], 4)
     assert abs(alone.act(seen) - told[TASKS[0]][0]).max() > 1e-3  # the stages do act with other weights
-    with pytest.raises(UserError, match=rf"{method}.*must be told the task.*a/one, a/two, a/three"):
+    with pytest.raises(UserError, match=r"must be told the task.*a/one, a/two, a/three"):
         policy.reset(None, 4)
     with pytest.raises(ValueError, match=r"stages \[1, 2\]"):
         policy.act_as_learnt(TASKS)
     policy.act_as_learnt(TASKS[1:])
 
 
-def test_an_ordinary_folder_says_nothing_of_isolation_and_an_unknown_kind_is_named(tmp_path: Path) -> None:
+def test_an_ordinary_folder_names_no_method_and_an_unknown_one_is_refused(tmp_path: Path) -> None:
     publish(tmp_path / "student", dict(new_student().state_dict()), None)
     file = tmp_path / "student" / "student.json"
     description = json.loads(file.read_text())
-    assert "isolation" not in description and load_student_parts(tmp_path / "student").isolation is None
-    file.write_text(json.dumps({**description, "isolation": "hat"}))
-    with pytest.raises(UserError, match=r"student\.json.*'hat'"):
+    assert "method" not in description and load_student_parts(tmp_path / "student").method_state is None
+    file.write_text(json.dumps({**description, "method": "hat"}))
+    with pytest.raises(UserError, match="no method 'hat'"):
         load_student(tmp_path / "student")

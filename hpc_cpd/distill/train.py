@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,10 +11,7 @@ from torch import Tensor
 
 from hpc_cpd.distill.batches import Batch, StageBatches
 from hpc_cpd.distill.engine import PhaseEngine
-from hpc_cpd.distill.isolation import SharedWeights
 from hpc_cpd.distill.losses import action_mean_error
-from hpc_cpd.distill.penalties import Penalty
-from hpc_cpd.distill.phases import Phase, phases_of
 from hpc_cpd.distributed.failures import collective_timeout, naming_lost_ranks
 from hpc_cpd.distributed.torch import (
     COLLECTIVE_TIMEOUT_SECONDS,
@@ -25,74 +21,58 @@ from hpc_cpd.distributed.torch import (
     run_on_rank,
 )
 from hpc_cpd.errors import StopRequested, UserError
+from hpc_cpd.methods.base import Method, Phase, Stage, phases_of
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.metrics_log import MetricsLog
-from hpc_cpd.run.paths import Run
 from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import Config
 from hpc_cpd.student.checkpoint import PendingCheckpoint, gather_state, load_checkpoint
-from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.student.network import Student
+from hpc_cpd.student.policy import StudentParts
 
 LOG_EVERY_STEPS = 50
 
 
-@dataclass(frozen=True)
-class Beginning:
-    """What a stage starts from: the grown student and what it will be told."""
-
-    state: Mapping[str, Tensor]  # canonical names
-    shape: StudentShape
-    experts_by_stage: list[list[int]]
-    new_experts: list[int]
-
-
-def learn_stage(
-    run: Run,
-    stage: int,
-    config: Config,
-    phases: Sequence[Phase],
-    beginning: Beginning,
-    batches: StageBatches,
-    penalty: Penalty | None,
-    isolation: SharedWeights,
-    stop: Callable[[], bool],
+def train_phases(
+    stage: Stage, method: Method, phases: Sequence[Phase], start: StudentParts, batches: StageBatches
 ) -> dict[str, Tensor]:
-    """Run `phases` of `stage`, of which they are neighbours, and return the canonical state the student ends with, on
-    every rank.
+    """Run consecutive `phases` of `stage` and return the canonical state the student ends with, on every rank.
 
-    Goes on from the newest of the stage's checkpoints, on any number of ranks. Raises StopRequested
-    once all ranks agreed to stop and saved together.
+    Goes on from the newest of the stage's checkpoints, on any number of ranks. Raises StopRequested once all ranks
+    agreed to stop and saved together.
     """
-    folder = run.stage(stage)
+    config, folder = stage.config, stage.run.stage(stage.number)
     checkpoints = folder / "checkpoints"
-    first_rank = torch.distributed.get_rank() == 0
     newest = run_on_rank(lambda: _newest_alone(checkpoints))
     reached = position_of(newest) if newest is not None else (0, 0)
     if reached[0] < phases[0].number:
         newest, reached = None, (phases[0].number, 0)
-    before = [phase.steps for phase in phases_of(stage, config) if phase.number < phases[0].number]
+    before = [phase.steps for phase in phases_of(method, stage.number) if phase.number < phases[0].number]
     offset = sum([*before, *(phase.steps for phase in phases if phase.number < reached[0])])
+    first_rank = torch.distributed.get_rank() == 0
     metrics = MetricsLog(folder / "metrics.jsonl", offset + reached[1]) if first_rank else None
 
-    state: Mapping[str, Tensor] = beginning.state
+    state: Mapping[str, Tensor] = start.state
     done = sum(before)
     for phase in phases:
         if phase.number >= reached[0]:
-            student = build_student(beginning, config)
-            state = isolation.prepare(student, state)
+            student = build_student(start, config)
+            state = method.adapt(student, state)
             student.load_canonical(state)
-            start, moments = 0, None
+            first_step, moments = 0, None
             if newest is not None and phase.number == reached[0]:
-                start, moments = reached[1], load_checkpoint(newest, student)[1]
-            fixed = isolation.freeze(student, phase, beginning.new_experts)
-            engine = PhaseEngine(student, config.distill, phase.steps)
+                position, moments, kept = load_checkpoint(newest, student)
+                first_step = position["step"]
+                method.load_state_dict(kept)
+            fixed = method.freeze(student, phase, new_experts_of(start, stage.number))
+            engine = PhaseEngine(student, config.distill, phase.steps, method)
             if moments is not None:
                 engine.restore(moments)
             engine.hold(fixed)
-            save = _Saver(checkpoints, engine, SaveDue(run, config.checkpoint_every_seconds), stop)
-            _run_phase(engine, phase, start, done, config, batches, penalty, metrics, save, f"stage {stage}")
+            save = _Saver(checkpoints, engine, method, SaveDue(stage.run, config.checkpoint_every_seconds), stage.stop)
+            _run_phase(engine, phase, first_step, done, stage, batches, method, metrics, save)
             save.finish()
-            state = isolation.after_phase(phase, student, gather_state(student))
+            state = method.end_phase(phase, student, gather_state(student))
             if phase is not phases[-1]:
                 save.begin(phase.number + 1, 0)
                 save.finish()
@@ -101,8 +81,8 @@ def learn_stage(
     return dict(state)
 
 
-def build_student(beginning: Beginning, config: Config) -> Student:
-    """An untrained module of the right shape for this rank, on its device."""
+def build_student(start: StudentParts, config: Config) -> Student:
+    """An untrained module of the shape of `start` for this rank, on its device."""
     world_size = torch.distributed.get_world_size()
     size = config.distill.expert_parallel_size or world_size
     if world_size % size:
@@ -110,25 +90,25 @@ def build_student(beginning: Beginning, config: Config) -> Student:
             f"setting 'distill.expert_parallel_size' is {size}, which does not divide the {world_size} ranks; "
             "choose a divisor, or 0 for all of them"
         )
-    student = Student(beginning.shape, beginning.experts_by_stage, size, config.seed)
-    return student.to(device_of_rank())
+    return Student(start.shape, start.experts_by_stage, size, config.seed).to(device_of_rank())
 
 
-def batch_loss(engine: PhaseEngine, batch: Batch, coefficient: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, squared errors [B, L], load-balancing loss): the mean of `loss` over ranks is the global loss."""
-    actions, balance, gate = engine.forward(batch.observations, batch.task_vectors, batch.valid, batch.lift)
-    errors = action_mean_error(actions, batch.teacher_mean, batch.valid)
-    share = engine.world_size / batch.global_valid  # DeepSpeed averages over ranks, the loss over valid steps
-    loss = errors.sum() * share + coefficient * balance
-    newborns = len(engine.student.experts_by_stage[-1])  # none where nothing grows
-    if batch.lift is not None and engine.student.shape.top_k and 0 < newborns < len(engine.student.expert_ids):
-        # A hard gate learns from the error of the expert that it picked alone, and where a lifted expert has learnt to
-        # serve a token there is no error left to tell the gate so: it is told who is to serve whom.
-        born = gate[..., -newborns:].sum(dim=-1)
-        right = torch.where(batch.lift[:, None, None], born, 1.0 - born).clamp_min(1e-6)
-        wrong = -torch.where(batch.valid[:, :, None], right.log(), 0.0).mean(dim=2).sum() * share
-        loss = loss + engine.settings.newborn_coefficient * wrong
-    return loss, errors.detach(), balance.detach()
+def new_experts_of(start: StudentParts, number: int) -> list[int]:
+    """The experts that were born in stage `number`; none where the student did not grow."""
+    return start.experts_by_stage[number - 1] if len(start.experts_by_stage) == number else []
+
+
+def batch_loss(
+    engine: PhaseEngine, batch: Batch, load_balancing: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    """(loss, squared errors [B, L], load-balancing loss, gate probabilities [B, L, M, E], share).
+
+    The mean of the loss over ranks is the loss of the batch of all ranks; so is that of `share` times a sum over rows.
+    """
+    actions, balance, gate = engine.forward(batch.observations, batch.task_vectors, batch.valid, batch.override)
+    errors = action_mean_error(actions, batch.target, batch.valid)
+    share = engine.world_size / batch.rows_of_all_ranks  # DeepSpeed averages over ranks, the loss over valid steps
+    return errors.sum() * share + load_balancing * balance, errors.detach(), balance.detach(), gate, share
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
@@ -153,23 +133,24 @@ def position_of(checkpoint: Path) -> tuple[int, int]:
 def _run_phase(
     engine: PhaseEngine,
     phase: Phase,
-    start: int,
+    first_step: int,
     offset: int,
-    config: Config,
+    stage: Stage,
     batches: StageBatches,
-    penalty: Penalty | None,
+    method: Method,
     metrics: MetricsLog | None,
     save: _Saver,
-    name: str,
 ) -> None:
-    progress = Progress(name, enabled=metrics is not None, folder=None if metrics is None else metrics.path.parent)
-    for step in range(start, phase.steps):
+    name = f"stage {stage.number}"
+    progress = Progress(name, enabled=metrics is not None, folder=stage.run.stage(stage.number))
+    for step in range(first_step, phase.steps):
         # the first step may have to wait for a rank that begins late
-        seconds = COLLECTIVE_TIMEOUT_SECONDS if step == start else config.distill.patience_seconds
+        patient = stage.config.distill.collective_timeout_seconds
+        seconds = COLLECTIVE_TIMEOUT_SECONDS if step == first_step else patient
         with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), collective_timeout(seconds):
             save.if_due(phase.number, step)
             try:
-                norm, record = _step(engine, phase, step, config, batches, penalty, name)
+                norm, record = _step(engine, phase, step, batches, method, name)
             except UserError:  # on all ranks: the step is not finite, but what is being saved is
                 save.finish()
                 raise
@@ -186,42 +167,35 @@ def _run_phase(
 
 
 def _step(
-    engine: PhaseEngine,
-    phase: Phase,
-    step: int,
-    config: Config,
-    batches: StageBatches,
-    penalty: Penalty | None,
-    name: str,
+    engine: PhaseEngine, phase: Phase, step: int, batches: StageBatches, method: Method, name: str
 ) -> tuple[float, dict[str, float | None] | None]:
     """One gradient step: the gradient's norm, and every so often what is to be logged."""
-    rank, settings = torch.distributed.get_rank(), config.distill
-    batch = batches.batch(phase.number, step, rank, engine.world_size)
+    batch = batches.batch(phase.number, step, torch.distributed.get_rank(), engine.world_size)
     if not phase.gate_learns:  # new experts must be given tokens only while the gate still learns to choose them
-        batch = batch.without_lift()
-    trained, reference = batch, None
-    if settings.gradient_projection and batches.replayed:
-        trained, replayed = batch.split(batches.rows[0])
-        reference_loss, replay_errors, _ = batch_loss(engine, replayed, 0.0)
+        batch = batch.routed_by_gate()
+    trained, referred = method.split(batch)
+    reference = None
+    if referred is not None:
+        reference_loss, reference_errors, *_ = batch_loss(engine, referred, 0.0)
         reference = engine.gradients(reference_loss)
-    loss, errors, balance = batch_loss(engine, trained, settings.load_balancing_coefficient)
-    if reference is not None:
-        errors = torch.cat([errors, replay_errors])
-    if penalty is not None:
-        loss = loss + settings.penalty_coefficient * penalty.loss(engine.student)
+    loss, errors, balance, gate, share = batch_loss(engine, trained, engine.settings.load_balancing_coefficient)
+    if referred is not None:
+        errors = torch.cat([errors, reference_errors])
+    extra = method.extra_loss(engine.student, trained, gate, share)
+    if extra is not None:
+        loss = loss + extra
     try:
         norm = engine.step(loss, step, reference)
     except FloatingPointError as error:
         rows = (~errors.isfinite().all(dim=1)).nonzero().flatten().tolist()
-        wrong = gather([batches.origins(phase.number, step, rank, engine.world_size)[row] for row in rows])
-        named = [origin for part in wrong for origin in part]
+        named = [origin for part in gather(batch.describe(rows)) for origin in part]
         raise UserError(
             f"{name} phase {phase.number} step {step + 1}: {error}, so the step was not made; the last checkpoint "
-            f"stands. The loss is not finite in {len(named)} of the batch's {batch.global_valid} rows"
+            f"stands. The loss is not finite in {len(named)} of the batch's {batch.rows_of_all_ranks} rows"
             f"{': ' * bool(named)}{', '.join(named[:3])}{' ...' * (len(named) > 3)}. If 'hpc-cpd verify RUN' finds the "
             "data good, begin another run with a smaller distill.learning_rate"
         ) from None
-    if (step + 1) % LOG_EVERY_STEPS and step + 1 < phase.steps:
+    if (step + 1) % LOG_EVERY_STEPS and step + 1 < engine.total_steps:
         return norm, None
     return norm, _record(errors, balance, batch, engine.world_size)
 
@@ -253,9 +227,12 @@ def _record(errors: Tensor, balance: Tensor, batch: Batch, world_size: int) -> d
 class _Saver:
     """Decides with all ranks, at a step boundary, whether to save, and whether to stop after that."""
 
-    def __init__(self, folder: Path, engine: PhaseEngine, due: SaveDue, stop: Callable[[], bool]) -> None:
+    def __init__(
+        self, folder: Path, engine: PhaseEngine, method: Method, due: SaveDue, stop: Callable[[], bool]
+    ) -> None:
         self.folder = folder
         self.engine = engine
+        self.method = method
         self.due = due
         self.stop = stop
         self.first_rank = torch.distributed.get_rank() == 0
@@ -284,7 +261,8 @@ class _Saver:
             if run_on_rank(lambda: not target.exists()):
                 moments = self.engine.moments() if step else {}
                 position = {"phase": phase, "step": step}
-                self.pending = PendingCheckpoint(target, self.engine.student, moments, position)
+                kept = self.method.state_dict()
+                self.pending = PendingCheckpoint(target, self.engine.student, moments, position, kept)
         self.due.saved()
 
     def finish(self) -> None:

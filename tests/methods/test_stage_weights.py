@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,12 @@ import pytest
 import torch
 
 from hpc_cpd.distill.finalize import routing_by_task
-from hpc_cpd.distill.learn import newest_checkpoint, position_of
-from hpc_cpd.distill.validation import require_isolation
+from hpc_cpd.distill.train import newest_checkpoint, position_of
+from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
-from hpc_cpd.student.isolation import Owners
 from hpc_cpd.student.policy import StudentParts, load_student, load_student_parts
-from hpc_cpd.trajectories.memory import open_memory
+from hpc_cpd.trajectories.store import open_trajectories
 from tests.distill.ranks import finish, start_ranks
 from tests.distill.synthetic import OBSERVATION_SIZE, TASKS, make_run, synthetic_config
 from tests.student.ranks import run_ranks
@@ -28,14 +26,14 @@ METHODS = ["packnet", "lora"]
 WORDS = [
     f"stream.tasks=[{','.join(LEARNT)}]",
     "stream.tasks_per_stage=1",
-    "student.grow=false",
-    "student.experts_per_task=3",  # unevenly over two ranks
-    "distill.anchor_fraction=0",
     "distill.phase1_steps=20",
     "distill.phase2_steps=15",
     "distill.weight_decay=0.1",
-    "distill.lora_rank=3",
 ]
+OWN = {  # three experts: unevenly over two ranks
+    "packnet": ["method=packnet", "method.experts_per_task=3"],
+    "lora": ["method=lora", "method.experts_per_task=3", "method.rank=3"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     made = {}
     for method in METHODS:
         folder = tmp_path_factory.mktemp(method)
-        made[method] = make_run(folder / "run", *WORDS, f"distill.isolation={method}")
+        made[method] = make_run(folder / "run", *WORDS, *OWN[method])
         arguments = {"run": str(made[method].folder), "stages": STAGES}
         run_ranks("../distill/rank_growth.py", 2, folder, arguments)
     return made
@@ -55,9 +53,14 @@ def parts_of(run: Run, stage: int, name: str = "student") -> StudentParts:
 
 
 def owners_of(run: Run, stage: int) -> dict[str, torch.Tensor]:
-    isolation = parts_of(run, stage).isolation
-    assert isinstance(isolation, Owners)
-    return isolation.owners
+    return kept_by(run, stage)
+
+
+def kept_by(run: Run, stage: int) -> dict[str, torch.Tensor]:
+    """What the method of `run` keeps in the student of `stage`."""
+    state = parts_of(run, stage).method_state
+    assert state is not None and state.method == run.config().method.name
+    return state.tensors
 
 
 def without_later_stages(run: Run, folder: Path, stage: int, *changes: tuple[str, str]) -> Run:
@@ -100,8 +103,7 @@ def test_routing_of_a_task_is_that_of_its_own_stage_also_beside_tasks_of_others(
     runs: dict[str, Run], method: str
 ) -> None:
     folders = [runs[method].stage(stage) for stage in range(1, STAGES + 1)]
-    store = open_memory([folder / "memory" for folder in folders[:2]], 8.0)
-    assert store is not None
+    store = open_trajectories([runs[method].trajectories(task) for task in LEARNT[:2]])
     routings = [routing_by_task(folder / "student", [store])["tasks"] for folder in folders[1:]]
     assert list(routings[0]) == LEARNT[:2]
     assert routings[0] == routings[1]
@@ -136,12 +138,12 @@ def test_the_student_of_stage_1_stays_to_the_bit_beneath_its_adapters(runs: dict
     first, last = parts_of(runs["lora"], 1), parts_of(runs["lora"], STAGES)
     assert first.state.keys() == last.state.keys()
     assert all(torch.equal(first.state[name], last.state[name]) for name in first.state)
-    assert first.isolation is not None and last.isolation is not None
+    kept = {stage: kept_by(runs["lora"], stage) for stage in (1, STAGES)}
     matrices = {name for name, tensor in first.state.items() if tensor.dim() > 1}
-    names = {f"adapter/{stage}/{name}_{part}" for stage in (2, 3) for name in matrices for part in ("up", "down")}
-    assert first.isolation.tensors() == {} and last.isolation.tensors().keys() == names
-    assert all(tensor.any() for tensor in last.isolation.tensors().values())
-    assert last.isolation.tensors()["adapter/3/head.weight_down"].shape == (3, 32)
+    names = {f"{stage}/{name}_{part}" for stage in (2, 3) for name in matrices for part in ("up", "down")}
+    assert kept[1] == {} and kept[STAGES].keys() == names
+    assert all(tensor.any() for tensor in kept[STAGES].values())
+    assert kept[STAGES]["3/head.weight_down"].shape == (3, 32)
 
 
 @pytest.mark.parametrize(("method", "stops"), [("packnet", {7: (1, 4), 19: (2, 0), 8: (2, 5)}), ("lora", {25: (2, 2)})])
@@ -155,7 +157,7 @@ def test_a_stage_stopped_in_either_phase_or_between_them_publishes_the_same_bits
         checkpoint = newest_checkpoint(run.stage(2) / "checkpoints")
         assert checkpoint is not None and position_of(checkpoint) == place
     finish(start_ranks(2, run.folder, 2))
-    for name in ("student/model.safetensors", "metrics.jsonl", "memory/selection.json", "routing.json"):
+    for name in ("student/model.safetensors", "metrics.jsonl", "routing.json"):
         assert (run.stage(2) / name).read_bytes() == (runs[method].stage(2) / name).read_bytes()
 
 
@@ -172,7 +174,6 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
     run = without_later_stages(runs[method], tmp_path, STAGES, *changes)
     finish(start_ranks(ranks, run.folder, STAGES))
     ours, theirs = (parts_of(r, STAGES) for r in (run, runs[method]))
-    assert ours.isolation is not None and theirs.isolation is not None
     if method == "packnet":  # the last stage owns all that is left, so that no rounding decides who owns what
         pairs = {name: (ours.state[name], theirs.state[name]) for name in ours.state}
         before = dict(parts_of(run, STAGES, "start").state)
@@ -180,8 +181,8 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
             assert torch.equal(owner, owners_of(runs[method], STAGES)[name])
             assert torch.equal(ours.state[name][owner < STAGES], before[name][owner < STAGES])
     else:
-        other = theirs.isolation.tensors()
-        pairs = {name: (tensor, other[name]) for name, tensor in ours.isolation.tensors().items()}
+        other = kept_by(runs[method], STAGES)
+        pairs = {name: (tensor, other[name]) for name, tensor in kept_by(run, STAGES).items()}
         before = {name: torch.zeros_like(tensor) for name, (tensor, _) in pairs.items()}
     for name, (one, two) in pairs.items():
         moved = (two - before[name]).abs().max()
@@ -197,35 +198,19 @@ def test_what_is_held_keeps_its_bits_and_nobody_sees_its_gradient(tmp_path: Path
         assert found["free_that_stayed"] == 0
 
 
-@cache
-def good(method: str) -> list[str]:
-    return [*WORDS, f"distill.isolation={method}"]
-
-
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("word", "part"),
-    [
-        ("student.grow=true", "set student.grow=false"),
-        ("distill.penalty=ewc", "distill.penalty is 'ewc'"),
-        ("distill.gradient_projection=true", "nothing to project"),
-        ("distill.anchor_fraction=0.5", "set distill.anchor_fraction=0"),
-        ("distill.replay_targets=past_student", "set distill.replay_targets=teacher"),
-        ("evaluation.infer_task=true", "set evaluation.infer_task=false"),
-    ],
-)
-def test_settings_that_contradict_isolation_are_named(method: str, word: str, part: str) -> None:
-    require_isolation(synthetic_config(*good(method)), STAGES)
-    require_isolation(synthetic_config(*good(method), "distill.anchor_fraction=1", "distill.replay_fraction=0"), 3)
-    with pytest.raises(UserError, match=f"distill.isolation is '{method}'.*{part}"):
-        require_isolation(synthetic_config(*good(method), word), STAGES)
-    require_isolation(synthetic_config(word), STAGES)  # where nothing is isolated there is nothing to contradict
+def test_a_student_that_must_be_told_its_task_is_not_evaluated_untold(method: str) -> None:
+    plan = [[task] for task in LEARNT]
+    check_settings(synthetic_config(*WORDS, *OWN[method]), plan)
+    with pytest.raises(UserError, match=rf"method {method}.*set evaluation\.infer_task=false"):
+        check_settings(synthetic_config(*WORDS, *OWN[method], "evaluation.infer_task=true"), plan)
 
 
 def test_packnet_needs_a_first_phase_and_stages_that_a_byte_can_name() -> None:
+    packnet, lora = OWN["packnet"], OWN["lora"]
     with pytest.raises(UserError, match="phase1_steps is 0"):
-        require_isolation(synthetic_config(*good("packnet"), "distill.phase1_steps=0"), STAGES)
+        check_settings(synthetic_config(*packnet, "distill.phase1_steps=0"), [LEARNT])
     with pytest.raises(UserError, match=r"255 stages.*256"):
-        require_isolation(synthetic_config(*good("packnet")), 256)
-    require_isolation(synthetic_config(*good("packnet")), 255)
-    require_isolation(synthetic_config(*good("lora"), "distill.phase1_steps=0"), 256)
+        check_settings(synthetic_config(*packnet), [LEARNT] * 256)
+    check_settings(synthetic_config(*packnet), [LEARNT] * 255)
+    check_settings(synthetic_config(*lora, "distill.phase1_steps=0"), [LEARNT] * 256)

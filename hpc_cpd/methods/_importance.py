@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hpc_cpd.methods.base import Samples
 from hpc_cpd.student.attention import rotation
 from hpc_cpd.student.moe.mixture import Mixture
 from hpc_cpd.student.network import Student
 
 NUMBERS_AT_ONCE = 2**25  # of gradients that are held together, 128 MB of float32; more is no faster
-Samples = tuple[Tensor, Tensor, Tensor]
-"""observations float32 [N, L, obs], task vectors float32 [N, D], the steps asked for int64 [N]"""
 
 
 def fisher_diagonal(student: Student, samples: Samples) -> dict[str, Tensor]:

@@ -1,0 +1,104 @@
+"""A replay memory: a few trajectories of every task, chosen under a budget and kept for the stages that follow."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from hpc_cpd.errors import UserError
+from hpc_cpd.methods.base import Method, MethodSettings, Rows, Stage, StageData
+from hpc_cpd.settings import Choice, PluginSettings, Settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from hpc_cpd.trajectories.store import TrajectoryStore
+
+SELECTION = Choice("selections", "dpp")
+
+
+class MemorySettings(Settings):
+    """The replay memory."""
+
+    budget_fraction: float = Field(
+        0.05, gt=0, le=1, description="share of each task's steps that is kept, in whole episodes, one at least"
+    )
+    selection: Annotated[PluginSettings, SELECTION] = Field(
+        default_factory=SELECTION.defaults, description="which episodes are kept"
+    )
+
+
+class UniformMemorySettings(MemorySettings):
+    """The replay memory of the baselines, chosen at random."""
+
+    selection: Annotated[PluginSettings, SELECTION] = Field(
+        default_factory=lambda: SELECTION.resolve("uniform"), description="which episodes are kept"
+    )
+
+
+class ReplaySettings(MethodSettings):
+    """Settings of a method that keeps a replay memory."""
+
+    memory: MemorySettings = MemorySettings()
+    replay_fraction: float = Field(0.5, gt=0, lt=1, description="share of a batch that is about old tasks")
+
+
+class UniformReplaySettings(ReplaySettings):
+    """The same with a memory that is chosen at random."""
+
+    memory: UniformMemorySettings = UniformMemorySettings()
+
+
+class ReplayMethod(Method):
+    """A method that keeps a replay memory (``stages/K/memory``) and draws a part of every batch from it."""
+
+    Settings: ClassVar[type[MethodSettings]] = ReplaySettings
+    keeps_memory = True
+    needs_new_and_old: ClassVar[bool] = False
+    """Whether a batch of a later stage without new rows, or without remembered ones, makes no sense."""
+
+    def open_memory(self, stage: Stage) -> TrajectoryStore | None:
+        from hpc_cpd.trajectories.memory import open_memory
+
+        folders = [stage.run.stage(number) / "memory" for number in range(1, stage.number)]
+        return open_memory(folders, self.config.distill.in_memory_gigabytes)
+
+    def keep_memory(self, stage: Stage, new: TrajectoryStore, errors: np.ndarray) -> None:
+        from hpc_cpd.trajectories.memory import select_memory, write_memory
+
+        memory: MemorySettings = self.settings.memory
+        chosen = [
+            select_memory(
+                new,
+                task,
+                errors[new.task_episodes(task)],
+                memory.budget_fraction,
+                memory.selection,
+                self.config.seed,
+            )
+            for task in new.task_ids
+        ]
+        facts: dict[str, Any] = {"stage": stage.number, "selection": memory.selection.model_dump()}
+        write_memory(stage.run.stage(stage.number) / "memory", chosen, **facts, budget_fraction=memory.budget_fraction)
+
+    def rows(self, data: StageData, batch_size: int) -> list[Rows]:
+        rows = self.replay_rows(data, batch_size)
+        if self.needs_new_and_old and data.past is not None:
+            from hpc_cpd.methods._rows import counts
+
+            new, remembered = counts(rows)
+            if not new or not remembered:
+                raise UserError(
+                    f"stage {self.stage.number}: method {self.settings.name} needs new rows and remembered rows in "
+                    f"every batch, but of {batch_size} rows {new} are new and {remembered} are remembered; begin "
+                    "another run with a larger method.memory.budget_fraction, another method.replay_fraction or a "
+                    "larger distill.batch_size"
+                )
+        return rows
+
+    def replay_rows(self, data: StageData, batch_size: int) -> list[Rows]:
+        """The sources of the rows; a method overrides it to ask for more than remembered steps."""
+        from hpc_cpd.methods._rows import with_replay
+
+        return with_replay(data, batch_size, self.settings.replay_fraction)

@@ -1,0 +1,39 @@
+"""Online EWC (arXiv 1805.06370): one running sum of Fisher diagonals, around the parameters reached last."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
+from hpc_cpd.methods.base import Samples
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hpc_cpd.student.network import Student
+
+
+class OnlineEWCSettings(QuadraticSettings):
+    """The weight of the regulariser, and how fast older stages are forgotten by it."""
+
+    name: Literal["online_ewc"] = "online_ewc"
+    decay: float = Field(0.95, ge=0, le=1, description="gamma: what a stage leaves of the importance before it")
+
+
+class OnlineEWC(QuadraticMethod):
+    """Fisher information of the actions; that of earlier stages decays."""
+
+    Settings = OnlineEWCSettings
+
+    def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
+        from hpc_cpd.methods._importance import fisher_diagonal
+
+        return fisher_diagonal(student, samples)
+
+    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+        return self.settings.decay * self.importance[name] + importance, reached
+
+
+plugin = OnlineEWC
