@@ -41,7 +41,7 @@ def settings(tasks: Sequence[str], max_retries: int = 2, **scheduler: Any) -> di
             "expert_hidden": 16,
             "task_encoder": {"gradient_steps": 10, "windows_per_task": 4, "width": 16, "size": 4},
         },
-        "memory": {"budget_fraction": 0.5},
+        "method": {"memory": {"budget_fraction": 0.5}},
         "distill": {"ranks": 2, "batch_size": 32, "phase1_steps": 40, "phase2_steps": 30, "warmup_steps": 5},
         "evaluation": {"episodes": 2, "forward_transfer": False},
         "cluster": {"scheduler": scheduler, "max_retries": max_retries},
