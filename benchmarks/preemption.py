@@ -71,7 +71,7 @@ def measure(lab: Lab) -> list[dict[str, Any]]:
 def disturb(lab: Lab, run: Run, partition: str) -> dict[str, Any]:
     """Preempt the stage in its learning, TIMES times."""
     begin = time.monotonic()
-    lab.launch("--stage", "1", "--run", run.folder, f"cluster.partition={partition}")
+    lab.launch("--stage", "1", "--run", run.folder, f"cluster.scheduler.partition={partition}")
     saves: list[tuple[int, ...]] = []
     nothing_lost = 0
     for _ in range(TIMES):

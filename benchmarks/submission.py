@@ -55,7 +55,7 @@ def measure(lab: Lab) -> dict[str, object]:
     again = time.monotonic() - begin
     script = lab.folder / "empty.sh"
     script.write_text("#!/bin/bash\ntrue\n")
-    jobs = TASKS // PER_STAGE + 2  # one array, the stages, the caretaker
+    jobs = TASKS // PER_STAGE + 2  # one array, the stages, the resubmitter
     begin = time.monotonic()
     for _ in range(jobs):
         lab.cluster.submit("--hold", script)

@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from ppo_trainings import RESULT, ROUND, SETTINGS, TARGET, Training, train_cleanrl, train_ours, train_stable_baselines
 
 from hpc_cpd.cluster.provenance import describe_origin
-from hpc_cpd.cluster.schedulers.local import find_mpiexec
+from hpc_cpd.cluster.ranks import find_mpiexec
 from hpc_cpd.errors import UserError, run_command
 from hpc_cpd.run.publish import sha256
 from hpc_cpd.tasks.families.metaworld import NAMES

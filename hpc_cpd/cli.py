@@ -53,29 +53,28 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="draw it again every 10 s until everything is done")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON document instead of the table")] = False,
 ) -> None:
-    """What every teacher and stage of a run is doing: from its files, and one question to Slurm about its jobs.
+    """What every teacher and stage of a run is doing: from its files, and one question to the scheduler of its jobs.
 
     The keys of the JSON document (with --watch: one per line, when something changed):
 
-    - run; slurm: squeue, sacct, "not answering", or null if nobody was asked
+    - run; scheduler: who answered (squeue, sacct, ...), "not answering", or null if nobody was asked
     - units, in order of work, each with
       unit: "teacher TASK" (with its trajectories) or "stage K"
       state: done, running, waiting, stopped, failed, given up, not started
-      job, reason (in Slurm's words), node, seconds_left (of its time limit)
+      job, reason (in the scheduler's words), node, seconds_left (of its time limit)
       restarts; failures: in a row, those above cluster.max_retries are given up
       progress: null or phase, step, total, loss; steps_per_second
       success (0 to 1); error: one line; log: the file that ends with it
     - done, total: counts of teachers, trajectories and stages
     - next: the command to run, or null; notes: sentences
     """
-    from hpc_cpd.cluster.status import Rates, look
+    from hpc_cpd.cluster.status import snapshot
     from hpc_cpd.report import status_table
 
-    at, rates = Run(run), Rates()
     if watch:
-        status_table.watch(lambda: look(at, rates), Console(), as_json)
+        status_table.watch(lambda: snapshot(Run(run)), Console(), as_json)
     else:
-        status_table.show(look(at), Console(), as_json)
+        status_table.show(snapshot(Run(run)), Console(), as_json)
 
 
 @app.command()

@@ -15,7 +15,6 @@ from hpc_cpd.former_keys import advice, former_keys
 from hpc_cpd.settings import (
     METHOD,
     Choice,
-    ClusterSettings,
     Config,
     PluginSettings,
     Settings,
@@ -30,8 +29,8 @@ SCHEMA_VERSION = 2
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Config:
     """Read `path` (YAML; None: all defaults), apply dotted ``key=value`` words, validate.
 
-    ``cluster.site`` is no setting but names a file of them (configs/cluster/example.yaml): in a YAML file it fills in
-    the cluster settings that the file does not name, as a word it replaces those of the words before it.
+    ``cluster.site`` is no setting but names a file with those of the scheduler (configs/cluster/example.yaml): in a
+    YAML file it fills in those that the file does not name, as a word it replaces those of the words before it.
 
     Raises UserError: no such file, not a mapping, an unknown key, or a value of the wrong type.
     """
@@ -47,7 +46,8 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
             raise UserError(f"{path}: {advice(former)}")
         cluster = values.get("cluster")
         if isinstance(cluster, dict) and "site" in cluster:
-            values["cluster"] = _site(cluster.pop("site")) | cluster
+            site = _site(cluster.pop("site"))
+            cluster["scheduler"] = site | _named(cluster.get("scheduler"))
     for word in overrides:
         key, separator, text = word.partition("=")
         if not separator:
@@ -56,7 +56,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
             cluster = values.get("cluster") or {}
             if not isinstance(cluster, dict):
                 raise UserError(f"'cluster' is a single value, {cluster!r}, so 'cluster.site' is not a setting")
-            values["cluster"] = cluster | _site(text)
+            values["cluster"] = cluster | {"scheduler": _named(cluster.get("scheduler")) | _site(text)}
         else:
             _assign(values, key.split("."), text)
     return parse_config(values)
@@ -98,11 +98,17 @@ def read_yaml(text: str) -> Any:
 def _site(file: Any) -> dict[str, Any]:
     absent = "there is no site file {} (cluster.site); copy configs/cluster/example.yaml and edit it"
     values = _read_mapping(Path(str(file)), absent)
+    known = plugins.load("schedulers", str(values.get("name", "slurm"))).Settings.model_fields
     for key in values:
-        if key not in ClusterSettings.model_fields:
-            known = ", ".join(ClusterSettings.model_fields)
-            raise UserError(f"{file}: unknown setting '{key}'; a site file holds cluster settings only: {known}")
+        if key not in known:
+            names = ", ".join(known)
+            raise UserError(f"{file}: unknown setting '{key}'; a site file holds settings of a scheduler only: {names}")
     return values
+
+
+def _named(value: Any) -> dict[str, Any]:
+    """What a file says about its scheduler, as a mapping: it may give the name alone."""
+    return {"name": value} if isinstance(value, str) else dict(value or {})
 
 
 def parse_config(values: Mapping[str, Any]) -> Config:

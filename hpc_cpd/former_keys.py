@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hpc_cpd.settings import Config
-
 _SLURM = (
     "partition stage_partition account qos constraint gres nodes_per_stage gpus_per_node cpus_per_rank "
     "stage_cpus_per_rank memory_per_cpu time_limit_minutes signal_seconds_before_end array_parallelism mpi_plugin "
@@ -21,7 +19,7 @@ _TRAINED = "where teachers.source is train"
 _ENCODER = "size window width gradient_steps windows_per_task learning_rate temperature"
 _CLONING = "folder episodes action_noise gradient_steps batch_size learning_rate"
 
-FORMER_KEYS: dict[str, str] = {
+FORMER_KEYS = {
     "memory.budget_fraction": "method.memory.budget_fraction",
     "memory.selection": "method.memory.selection",
     "student.grow": "method.growth (false is now method.growth: null)",
@@ -67,17 +65,6 @@ FORMER_KEYS: dict[str, str] = {
     **{f"cluster.{key}": f"cluster.scheduler.{key}" for key in _SLURM.split()},
 }
 """Former dotted key -> today's, and in words where it depends on the value, or on which plug-in is chosen."""
-
-
-def _is_setting(key: str) -> bool:
-    kind: Any = Config
-    for part in key.split("."):
-        kind = kind.model_fields[part].annotation if part in getattr(kind, "model_fields", {}) else None
-    return kind is not None
-
-
-# Only until all branches of this change are merged: what has not moved yet. Delete these lines then.
-FORMER_KEYS = {key: today for key, today in FORMER_KEYS.items() if not _is_setting(key)}
 
 
 def former_keys(values: Mapping[str, Any], prefix: str = "") -> list[str]:

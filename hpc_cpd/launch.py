@@ -1,6 +1,6 @@
-"""The front door: ``python -m hpc_cpd.launch --stage {teachers,1,2,..,all}``.
+"""The entry point: ``python -m hpc_cpd.launch --stage {teachers,1,2,..,all}``.
 
-Decides what is left to do and where (this machine, or Slurm), and has it done. Run it again at any time:
+Decides what is left to do and where (this machine, or a scheduler), and has it done. Run it again at any time:
 finished work is not redone, unfinished work goes on where it stood.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -18,78 +17,72 @@ from hpc_cpd.errors import explain_missing
 
 try:  # the python of the system, in place of the environment's, has some of them or none
     import pydantic  # noqa: F401
+    import rich  # noqa: F401
     import yaml  # noqa: F401
-    from rich.console import Console
 except ModuleNotFoundError as missing:
     explain_missing(missing)
 
 from hpc_cpd.cluster import submit
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.provenance import TESTED, describe_origin, untested_versions
-from hpc_cpd.cluster.schedulers import local, slurm, slurm_allocation
-from hpc_cpd.cluster.units import LaunchRequest
+from hpc_cpd.cluster.schedulers.base import Scheduler, choose, find_rank
+from hpc_cpd.cluster.schedulers.local import Local
+from hpc_cpd.cluster.snapshot import live_owner
+from hpc_cpd.cluster.units import LaunchRequest, not_done, request_of
 from hpc_cpd.config import load_config, taken_over
-from hpc_cpd.errors import (
-    EXIT_DONE,
-    EXIT_FAULT,
-    EXIT_STOPPED,
-    EXIT_USER_ERROR,
-    StopRequested,
-    UserError,
-    run_command,
-)
+from hpc_cpd.errors import EXIT_DONE, EXIT_USER_ERROR, StopRequested, UserError, run_command
+from hpc_cpd.run.job import set_this_job
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 
 HERE = "python -m hpc_cpd.launch"
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 SUBMISSION_SECONDS = 300.0  # most that another launch's submitting is waited for, as of two sbatch commands in a row
 
 
-_PLACES = {"local": "on this machine", "allocation": "in this allocation", "slurm": "through Slurm"}
-
-
-def main(words: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_intermixed_args(words)
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parser().parse_intermixed_args(argv)
     return run_command(lambda: launch(arguments))
 
 
 def launch(arguments: argparse.Namespace) -> int:
     """Do what the command line asks for; returns the exit code."""
     stop = StopFlag().install()
-    work = _settle(arguments)
-    where = _where(arguments)
-    _require_means(work, where)
+    set_this_job(find_rank(os.environ).job)
+    request = read_request(arguments)
+    scheduler = choose(arguments.cluster, request.config)
+    if not arguments.dry_run and not scheduler.available():
+        raise UserError(
+            f"{scheduler.name} does not answer here; log in to a node of the cluster, or use --cluster local"
+        )
+    check(request, scheduler)
     if arguments.dry_run:
-        _announce(work, where)
-        _dry_run(work, where)
+        _announce(request, scheduler)
+        _print_plan(request, scheduler)
         return EXIT_DONE
-    _make_folder(work.run.folder)
-    if work.run.stop_file.exists():
-        raise UserError(f"{work.run.stop_file} asks every job of this run to stop; delete it, then run this again")
-    wait = SUBMISSION_SECONDS if where == "slurm" else 0.0
-    with Lock(work.run.folder, f"the run {work.run.folder}", wait_seconds=wait, stop=stop):
-        _open(work, where)
-        _announce(work, where)
-        if where == "slurm":
-            submit.submit_all(work, arguments.retry, _say, stop)
+    _make_folder(request.run.folder)
+    wait = SUBMISSION_SECONDS if scheduler.queues else 0.0
+    with Lock(request.run.folder, f"the run {request.run.folder}", wait_seconds=wait, stop=stop):
+        _open(request, scheduler)
+        _announce(request, scheduler)
+        if isinstance(scheduler, Local):
+            submit.require_one_stage(request, set())
+            scheduler.run(request, stop, _say)
         else:
-            submit.require_one_stage(work, set())
-            _run_here(work, stop, where)
-    if where == "slurm":
+            submit.submit_all(request, scheduler, arguments.retry, _say, stop)
+    if scheduler.queues:
         if not arguments.wait:
-            _say(f"\nNext: hpc-cpd status {work.run.folder}")
+            _say(f"\nNext: hpc-cpd status {request.run.folder}")
             return EXIT_DONE
-        submit.wait_for(work, stop)
+        submit.wait_for(request, scheduler, stop)
         if stop():
             raise StopRequested("the jobs stay in the queue; the same command with --wait waits for them again")
-        if work.todo_units():
+        if request.todo:
             raise UserError(
-                f"these did not finish: {', '.join(work.todo_units())}; why: hpc-cpd status {work.run.folder}. "
-                "Then run the same command again"
+                f"these did not finish: {', '.join(unit.name for unit in request.todo)}; why: hpc-cpd status "
+                f"{request.run.folder}. Then run the same command again"
             )
-    _finish(work)
+    _finish(request)
     return EXIT_DONE
 
 
@@ -115,7 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stage", required=True, metavar="{teachers,1,2,..,all}", help="what to do")
     parser.add_argument("--config", help="settings (YAML), for example configs/quickstart.yaml")
     parser.add_argument("--run", help="run folder; default runs/NAME")
-    parser.add_argument("--cluster", choices=["auto", "local", "slurm"], default="auto", help="default: auto")
+    parser.add_argument(
+        "--cluster",
+        metavar="{auto,local,slurm,..}",
+        default="auto",
+        help="a scheduler (see hpc-cpd plugins); auto, the default: the configured one where it answers, else local",
+    )
     parser.add_argument("--ranks", type=int, help="ranks of each teacher and of each stage")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and the job scripts; submit nothing")
     parser.add_argument("--wait", action="store_true", help="return when the submitted jobs have ended")
@@ -124,15 +122,16 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="a stage does without the tasks whose teachers are missing, for good",
     )
-    parser.add_argument("--retry", action="store_true", help=argparse.SUPPRESS)  # what a caretaker's job runs
+    parser.add_argument("--retry", action="store_true", help=argparse.SUPPRESS)  # what a resubmitter's job runs
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
 
 
-def _settle(arguments: argparse.Namespace) -> LaunchRequest:
-    """Settings, run folder and tasks, all checked before anything is written."""
-    from hpc_cpd.distill.validation import check_settings
-    from hpc_cpd.tasks.probe import check_tasks
+# ---- before anything is written
+
+
+def read_request(arguments: argparse.Namespace) -> LaunchRequest:
+    """Settings, run folder and units that the command line means. Raises UserError for what does not exist."""
     from hpc_cpd.tasks.registry import run_plan
 
     overrides = list(arguments.settings)
@@ -147,58 +146,53 @@ def _settle(arguments: argparse.Namespace) -> LaunchRequest:
     config = load_config(source, overrides)
     run = Run(arguments.run or Path("runs") / config.name)
     plan = run_plan(run, config)
-    tasks = [task for tasks in plan for task in tasks]
-    check_tasks(plan, config)
-    check_settings(config, plan)
     asked: str = arguments.stage
-    if asked == "teachers":
-        return LaunchRequest(run, config, plan, asked, tasks, [], arguments.allow_missing)
-    if asked == "all":
-        return LaunchRequest(run, config, plan, asked, tasks, list(range(1, len(plan) + 1)), arguments.allow_missing)
-    if not asked.isdecimal() or not 1 <= int(asked) <= len(plan):
+    if asked not in ("teachers", "all") and (not asked.isdecimal() or not 1 <= int(asked) <= len(plan)):
         raise UserError(
             f"--stage is '{asked}', but this stream has the stages 1 to {len(plan)}; or say teachers, or all"
         )
-    return LaunchRequest(run, config, plan, asked, [], [int(asked)], arguments.allow_missing)
+    return request_of(run, config, plan, asked if not asked.isdecimal() else str(int(asked)), arguments.allow_missing)
 
 
-def _require_means(work: LaunchRequest, where: str) -> None:
-    """Refuse what jobs would find out one by one, some of them after hours."""
+def check(request: LaunchRequest, scheduler: Scheduler) -> None:
+    """Raise UserError for everything that can be found out before anything is written.
+
+    A launch and ``--dry-run`` both do all of it, so what one accepts the other does too.
+    """
+    from hpc_cpd.distill.validation import check_settings
+    from hpc_cpd.tasks.probe import check_tasks
     from hpc_cpd.teachers.sources.base import check_teachers
 
-    if where == "local" and work.todo_stages and NVIDIA_GPUS.is_dir():
-        from hpc_cpd.distributed.torch import require_gpus
+    run, config = request.run, request.config
+    check_tasks(request.plan, config)
+    check_settings(config, request.plan)
+    if run.config_file.is_file():
+        run.require_same_settings(config, _goes_on_longer(request))
+    if run.stop_file.exists():
+        raise UserError(f"{run.stop_file} asks every job of this run to stop; delete it, then run this again")
+    check_teachers(config, [unit.task for unit in not_done(request.teachers)])
+    if live_owner(run.folder) is None:  # else another launch may be submitting what is missing: asked again after it
+        submit.require_one_stage(request, submit.queued(request, scheduler) if scheduler.available() else set())
+    scheduler.check(request)
+    _require_place(run.folder)
 
-        require_gpus(work.config.distill.ranks)
-    check_teachers(work.config, work.todo_tasks)
 
-
-def _open(work: LaunchRequest, where: str) -> None:
-    """Make the run, or tell in what this launch differs from the one before."""
+def _goes_on_longer(request: LaunchRequest) -> bool:
+    """Whether this launch adds stages to a run that has fewer of them."""
     from hpc_cpd.distill.validation import lengthens
 
-    old = work.run.config() if work.run.config_file.is_file() else None
-    shared = (work.run.folder / "teachers").is_symlink()  # another run's must not get teachers from here
-    longer = old is not None and not shared and lengthens(old, work.config)
-    work.run.open(work.config, _provenance(work), longer)
-    if old is not None and longer:
-        _say(f"{len(work.plan)} stages, there were fewer: {work.run.folder} goes on with further tasks")
-    for sentence in taken_over(old, work.config) if old is not None else ():
-        queued = " (jobs in the queue keep what they were submitted with)" if where == "slurm" else ""
-        _say(f"From now on: {sentence}{queued}")
+    shared = (request.run.folder / "teachers").is_symlink()  # another run's must not get teachers from here
+    return not shared and lengthens(request.run.config(), request.config)
 
 
-def _where(arguments: argparse.Namespace) -> str:
-    """``local``, ``slurm``, or ``slurm_allocation``: inside one the work runs at once, it is not submitted again."""
-    cluster: str = arguments.cluster
-    inside = "SLURM_JOB_ID" in os.environ
-    if cluster == "auto":
-        if inside:
-            return "allocation" if slurm_allocation.nodes() > 1 else "local"
-        return "slurm" if slurm.slurm_answers() else "local"
-    if cluster == "slurm" and not arguments.dry_run and not slurm.slurm_answers():
-        raise UserError("sbatch does not answer here; log in to a node of the cluster, or use --cluster local")
-    return cluster
+def _require_place(folder: Path) -> None:
+    """Refuse a run folder that cannot be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"cannot make the run folder {folder}: {there} is a file; choose another with --run")
+
+
+# ---- what is done
 
 
 def _make_folder(folder: Path) -> None:
@@ -208,127 +202,80 @@ def _make_folder(folder: Path) -> None:
         raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another with --run") from None
 
 
-def _announce(work: LaunchRequest, where: str) -> None:
-    def part(what: str, total: int, left: int) -> str:
-        return f"{what}: {total - left} of {total} done" + (f", {left} to do" if left else "")
-
-    _say(f"Run {work.run.folder} ({_PLACES[where]})")
-    for name, version in untested_versions().items():
-        _say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
-    if work.tasks:
-        _say(f"  {part('teachers and trajectories', len(work.tasks), len(work.todo_tasks))}")
-    if work.asked == "all":
-        _say(f"  {part('stages', len(work.stages), len(work.todo_stages))}")
-    elif work.stages:
-        _say(f"  stage {work.asked}: {'to do' if work.todo_stages else 'done'}")
-    if not work.todo_tasks and not work.todo_stages:
-        _say("Everything asked for is done already.")
+def _open(request: LaunchRequest, scheduler: Scheduler) -> None:
+    """Make the run, or tell in what this launch differs from the one before."""
+    old = request.run.config() if request.run.config_file.is_file() else None
+    longer = old is not None and _goes_on_longer(request)
+    request.run.open(request.config, _provenance(request), longer)
+    if longer:
+        _say(f"{len(request.plan)} stages, there were fewer: {request.run.folder} goes on with further tasks")
+    for sentence in taken_over(old, request.config) if old is not None else ():
+        queued = " (jobs in the queue keep what they were submitted with)" if scheduler.queues else ""
+        _say(f"From now on: {sentence}{queued}")
 
 
-# ---- on this machine
-
-
-def _run_here(work: LaunchRequest, stop: StopFlag, where: str) -> None:
-    """Teachers first, then one stage after another. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
-    logs = (work.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
-    folder, config, cores = str(work.run.folder), work.config, local.usable_cores()
-    ranks = config.teachers.ranks
-    at_once, threads = max(1, cores // ranks), 0
-    srun: tuple[str, ...] = ()
-    if where == "allocation":
-        at_once, threads = slurm_allocation.teachers_at_once(config), config.cluster.cpus_per_rank
-        srun = slurm_allocation.teacher_words(config)
-    teachers = []
-    for task in work.todo_tasks:
-        words = ["teacher", "--run", folder, "--task", task]
-        at = logs / "teachers" / task
-        share = threads or max(1, cores // (ranks * at_once))
-        teachers.append(local.Job(f"teacher {task}", words, ranks, mpi=True, logs=at, threads=share, srun=srun))
-    _run_jobs(teachers, at_once, stop, work.allow_missing)
-    ranks = config.distill.ranks
-    srun, threads = (), 0
-    if where == "allocation":
-        srun, threads = slurm_allocation.stage_words(config), config.cluster.cpus_of_stage_rank
-    for stage in work.todo_stages:
-        words = ["stage", "--run", folder, "--stage", str(stage)] + ["--allow-missing"] * work.allow_missing
-        at, share = logs / f"stage-{stage}", threads or max(1, cores // ranks)
-        job = local.Job(f"stage {stage}", words, ranks, mpi=False, logs=at, threads=share, srun=srun)
-        _run_jobs([job], 1, stop)
-
-
-def _run_jobs(jobs: Sequence[local.Job], at_once: int, stop: StopFlag, go_on: bool = False) -> None:
-    """Run and show `jobs`. With `go_on`, those that fail are told and left behind."""
-    console = Console()
-    live = console.is_terminal
-    with console.status("starting") as status:
-        if not live:
-            status.stop()
-
-        def show(job: local.Job, line: str) -> None:
-            if live:
-                status.update(f"{len(jobs)} jobs, {line}" if len(jobs) > 1 else line)
-            else:
-                _say(line)
-
-        outcomes = local.run_jobs(jobs, at_once, stop, show, go_on)
-    for outcome in outcomes:
-        if outcome.code == EXIT_FAULT or (go_on and outcome.code == EXIT_USER_ERROR):
-            print(f"error: {outcome.sentence}", file=sys.stderr, flush=True)
-    codes = {outcome.code for outcome in outcomes}
-    if EXIT_FAULT in codes and not go_on:
-        raise SystemExit(EXIT_FAULT)
-    if EXIT_USER_ERROR in codes and not go_on:
-        raise UserError(next(outcome.sentence for outcome in outcomes if outcome.code == EXIT_USER_ERROR))
-    if EXIT_STOPPED in codes or stop():
-        raise StopRequested("the same command goes on from here")
-
-
-def _dry_run(work: LaunchRequest, where: str) -> None:
-    tasks = work.todo_tasks
-    for index, task in enumerate(tasks):
-        _say(f"  teacher {index}: {task}")
-    for stage in work.todo_stages:
-        _say(f"  stage {stage}: {', '.join(work.plan[stage - 1])}")
-    if where != "slurm":
-        _say(f"  {work.config.teachers.ranks} ranks per teacher, {work.config.distill.ranks} per stage")
-        return
-    site = slurm.ask_site() if slurm.slurm_answers() else slurm.Site()
-    logs = submit.slurm_logs(work.run)
-    for plan in submit.plan_jobs(work, tasks, site):
-        after = submit.dependency_of(work, {unit: f"<job of {unit}>" for unit in plan.needs})
-        _say(f"\n# ---- {plan.script.name}\n{plan.script.text(logs, after)}")
-
-
-# ---- before and after
-
-
-def _provenance(work: LaunchRequest) -> dict[str, object]:
+def _provenance(request: LaunchRequest) -> dict[str, object]:
     """Written once, when the run begins."""
     from hpc_cpd.tasks.registry import describe
 
-    if work.run.config_file.is_file():
+    if request.run.config_file.is_file():
         return {}
-    specs = [describe(task) for tasks in work.plan for task in tasks]
+    specs = [describe(task) for tasks in request.plan for task in tasks]
     return describe_origin() | {
-        "seed": work.config.seed,
-        "evaluation_seed": work.config.evaluation.seed,
+        "seed": request.config.seed,
+        "evaluation_seed": request.config.evaluation.seed,
         "reward_versions": sorted({spec.reward_version for spec in specs}),
         "environment_versions": sorted({spec.environment_version for spec in specs}),
     }
 
 
-def _finish(work: LaunchRequest) -> None:
+def _finish(request: LaunchRequest) -> None:
     """The table, the report, and what to run next."""
     from hpc_cpd.report.page import build_report
     from hpc_cpd.report.table import print_table
 
-    page = build_report(work.run)
-    print_table(work.run)
+    run = request.run
+    page = build_report(run)
+    print_table(run)
     _say(f"Report: {page}")
-    missing = [stage for stage in range(1, len(work.plan) + 1) if not is_done(work.run.stage(stage))]
-    folder = work.run.folder
-    last = work.run.stage(len(work.plan)) / "student"
-    _say(f"Next: {HERE} --stage {missing[0]} --run {folder}" if missing else f"Student: {last}")
+    missing = [stage for stage in range(1, len(request.plan) + 1) if not is_done(run.stage(stage))]
+    last = run.stage(len(request.plan)) / "student"
+    _say(f"Next: {HERE} --stage {missing[0]} --run {run.folder}" if missing else f"Student: {last}")
+
+
+# ---- what is said
+
+
+def _announce(request: LaunchRequest, scheduler: Scheduler) -> None:
+    def part(what: str, total: int, left: int) -> str:
+        return f"{what}: {total - left} of {total} done" + (f", {left} to do" if left else "")
+
+    _say(f"Run {request.run.folder} ({scheduler.title})")
+    for name, version in untested_versions().items():
+        _say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
+    left = not_done(request.stages)
+    if request.teachers:
+        _say(f"  {part('teachers and trajectories', len(request.teachers), len(not_done(request.teachers)))}")
+    if request.asked == "all":
+        _say(f"  {part('stages', len(request.stages), len(left))}")
+    elif request.stages:
+        _say(f"  stage {request.asked}: {'to do' if left else 'done'}")
+    if not request.todo:
+        _say("Everything asked for is done already.")
+
+
+def _print_plan(request: LaunchRequest, scheduler: Scheduler) -> None:
+    """What ``--dry-run`` shows: the units, and the exact text of each job."""
+    for index, unit in enumerate(not_done(request.teachers)):
+        _say(f"  teacher {index}: {unit.task}")
+    for stage in not_done(request.stages):
+        _say(f"  {stage.name}: {', '.join(request.plan[stage.stage - 1])}")
+    if not scheduler.queues:
+        _say(f"  {request.config.teachers.ranks} ranks per teacher, {request.config.distill.ranks} per stage")
+        return
+    for job in scheduler.jobs(request, request.todo):
+        after = {unit: f"<job of {unit.name}>" for unit in job.needs}
+        _say(f"\n# ---- {job.name}\n{scheduler.describe(job, after)}")
 
 
 def _say(text: str) -> None:

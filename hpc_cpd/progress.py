@@ -7,17 +7,59 @@ import os
 import sys
 import time
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FILE = "progress.json"
 
 
+@dataclass(frozen=True)
+class News:
+    """What ``progress.json`` holds. `step` of `total` counts within `phase`; `seconds`: since the epoch."""
+
+    name: str
+    text: str
+    phase: str
+    step: int | None
+    total: int | None
+    loss: float | None
+    steps_per_second: float | None
+    seconds: float
+
+    @property
+    def line(self) -> str:
+        """The line of the log."""
+        return f"{self.name}: {self.text}"
+
+
+def latest_news(folder: Path) -> News | None:
+    """The last news from `folder`; None where there are none, or none that can be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return News(**json.loads((folder / FILE).read_bytes()))
+    return None
+
+
+class Reader:
+    """Tells each piece of news from `folder` once, and nothing of what was there before. None: there is no folder."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._last = None if folder is None else latest_news(folder)
+
+    def read(self) -> News | None:
+        """The newest, if it has not been told yet."""
+        news = None if self._folder is None else latest_news(self._folder)
+        if news is None or news == self._last:
+            return None
+        self._last = news
+        return news
+
+
 class Progress:
     """Prints ``name: text`` when `every_seconds` have passed, and always the last line.
 
-    With a `folder`, every line also replaces ``progress.json`` there, one object with the keys `phase`, `step`,
-    `total`, `loss`, `steps_per_second` (each may be null) and `seconds`, the time since the epoch. It is news and no
-    state: nobody waits for the disk, and a file that cannot be written is no error.
+    With a `folder`, every line also replaces ``progress.json`` there (:class:`News`). It is news and no state: nobody
+    waits for the disk, and a file that cannot be written is no error.
     """
 
     def __init__(
@@ -53,12 +95,12 @@ class Progress:
         self._last = now
         print(f"{self.name}: {text}", file=sys.stdout, flush=True)
         if self.folder is not None:
-            news = {"phase": phase if phase is not None else text, "step": step, "total": total, "loss": loss}
-            self._write(self.folder, {**news, "steps_per_second": rate, "seconds": time.time()})
+            self._write(self.folder, News(self.name, text, phase or text, step, total, loss, rate, time.time()))
 
     @staticmethod
-    def _write(folder: Path, news: dict[str, object]) -> None:
+    def _write(folder: Path, news: News) -> None:
         temporary = folder / f".{FILE}.{os.getpid()}.tmp"
         with suppress(OSError):
-            temporary.write_text(json.dumps(news) + "\n")
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(asdict(news)) + "\n")
             os.replace(temporary, folder / FILE)

@@ -255,60 +255,19 @@ class EvaluationSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """Where jobs run, and what a site wants to be told. Site names belong in configs/cluster/*.yaml, never in code."""
+    """Where jobs run, and how often they are tried again."""
 
-    partition: str | None = Field(None, description="Slurm partition", json_schema_extra=RESUMABLE)
-    stage_partition: str | None = Field(
-        None, description="partition of the stages, where it is another (GPUs)", json_schema_extra=RESUMABLE
-    )
-    account: str | None = Field(None, description="Slurm account", json_schema_extra=RESUMABLE)
-    qos: str | None = Field(None, description="Slurm quality of service", json_schema_extra=RESUMABLE)
-    constraint: str | None = Field(None, description="node feature of the stages", json_schema_extra=RESUMABLE)
-    gres: str | None = Field(
-        None, description="generic resource of the stages, where GPUs are asked for so", json_schema_extra=RESUMABLE
-    )
-    nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job", json_schema_extra=RESUMABLE)
-    gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each", json_schema_extra=RESUMABLE)
-    cpus_per_rank: int = Field(1, ge=1, description="cores per rank", json_schema_extra=RESUMABLE)
-    stage_cpus_per_rank: int | None = Field(
-        None,
-        ge=1,
-        description="cores per rank of a stage, where it has more than a teacher's",
+    scheduler: Annotated[PluginSettings, Choice("schedulers", "slurm")] = Field(
+        default_factory=lambda: Choice("schedulers", "slurm").resolve({}),
+        description="what jobs are submitted to, and what its site wants to be told",
         json_schema_extra=RESUMABLE,
     )
-    memory_per_cpu: str | None = Field(None, description="for example 4G", json_schema_extra=RESUMABLE)
-    time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job", json_schema_extra=RESUMABLE)
-    signal_seconds_before_end: int = Field(
-        120, ge=1, description="a job saves and leaves this long before its time limit", json_schema_extra=RESUMABLE
-    )
-    array_parallelism: int = Field(64, ge=1, description="teachers at once", json_schema_extra=RESUMABLE)
-    mpi_plugin: str = Field("pmi2", description="srun --mpi plugin of the teachers", json_schema_extra=RESUMABLE)
-    network_interface: str | None = Field(
-        None, description="network that ranks of several nodes talk over, for example ib0", json_schema_extra=RESUMABLE
-    )
-    setup: list[str] = Field(
-        [], description="shell lines before each job: module load, conda activate", json_schema_extra=RESUMABLE
-    )
-    options: dict[str, bool | int | str] = Field(
-        {}, description="further sbatch options of its jobs, by their long names", json_schema_extra=RESUMABLE
-    )
-    continuation: Literal["requeue", "resubmit", "chain"] = Field(
-        "requeue",
-        description="how stopped work goes on: Slurm requeues its job; a new job is submitted for it; or, where jobs "
-        "may do neither, each job is submitted chain_length times, one after the other",
-        json_schema_extra=RESUMABLE,
-    )
-    chain_length: int = Field(4, ge=1, description="links of a chain", json_schema_extra=RESUMABLE)
     max_retries: int = Field(
         2,
         ge=0,
         description="times a failed teacher or stage is tried again without a human",
         json_schema_extra=RESUMABLE,
     )
-
-    @property
-    def cpus_of_stage_rank(self) -> int:
-        return self.stage_cpus_per_rank or self.cpus_per_rank
 
 
 METHOD = Choice("methods", "ours")
@@ -332,4 +291,4 @@ class Config(Settings):
     student: StudentSettings = Field(default_factory=StudentSettings)
     distill: DistillSettings = DistillSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
-    cluster: ClusterSettings = ClusterSettings()
+    cluster: ClusterSettings = Field(default_factory=ClusterSettings)

@@ -2,7 +2,7 @@
 # The whole stream on the cluster:  sbatch slurm/distill.sh [CONFIG.yaml] [key=value ...]
 #
 # A small job that submits the real ones (teachers that are missing, then one job per stage, chained) and ends. Run it
-# again at any time: finished work is not redone. Site names (partition, account) are settings: cluster.partition=...
+# again at any time: finished work is not redone. Site names (partition, account) are settings: cluster.scheduler.partition=...
 #SBATCH --job-name=hpc-cpd-distill
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00

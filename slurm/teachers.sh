@@ -2,7 +2,7 @@
 # Train the teachers on the cluster:  sbatch slurm/teachers.sh [CONFIG.yaml] [key=value ...]
 #
 # A small job that submits the real ones (an array with one element per teacher) and ends. Run it again at any
-# time: finished teachers are not trained again. Site names (partition, account) are settings: cluster.partition=...
+# time: finished teachers are not trained again. Site names (partition, account) are settings: cluster.scheduler.partition=...
 #SBATCH --job-name=hpc-cpd-teachers
 #SBATCH --ntasks=1
 #SBATCH --time=00:10:00

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from hpc_cpd.cluster.schedulers.local import free_port
+from hpc_cpd.cluster.ranks import free_port
 
 
 def rank_environments(world_size: int) -> list[dict[str, str]]:

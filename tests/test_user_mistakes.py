@@ -13,6 +13,7 @@ from hpc_cpd.config import load_config
 from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.distributed.torch import require_gpus
 from hpc_cpd.errors import UserError
+from hpc_cpd.run.paths import Run
 
 ROOT = Path(__file__).parents[1]
 CAR = "gymnasium/MountainCarContinuous-v0"
@@ -80,18 +81,52 @@ def test_a_stage_without_its_needs_names_them_and_the_commands(tmp_path):
     command = f"python -m hpc_cpd.launch --run {run} --stage"
     refused(done, "metaworld/window-close-v3", f"{command} teachers", "the student of stage 1", f"{command} 1")
     assert "metaworld/reach-v3" not in done.stderr  # a task of stage 1 is no need of stage 2
-    assert not (tmp_path / "run" / "logs").exists()  # no rank was started to find that out
+    assert not (tmp_path / "run").exists()
 
 
-def test_other_settings_for_an_existing_run_are_refused_key_by_key(tmp_path):
-    run = ["--run", str(tmp_path / "run"), "--cluster", "local"]
-    call("hpc_cpd.launch", "--stage", "2", *MT10, *run)  # makes the run, then lacks its teachers
-    refused(
-        call("hpc_cpd.launch", "--stage", "2", *run, "seed=5", "student.width=64"), "seed was 0", "student.width was"
-    )
-    done = call("hpc_cpd.launch", "--stage", "2", *run, "--ranks", "3")  # how, not what: taken over
+@pytest.fixture
+def begun(tmp_path) -> Run:
+    """A run of MT10 of which nothing is done."""
+    run = Run(tmp_path / "run")
+    run.open(load_config(ROOT / "configs" / "mt10.yaml"), {})
+    return run
+
+
+def test_other_settings_for_an_existing_run_are_refused_key_by_key(begun):
+    run = ["--run", str(begun.folder), "--cluster", "local"]
+    words = ["--stage", "2", *run, "seed=5", "student.width=64"]
+    refused(call("hpc_cpd.launch", *words), "seed was 0", "student.width was")
+    done = call("hpc_cpd.launch", "--stage", "2", *run, "--ranks", "3")  # how, not what: that may differ
     refused(done, "stage 2 cannot start")
-    assert "ranks: 3" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--stage", "all", "seed=7"], "seed was 0 and is now 7"),
+        (["--stage", "all", "--ranks", "32"], "teachers.ppo.num_envs is 16"),
+        (["--stage", "2"], "stage 2 cannot start"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_launch_refuses_and_neither_writes_anything(begun, words, part):
+    before = {path: path.read_bytes() for path in begun.folder.rglob("*") if path.is_file()}
+    for more in (["--dry-run"], []):
+        refused(call("hpc_cpd.launch", *words, "--cluster", "local", "--run", str(begun.folder), *more), part)
+    assert {path: path.read_bytes() for path in begun.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_refuses_ranks_that_do_not_fit_the_nodes_before_it_prints_a_script(begun):
+    words = ["--cluster", "slurm", "distill.ranks=3", "cluster.scheduler.nodes_per_stage=2", "--dry-run"]
+    done = call("hpc_cpd.launch", "--stage", "all", "--run", str(begun.folder), *words)
+    refused(done, "distill.ranks is 3", "make it a multiple")
+    assert done.stdout == ""
+
+
+def test_a_stop_file_is_told_by_a_dry_run_too(begun):
+    begun.stop_file.touch()
+    words = ["--stage", "all", "--cluster", "local", "--run", str(begun.folder)]
+    for more in ([], ["--dry-run"]):
+        refused(call("hpc_cpd.launch", *words, *more), "STOP asks every job", "delete it")
 
 
 @pytest.mark.parametrize(
@@ -155,7 +190,7 @@ def test_a_folder_that_cannot_be_made_is_named(folder):
 def test_a_full_disk_is_one_sentence(tmp_path):
     # every write of the launcher beyond a few bytes fails, as on a full disk
     program = (
-        "import errno, os, sys, hpc_cpd.run as run, hpc_cpd.launch as launch\n"
+        "import errno, os, sys, hpc_cpd.run.publish as run, hpc_cpd.launch as launch\n"
         "def full(path, data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))\n"
         "run.write_bytes = full\n"
         "sys.exit(launch.main(sys.argv[1:]))\n"
@@ -187,7 +222,7 @@ def test_two_launches_of_one_run_do_not_fight(tmp_path):
 def test_slurm_where_there_is_none(tmp_path):
     environment = {**os.environ, "PATH": "/nonexistent"}
     words = ["--stage", "all", *MT10, "--cluster", "slurm", "--run", str(tmp_path / "run")]
-    refused(call("hpc_cpd.launch", *words, env=environment), "sbatch does not answer", "--cluster local")
+    refused(call("hpc_cpd.launch", *words, env=environment), "slurm does not answer here", "--cluster local")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """What the last job of a teacher or stage has to tell: ``attempt.json`` in its folder.
 
-Slurm forgets its jobs and does not know why they ended; this file stays.
+A scheduler forgets its jobs and does not know why they ended; this file stays.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from hpc_cpd.cluster.schedulers.slurm import this_job
 from hpc_cpd.errors import UserError
+from hpc_cpd.run.job import this_job
 from hpc_cpd.run.publish import read_json, write_json
 
 FILE = "attempt.json"
@@ -21,9 +21,9 @@ SENTENCE_LENGTH = 2000
 
 @dataclass(frozen=True)
 class JobRecord:
-    """One start of a job. `job`: Slurm's id, None on this machine; `restart`: how often Slurm requeued it before.
+    """One start of a job. `job`: the scheduler's id, None on this machine; `restart`: how often it was requeued before.
 
-    `who`: the same for all ranks of this start and for no other start.
+    `who`: the same for all ranks of this start and for no other. `log`: relative to the run folder, if it is in it.
     `code`: None while it runs, or when it was killed without a word; else an exit code of the public interface.
     `seconds_before`: what the starts before this one took; None: not known, for an earlier version did not count.
     """
@@ -42,21 +42,21 @@ class JobRecord:
 
 
 def begin_job(folder: Path, log: Path) -> None:
-    """Note that this process, rank 0 of its job, begins to work on the unit of `folder`. Twice is once."""
+    """Note that this process, rank 0 of its job, begins to work on the unit of `folder`; only once for each start."""
     before = read_job_record(folder)
     if before is not None and before.who == _who():
         return
-    attempt = JobRecord(
+    record = JobRecord(
         number=1 if before is None else before.number + 1,
         who=_who(),
-        job=this_job(),
-        restart=_restart(),
+        job=this_job().id,
+        restart=this_job().restart,
         host=socket.gethostname(),
         log=str(log),
         started=time.time(),
         seconds_before=0.0 if before is None else _seconds(folder, before),
     )
-    write_json(folder / FILE, asdict(attempt))
+    write_json(folder / FILE, asdict(record))
 
 
 def end_job(folder: Path, log: Path, code: int, sentence: str) -> None:
@@ -64,19 +64,19 @@ def end_job(folder: Path, log: Path, code: int, sentence: str) -> None:
 
     A start that was replaced, or refused because another works there, writes nothing.
     """
-    attempt = read_job_record(folder)
-    if attempt is not None and attempt.code is None and attempt.who == _who():
-        ended = replace(attempt, ended=time.time(), code=code, sentence=sentence[:SENTENCE_LENGTH], log=str(log))
+    record = read_job_record(folder)
+    if record is not None and record.code is None and record.who == _who():
+        ended = replace(record, ended=time.time(), code=code, sentence=sentence[:SENTENCE_LENGTH], log=str(log))
         write_json(folder / FILE, asdict(ended))
 
 
-def _seconds(folder: Path, attempt: JobRecord) -> float | None:
-    """Wall-clock of `attempt` and of those before it; one that was killed counts up to what it last saved."""
-    earlier = 0.0 if attempt.number == 1 else attempt.seconds_before
+def _seconds(folder: Path, record: JobRecord) -> float | None:
+    """Wall-clock of `record` and of those before it; one that was killed counts up to what it last saved."""
+    earlier = 0.0 if record.number == 1 else record.seconds_before
     if earlier is None:
         return None
-    ended = _last_saved(folder) if attempt.ended is None else attempt.ended
-    return earlier + max(0.0, ended - attempt.started)
+    ended = _last_saved(folder) if record.ended is None else record.ended
+    return earlier + max(0.0, ended - record.started)
 
 
 def _last_saved(folder: Path) -> float:
@@ -91,15 +91,11 @@ def _who() -> str:
     if launcher is not None:
         return f"launcher {launcher} {os.environ.get('HPC_CPD_LOGS', '')}"  # in a container it is always process 1
     job = this_job()
-    return f"process {os.getpid()}" if job is None else f"job {job} restart {_restart()}"
-
-
-def _restart() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return f"process {os.getpid()}" if job.id is None else f"job {job.id} restart {job.restart}"
 
 
 def read_job_record(folder: Path) -> JobRecord | None:
-    """The last attempt at the unit of `folder`; None when there was none (or its file is damaged: it is only news)."""
+    """The record of the last start on the unit of `folder`; None: there is none, or it is damaged (it is only news)."""
     if not (folder / FILE).is_file():
         return None
     try:

@@ -49,7 +49,7 @@ class StopFlag:
 class Watch:
     """Calling it tells whether this rank was asked to stop: by a signal, by the run's file STOP, or by the clock.
 
-    The clock: a Slurm job that nears its time limit. Slurm is asked how long is left, again just before the end, for
+    The clock: a job that nears its time limit. The scheduler is asked how long is left, again just before the end, for
     an administrator may have moved it. Files and clock are looked at once a second; one rank that does is enough.
     """
 
@@ -62,7 +62,7 @@ class Watch:
         seconds_left: Callable[[], float | None] = lambda: None,
         lead_seconds: float = 0.0,
     ) -> None:
-        """`seconds_left`: asks Slurm; None: no limit. `lead_seconds`: how long before the limit to stop."""
+        """`seconds_left`: asks the scheduler; None: no limit. `lead_seconds`: how long before the limit to stop."""
         self.flag = flag
         self.why = ""
         self._file = stop_file

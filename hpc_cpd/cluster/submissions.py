@@ -1,7 +1,4 @@
-"""Which Slurm job works on which teacher or stage of a run: ``logs/submitted.json``.
-
-Units are ``teacher TASK`` and ``stage K``.
-"""
+"""Which job works on which teacher or stage of a run: ``logs/submitted.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from hpc_cpd.cluster.schedulers.slurm import Site
+from hpc_cpd.cluster.units import Unit
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import read_json, write_json
@@ -17,7 +14,7 @@ from hpc_cpd.run.publish import read_json, write_json
 
 @dataclass(frozen=True)
 class Submission:
-    """The newest job of a unit. `failures`: how many before it failed in a row; `avoid`: nodes that ate them."""
+    """The newest job of a unit. `failures`: how many before it failed in a row; `avoid`: nodes on which they died."""
 
     job: str
     failures: int = 0
@@ -26,34 +23,43 @@ class Submission:
 
 @dataclass
 class Submissions:
-    """What was submitted for `run`. Every change is on disk before the next job is submitted."""
+    """What was submitted for `run`, by the names of units. Every change is on disk before the next job is submitted.
+
+    `scheduler`: whose jobs they are; `resubmitter`: the job that launches again what ends unfinished.
+    """
 
     run: Run
-    site: Site = field(default_factory=Site)
+    scheduler: str | None = None
     units: dict[str, Submission] = field(default_factory=dict)
-    caretaker: str | None = None
+    resubmitter: str | None = None
 
     @classmethod
     def read(cls, run: Run) -> Submissions:
-        """The ledger of `run`, empty if nothing was submitted yet. Raises UserError when its file is damaged."""
+        """Those of `run`, empty if nothing was submitted yet. Raises UserError when the file is damaged."""
         path = run.logs / "submitted.json"
         if not path.is_file():
             return cls(run)
         values: dict[str, Any] = read_json(path)
         try:
             units = {
-                unit: Submission(one["job"], one["failures"], tuple(one["avoid"]))
-                for unit, one in values["units"].items()
+                name: Submission(one["job"], one["failures"], tuple(one["avoid"]))
+                for name, one in values["units"].items()
             }
-            return cls(run, Site(**values["site"]), units, values["caretaker"])
+            return cls(run, values["scheduler"], units, values["resubmitter"])
         except (AttributeError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged; delete it when no job of the run is in the queue (squeue)") from None
+            raise UserError(f"{path} is damaged; delete it when no job of the run is in the queue") from None
+
+    @classmethod
+    def of(cls, run: Run, scheduler: str) -> Submissions:
+        """Those that `scheduler` knows: empty where the last ones went to another. Raises UserError: damaged."""
+        found = cls.read(run)
+        return found if found.scheduler == scheduler else cls(run, scheduler)
 
     def write(self) -> None:
         values = {
-            "site": asdict(self.site),
-            "units": {unit: asdict(submission) for unit, submission in self.units.items()},
-            "caretaker": self.caretaker,
+            "scheduler": self.scheduler,
+            "units": {name: asdict(submission) for name, submission in self.units.items()},
+            "resubmitter": self.resubmitter,
         }
         write_json(self.run.logs / "submitted.json", values)
 
@@ -62,7 +68,7 @@ class Submissions:
         self.units |= units
         self.write()
 
-    def jobs(self, units: Iterable[str] | None = None) -> list[str]:
-        """The jobs of `units` (all), and the caretaker."""
-        chosen = self.units if units is None else [unit for unit in units if unit in self.units]
-        return [self.units[unit].job for unit in chosen] + ([self.caretaker] if self.caretaker else [])
+    def jobs(self, units: Iterable[Unit] | None = None) -> list[str]:
+        """The jobs of `units` (all), and the resubmitter."""
+        names = self.units if units is None else [unit.name for unit in units if unit.name in self.units]
+        return [self.units[name].job for name in names] + ([self.resubmitter] if self.resubmitter else [])

@@ -1,9 +1,12 @@
-"""What one launch is asked for, and what of it is left."""
+"""The pieces of work of a run, each done by one job: a teacher with its trajectories, and a stage."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
@@ -11,61 +14,148 @@ from hpc_cpd.settings import Config
 
 
 @dataclass(frozen=True)
+class Unit(ABC):
+    """One teacher or one stage of `run`. `uses_mpi`: whether its ranks find each other by MPI."""
+
+    run: Run
+    uses_mpi: ClassVar[bool] = False
+    traces: ClassVar[Sequence[str]] = ("checkpoints/*",)
+    """What it leaves in its folders while it is at work."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """``teacher TASK`` or ``stage K``: what messages, logs and ``hpc-cpd status`` call it."""
+
+    @property
+    @abstractmethod
+    def folders(self) -> list[Path]:
+        """What it publishes. The first one also holds its lock, its checkpoints and its job record."""
+
+    @property
+    @abstractmethod
+    def arguments(self) -> list[str]:
+        """The words after ``python -m hpc_cpd.worker`` that make one rank of it."""
+
+    @abstractmethod
+    def ranks(self, config: Config) -> int:
+        """How many ranks work on it together."""
+
+    def needs(self, plan: Sequence[Sequence[str]]) -> list[Unit]:
+        """The units that must be done before it and are not. `plan`: the task ids of each stage."""
+        return []
+
+    @property
+    def folder(self) -> Path:
+        return self.folders[0]
+
+    @property
+    def done(self) -> bool:
+        return all(map(is_done, self.folders))
+
+    def last_trace(self) -> float:
+        """When it last wrote a checkpoint or a shard, in seconds since the epoch; 0: never."""
+        paths = [path for folder in self.folders for pattern in self.traces for path in folder.glob(pattern)]
+        return max((path.stat().st_mtime for path in paths), default=0.0)
+
+
+@dataclass(frozen=True)
+class TeacherUnit(Unit):
+    """The teacher of `task`, and the trajectories that it records."""
+
+    task: str
+    uses_mpi: ClassVar[bool] = True
+    traces: ClassVar[Sequence[str]] = ("checkpoints/*", "shard-*")
+
+    @property
+    def name(self) -> str:
+        return f"teacher {self.task}"
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.run.teacher(self.task), self.run.trajectories(self.task)]
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["teacher", "--run", str(self.run.folder.absolute()), "--task", self.task]
+
+    def ranks(self, config: Config) -> int:
+        return config.teachers.ranks
+
+
+@dataclass(frozen=True)
+class StageUnit(Unit):
+    """Stage `stage` of the stream, counted from 1."""
+
+    stage: int
+
+    @property
+    def name(self) -> str:
+        return f"stage {self.stage}"
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.run.stage(self.stage)]
+
+    @property
+    def arguments(self) -> list[str]:
+        return ["stage", "--run", str(self.run.folder.absolute()), "--stage", str(self.stage)]
+
+    def ranks(self, config: Config) -> int:
+        return config.distill.ranks
+
+    def needs(self, plan: Sequence[Sequence[str]]) -> list[Unit]:
+        units: list[Unit] = [TeacherUnit(self.run, task) for task in plan[self.stage - 1]]
+        if self.stage > 1:
+            units.append(StageUnit(self.run, self.stage - 1))
+        return not_done(units)
+
+
+SomeUnit = TypeVar("SomeUnit", bound=Unit)
+
+
+@dataclass(frozen=True)
 class LaunchRequest:
-    """`plan`: the task ids of each stage; `tasks` and `stages` (from 1): what was asked for of it."""
+    """What one launch is asked for. `plan`: the task ids of each stage; `asked`: teachers, a stage's number, or all;
+    `units`: what that means, in the order of work; `allow_missing`: stages do without tasks that have no teacher.
+    """
 
     run: Run
     config: Config
     plan: list[list[str]]
     asked: str
-    tasks: list[str]
-    stages: list[int]
+    units: list[Unit]
     allow_missing: bool = False
 
-    def task_done(self, task: str) -> bool:
-        """Whether both the teacher and the trajectories of `task` are published."""
-        return is_done(self.run.teacher(task)) and is_done(self.run.trajectories(task))
-
-    def stage_done(self, stage: int) -> bool:
-        return is_done(self.run.stage(stage))
+    @property
+    def teachers(self) -> list[TeacherUnit]:
+        return [unit for unit in self.units if isinstance(unit, TeacherUnit)]
 
     @property
-    def todo_tasks(self) -> list[str]:
-        """Tasks whose teacher or trajectories are missing."""
-        return [task for task in self.tasks if not self.task_done(task)]
+    def stages(self) -> list[StageUnit]:
+        return [unit for unit in self.units if isinstance(unit, StageUnit)]
 
     @property
-    def todo_stages(self) -> list[int]:
-        return [stage for stage in self.stages if not self.stage_done(stage)]
+    def todo(self) -> list[Unit]:
+        return not_done(self.units)
 
-    def todo_units(self) -> list[str]:
-        """``teacher TASK`` and ``stage K`` of everything that is left, in the order of work."""
-        return [*map(teacher_unit, self.todo_tasks), *map(stage_unit, self.todo_stages)]
-
-    def needs(self, stage: int) -> list[str]:
-        """Units that must be done before `stage`, and are not."""
-        teachers = [teacher_unit(task) for task in self.plan[stage - 1] if not self.task_done(task)]
-        before = [stage_unit(stage - 1)] if stage > 1 and not self.stage_done(stage - 1) else []
-        return teachers + before
+    def arguments(self, unit: Unit) -> list[str]:
+        """The worker's words for `unit`, as this launch wants it done."""
+        return unit.arguments + ["--allow-missing"] * (self.allow_missing and isinstance(unit, StageUnit))
 
 
-def unit_folder(run: Run, unit: str) -> Path:
-    """Where a unit is published."""
-    kind, name = unit.split(" ", 1)
-    return run.stage(int(name)) if kind == "stage" else run.teacher(name)
+def not_done(units: Sequence[SomeUnit]) -> list[SomeUnit]:
+    """Those of `units` that are not published yet."""
+    return [unit for unit in units if not unit.done]
 
 
-def last_trace(run: Run, unit: str) -> float:
-    """When a unit last wrote a checkpoint or a shard, in seconds since the epoch; 0: never."""
-    paths = list(unit_folder(run, unit).glob("checkpoints/*"))
-    if unit.startswith("teacher "):
-        paths += run.trajectories(unit.removeprefix("teacher ")).glob("shard-*")
-    return max((path.stat().st_mtime for path in paths), default=0.0)
-
-
-def teacher_unit(task: str) -> str:
-    return f"teacher {task}"
-
-
-def stage_unit(stage: int) -> str:
-    return f"stage {stage}"
+def request_of(
+    run: Run, config: Config, plan: list[list[str]], asked: str, allow_missing: bool = False
+) -> LaunchRequest:
+    """The units that `asked` (teachers, all, or the number of a stage, from 1) means."""
+    units: list[Unit] = []
+    if asked in ("teachers", "all"):
+        units += [TeacherUnit(run, task) for tasks in plan for task in tasks]
+    if asked != "teachers":
+        units += [StageUnit(run, stage) for stage in range(1, len(plan) + 1) if asked in ("all", str(stage))]
+    return LaunchRequest(run, config, plan, asked, units, allow_missing)

@@ -103,7 +103,7 @@ def open_communicator(expected_size: int) -> Communicator:
         raise UserError(
             f"{expected_size} MPI ranks were asked for (teachers.ranks), but {communicator.size} were started; "
             f"start the job with mpiexec -n {expected_size}, or with srun and the plugin that this MPI speaks "
-            "(cluster.mpi_plugin, pmi2 for MPICH)"
+            "(cluster.scheduler.mpi_plugin, pmi2 for MPICH)"
         )
     return communicator
 

@@ -1,4 +1,4 @@
-"""How a run stands: what is known of each unit, as a table that fits its place, as JSON, and watched.
+"""How a run stands, as a table that fits its place, as JSON, and watched.
 
 The table is laid out here and not by rich.table, which takes longer for 1,000 tasks than reading all their files.
 """
@@ -6,20 +6,21 @@ The table is laid out here and not by rich.table, which takes longer for 1,000 t
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.style import Style
 
-State = Literal["done", "running", "waiting", "stopped", "failed", "given up", "not started"]
+from hpc_cpd.cluster.status_model import RunStatus, State, UnitStatus
+from hpc_cpd.cluster.units import TeacherUnit
+
 Row = dict[str, str]
 
 _STYLES: Mapping[str, str] = {
@@ -37,67 +38,6 @@ _NARROW = ("Task", "State", "Success", "Progress")  # where all do not fit; the 
 _GAP = "  "
 _ERRORS_SHOWN = 20
 _LEAST_PROGRESS = len("DependencyNeverSatisfied")
-
-
-@dataclass(frozen=True)
-class UnitProgress:
-    """How far a unit is: `step` of `total` of a phase, or a phase alone, such as ``evaluating 10 tasks``."""
-
-    phase: str
-    step: int | None = None
-    total: int | None = None
-    loss: float | None = None
-
-    @property
-    def words(self) -> str:
-        of = "" if self.total is None else f"/{self.total}"
-        step = "" if self.step is None else f": {self.step}{of}"
-        return f"{self.phase}{step}" + ("" if self.loss is None else f", loss {self.loss:.3g}")
-
-
-@dataclass(frozen=True)
-class UnitStatus:
-    """One line of the table; ``hpc-cpd status --help`` tells what the fields mean."""
-
-    unit: str
-    state: State
-    job: str | None = None
-    reason: str | None = None
-    node: str | None = None
-    restarts: int = 0
-    failures: int = 0
-    progress: UnitProgress | None = None
-    steps_per_second: float | None = None
-    success: float | None = None
-    seconds_left: float | None = None
-    error: str | None = None
-    log: str | None = None
-
-
-@dataclass(frozen=True)
-class RunStatus:
-    """A run at one moment. `notes`: sentences for below the table."""
-
-    run: str
-    slurm: str | None
-    units: list[UnitStatus]
-    done: dict[str, int]
-    total: dict[str, int]
-    next: str | None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return all(unit.state == "done" for unit in self.units)
-
-    def document(self) -> dict[str, Any]:
-        """What ``hpc-cpd status --json`` prints; ``hpc-cpd status --help`` tells what the keys mean."""
-        document = asdict(self)
-        for unit in document["units"]:
-            progress = unit["progress"]
-            if progress is not None and progress["loss"] is not None and not math.isfinite(progress["loss"]):
-                progress["loss"] = None  # JSON has no NaN
-        return document
 
 
 @dataclass(frozen=True)
@@ -137,20 +77,22 @@ class StatusTable:
         return lines
 
 
-def watch(look: Callable[[], RunStatus], console: Console, as_json: bool = False, every_seconds: float = 10.0) -> None:
-    """Show what `look` sees until everything is done, or until Ctrl-C.
+def watch(
+    snapshot: Callable[[], RunStatus], console: Console, as_json: bool = False, every_seconds: float = 10.0
+) -> None:
+    """Show what `snapshot` finds until everything is done, or until Ctrl-C.
 
     On a terminal in place; elsewhere, and as JSON (one document per line), whenever something has changed.
     """
     from rich.live import Live
 
-    status, shown = look(), None
+    status, shown = snapshot(), None
     try:
         if console.is_terminal and not as_json:
             with Live(StatusTable(status, watched=True), console=console, auto_refresh=False) as live:
                 while not status.finished:
                     time.sleep(every_seconds)
-                    status = look()
+                    status = snapshot()
                     live.update(StatusTable(status, watched=True), refresh=True)
             return
         while True:
@@ -160,7 +102,7 @@ def watch(look: Callable[[], RunStatus], console: Console, as_json: bool = False
             if status.finished:
                 return
             time.sleep(every_seconds)
-            status = look()
+            status = snapshot()
     except KeyboardInterrupt:
         return
 
@@ -190,21 +132,21 @@ def _without_clocks(status: RunStatus) -> dict[str, Any]:
 
 
 def _error_lines(unit: UnitStatus) -> tuple[str, str]:
-    return f"- {unit.unit}: {unit.error}", f"  log: {unit.log or 'none'}"
+    return f"- {unit.unit.name}: {unit.error}", f"  log: {unit.log or 'none'}"
 
 
 def _rows(units: Sequence[UnitStatus]) -> list[Row]:
-    tasks = [unit.unit.partition(" ")[2] for unit in units if unit.unit.startswith("teacher ")]
-    families = {task.partition("/")[0] for task in tasks}
+    families = {one.unit.task.partition("/")[0] for one in units if isinstance(one.unit, TeacherUnit)}
     return [_row(unit, len(families) == 1) for unit in units]
 
 
 def _row(unit: UnitStatus, one_family: bool) -> Row:
-    kind, _, name = unit.unit.partition(" ")
-    task = unit.unit if kind == "stage" else name.partition("/")[2] if one_family and "/" in name else name
+    task = unit.unit.task if isinstance(unit.unit, TeacherUnit) else unit.unit.name
+    if one_family and isinstance(unit.unit, TeacherUnit):
+        task = task.partition("/")[2] or task
     at_work = unit.state != "done"
     reason = None if unit.reason == "FAILED" else unit.reason
-    said = [reason, unit.progress.words if unit.progress else None] if at_work else []
+    said = [reason, unit.progress.text if unit.progress else None] if at_work else []
     left = "" if unit.seconds_left is None or not at_work else short_duration(unit.seconds_left)
     return {
         "Task": task,
@@ -222,7 +164,7 @@ def _rate(value: float) -> str:
     return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
-def _in_words(row: Row) -> Row:
+def _merged(row: Row) -> Row:
     """All that has no column of its own in a narrow table, told in the column of the progress."""
     restarts = row["Restarts"] + (" restart" if row["Restarts"] == "1" else " restarts")
     parts = [
@@ -240,7 +182,7 @@ def _lay_out(rows: list[Row], width: int) -> Iterator[Segment]:
     headings = _filled(rows, _HEADINGS)
     widths = _shrunk(_natural(rows, headings), width, {"Progress": _LEAST_PROGRESS})
     if _total(widths) > width:
-        rows = [_in_words(row) for row in rows]
+        rows = [_merged(row) for row in rows]
         headings = _filled(rows, _NARROW)
         widths = _shrunk(_natural(rows, headings), width, {"Progress": _LEAST_PROGRESS, "Task": 12})
     yield from _cells({heading: heading for heading in headings}, widths, Style.parse("bold"))

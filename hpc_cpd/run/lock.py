@@ -1,8 +1,8 @@
 """One owner for one folder: a lock file with a heartbeat, made for clusters.
 
 Clocks of nodes and file servers differ, so nobody compares them: whether the owner lives is seen by watching whether
-its heartbeat moves. Slurm may start a job again while the old one lives on where Slurm cannot reach it, so the later
-start takes over at once and the earlier one, which finds out before each publication, publishes no more.
+its heartbeat moves. A scheduler may start a job again while the old one lives on where it cannot be reached, so the
+later start takes over at once and the earlier one, which finds out before each publication, publishes no more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_cpd.errors import LockLost, StopRequested, UserError
+from hpc_cpd.run.job import JobStart, this_job
 from hpc_cpd.run.publish import guards
 
 HEARTBEAT_SECONDS = 10.0
@@ -45,7 +46,8 @@ class Lock:
     """One owner for one folder; the lock of an owner that is gone is taken over.
 
     Use as a context manager. An owner is gone when its process is (same host); when its heartbeat was watched and
-    stood still, for 2.5 heartbeats at least (another host); or when Slurm has started its job again, as this process.
+    stood still, for 2.5 heartbeats at least (another host); or when its job was started again, as this
+    process (`hpc_cpd.run.job`).
     While the lock is held, nothing is published below the folder (`hpc_cpd.run`) without a look whether it still is.
     That leaves the instant between the look and the rename, which no file system can close.
     """
@@ -115,10 +117,9 @@ class Lock:
     def _claim(self, path: Path) -> int | None:
         """Try to make `path` ours. None: done. Else the file system's own time, in ns, at which it was another's."""
         temporary = path.with_name(f".lock.{secrets.token_hex(4)}.tmp")
-        job, restart = _slurm_start(os.environ)
-        pid = os.getpid()
+        job, pid = this_job(), os.getpid()
         owner = {"host": socket.gethostname(), "space": process_space(), "pid": pid, "born": _birth(pid)}
-        temporary.write_text(json.dumps(owner | {"token": self.token, "job": job, "restart": restart}))
+        temporary.write_text(json.dumps(owner | {"token": self.token, "job": job.id, "restart": job.restart}))
         try:
             os.link(temporary, path)  # fails if the name exists: the one atomic claim NFS offers too
         except FileExistsError:
@@ -137,7 +138,7 @@ class Lock:
         seen = _look(self.path)
         if seen is None:
             return
-        fenced = _outranks(_slurm_start(os.environ), seen.owner)
+        fenced = _outranks(this_job(), seen.owner)
         # Only a lower bound of the watching comes from clocks, so a wrong one costs time and never the owner.
         age = max(0.0, (now_ns - seen.mtime_ns) / 1e9)
         shortest = _MIN_HEARTBEATS * HEARTBEAT_SECONDS
@@ -287,29 +288,15 @@ def _birth(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
-def _slurm_start(environment: Mapping[str, str]) -> tuple[str | None, int]:
-    """Slurm's job id (``12``, or ``12_3`` in an array) and how often Slurm has started it again.
-
-    (None, 0) outside a step: what runs on a login node or in a batch script is nobody's second start.
-    """
-    if "SLURM_STEP_ID" not in environment:
-        return None, 0
-    restart = environment.get("SLURM_RESTART_COUNT", "")
-    array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
-    return job, int(restart) if restart.isdecimal() else 0
-
-
-def _outranks(start: tuple[str | None, int], owner: Mapping[str, Any]) -> bool:
-    """Whether `start` is a later start of the owner's job: then Slurm holds the owner's start to be over."""
-    job, restart = start
+def _outranks(start: JobStart, owner: Mapping[str, Any]) -> bool:
+    """Whether `start` is a later start of the owner's job: then the scheduler holds the owner's start to be over."""
     before = owner.get("restart")
-    return job is not None and job == owner.get("job") and isinstance(before, int) and restart > before
+    return start.id is not None and start.id == owner.get("job") and isinstance(before, int) and start.restart > before
 
 
 def _words(owner: Mapping[str, Any]) -> str:
-    """The owner in words, for example ``process 12 on node3 (Slurm job 5_1)``."""
+    """The owner in words, for example ``process 12 on node3 (job 5_1)``."""
     if not owner:
         return "an unknown process"
-    job = f" (Slurm job {owner['job']})" if owner.get("job") else ""
+    job = f" (job {owner['job']})" if owner.get("job") else ""
     return f"process {owner.get('pid')} on {owner.get('host')}{job}"

@@ -77,23 +77,26 @@ class Run:
             )
         return load_config(self.config_file)
 
-    def open(self, config: Config, provenance: Mapping[str, Any], longer: bool = False) -> None:
-        """Create the run with `config`, or check that it was made with the same settings.
+    def require_same_settings(self, config: Config, longer: bool = False) -> None:
+        """Raise UserError naming every key in which `config` differs from the settings that the run was made with.
 
-        Settings that only say how work is done (ranks, partitions) are taken over, and with `longer` its tasks: the
-        caller knows that they go on where the old ones end. Raises UserError naming every key that differs.
+        Settings that only say how work is done (ranks, partitions) may differ, and with `longer` the tasks: the caller
+        knows that they go on where the old ones end.
         """
+        old = self.config()
+        stream = {"stream": config.stream if longer else old.stream}
+        changed = changed_keys(old.model_copy(update=stream), config)
+        if changed:
+            raise UserError(
+                f"{self.folder} was made with other settings: {'; '.join(changed)}. "
+                "Choose another --run, or take them back"
+            )
+
+    def open(self, config: Config, provenance: Mapping[str, Any], longer: bool = False) -> None:
+        """Create the run with `config`, or take over the settings that `require_same_settings` lets differ."""
         if self.config_file.is_file():
-            old = self.config()
-            stream = {"stream": config.stream if longer else old.stream}
-            changed = changed_keys(old.model_copy(update=stream), config)
-            if changed:
-                raise UserError(
-                    f"{self.folder} was made with other settings: {'; '.join(changed)}. "
-                    "Choose another --run, or take them back"
-                )
+            self.require_same_settings(config, longer)
         else:
             write_json(self.provenance_file, provenance)
-            old = None
-        if old != config:
+        if not self.config_file.is_file() or self.config() != config:
             write_bytes(self.config_file, config_as_yaml(config).encode())

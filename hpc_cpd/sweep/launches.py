@@ -1,4 +1,4 @@
-"""Several launchers side by side on this machine, each a process of its own with a log.
+"""Launchers as work to supervise: each a process of its own with a log.
 
 A signal to the sweep reaches the sweep alone, which passes it on: every launcher then saves and leaves, as if it had
 been asked itself. Launchers of a killed sweep are killed by the kernel, and end their ranks.
@@ -7,135 +7,107 @@ been asked itself. Launchers of a killed sweep are killed by the kernel, and end
 from __future__ import annotations
 
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
-from hpc_cpd.cluster.schedulers.local import tethered
+from hpc_cpd.cluster.supervisor import LAST_LINES, Outcome, end_in_words, tethered
+from hpc_cpd.cluster.units import Unit, not_done
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED
+from hpc_cpd.progress import Reader
 
-POLL_SECONDS = 0.1
-LAST_LINES = 15
-_TOLD = re.compile(r"(stage|teacher|trajectories|caretaker|\d+ teachers?)\b.*:")
-_NUMBERS = re.compile(r"[-+]?\d[\d.,e+-]*")
-Show = Callable[[str, str], None]
-"""(name of the launch, one line)"""
+LOOK_EVERY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A launcher to start. `words`: those after ``python``; `threads`: of each rank, None: the launcher decides."""
+    """A launcher to start. `argv`: the words after ``python``; `threads`: of each rank, None: the launcher decides.
+
+    `units`: what it works on, whose progress is shown.
+    """
 
     name: str
-    words: Sequence[str]
+    argv: Sequence[str]
     log: Path
     threads: int | None = None
+    units: Sequence[Unit] = ()
+
+    def start(self) -> RunningLaunch:
+        return RunningLaunch(self)
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a launcher ended: its exit code, and its sentence if it was not done."""
+class RunningLaunch:
+    """The process of a launch."""
 
-    launch: Launch
-    code: int
-    sentence: str = ""
-
-
-class _Running:
     def __init__(self, launch: Launch) -> None:
         self.launch = launch
-        self.began = time.monotonic()
+        self.name = launch.name
+        self._began = time.monotonic()
         launch.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         if launch.threads is not None:
             environment.setdefault("OMP_NUM_THREADS", str(launch.threads))
         with open(launch.log, "ab") as log:
-            self._from = self._position = log.tell()
-            self.process = subprocess.Popen(
-                tethered([sys.executable, *launch.words]),
+            self._from = log.tell()
+            self._process = subprocess.Popen(
+                tethered([sys.executable, *launch.argv]),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._said = ""
+        self._lines = [f"begins; its log: {launch.log}"]
+        self._readers = {unit: Reader(unit.folder) for unit in not_done(launch.units)}
+        self._phases: dict[Unit, str] = {}
+        self._looked_at = float("-inf")
+        self._stopped = False
+
+    def pass_on(self, stop: StopFlag) -> None:
+        """The same signal: the first makes it save and leave, a second Ctrl-C kills its ranks."""
+        self._stopped = True
+        if self._process.poll() is None and stop.last is not None:
+            self._process.send_signal(stop.last)
 
     def news(self) -> list[str]:
-        """Lines that tell something else than the line before, and not the same with other numbers."""
-        with open(self.launch.log, "rb") as file:
-            file.seek(self._position)
-            text = file.read()
-        text = text[: text.rfind(b"\n") + 1]
-        self._position += len(text)
-        lines = []
-        for line in map(str.strip, text.decode(errors="replace").splitlines()):
-            unit, _, rest = line.partition(": ")
-            said = f"{unit}: {_NUMBERS.sub('#', rest)}"
-            if _TOLD.match(line) and said != self._said:
-                self._said = said
-                lines.append(line)
+        """What each unit does, when that is something else than before, and how the launch began and ended."""
+        lines, self._lines = self._lines, []
         return lines
 
-    def end(self, code: int, stop: StopFlag) -> Ended:
+    def poll(self) -> Outcome | None:
+        code, now = self._process.poll(), time.monotonic()
+        if code is not None or now - self._looked_at >= LOOK_EVERY_SECONDS:
+            self._looked_at = now
+            for unit, reader in self._readers.items():
+                news = reader.read()
+                if news is not None and news.phase != self._phases.get(unit):
+                    self._phases[unit] = news.phase
+                    self._lines.append(f"{unit.name}: {news.phase}")
+        if code is None:
+            return None
+        outcome = self._outcome(code)
+        word = {EXIT_DONE: "done", EXIT_STOPPED: "stopped, saved"}.get(outcome.code, "failed")
+        self._lines.append(f"{word} after {now - self._began:.0f} s")
+        return outcome
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _outcome(self, code: int) -> Outcome:
         if code == EXIT_DONE:
-            return Ended(self.launch, code)
-        if stop() and (code == EXIT_STOPPED or -code in STOP_SIGNALS):  # a signal may come before it can catch any
-            return Ended(self.launch, EXIT_STOPPED)
+            return Outcome(self.name, code)
+        if self._stopped and (code == EXIT_STOPPED or -code in STOP_SIGNALS):  # may come before it can catch any
+            return Outcome(self.name, EXIT_STOPPED)
         with open(self.launch.log, "rb") as file:
             file.seek(self._from)
             text = "\n" + file.read().decode(errors="replace").strip()
         _, found, sentence = text.rpartition("\nstopped: " if code == EXIT_STOPPED else "\nerror: ")
         if not found:
             shown = "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
-            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            sentence = f"its launcher {how}; its log {self.launch.log} ends with\n{shown}"
-        return Ended(self.launch, EXIT_FAULT if code < 0 else code, sentence)
-
-
-def run_launches(launches: Sequence[Launch], at_once: int, stop: StopFlag, show: Show) -> list[Ended]:
-    """Run `launches`, at most `at_once` at a time; return how those that were started ended.
-
-    One that fails does not disturb the others. Once `stop` is set no other is started, and each signal is passed on:
-    the first makes them save and leave, a second Ctrl-C kills their ranks.
-    """
-    waiting, running, ended = list(launches), list[_Running](), list[Ended]()
-    passed_on = 0
-    try:
-        while waiting or running:
-            if stop():
-                waiting.clear()
-            while waiting and len(running) < at_once:
-                running.append(_Running(waiting.pop(0)))
-                show(running[-1].launch.name, f"begins; its log: {running[-1].launch.log}")
-            if stop.count > passed_on and stop.last is not None:
-                passed_on = stop.count
-                for one in running:
-                    if one.process.poll() is None:
-                        one.process.send_signal(stop.last)
-            for one in list(running):
-                code = one.process.poll()
-                for line in one.news():
-                    show(one.launch.name, line)
-                if code is not None:
-                    running.remove(one)
-                    ended.append(one.end(code, stop))
-                    show(one.launch.name, _farewell(ended[-1], time.monotonic() - one.began))
-            if running:
-                time.sleep(POLL_SECONDS)
-    finally:
-        for one in running:
-            one.process.kill()
-            one.process.wait()
-    return ended
-
-
-def _farewell(end: Ended, seconds: float) -> str:
-    word = {EXIT_DONE: "done", EXIT_STOPPED: "stopped, saved"}.get(end.code, "failed")
-    return f"{word} after {seconds:.0f} s"
+            sentence = f"its launcher {end_in_words(code)}; its log {self.launch.log} ends with\n{shown}"
+        return Outcome(self.name, EXIT_FAULT if code < 0 else code, sentence)

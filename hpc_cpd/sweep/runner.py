@@ -8,8 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.cluster.schedulers import slurm
-from hpc_cpd.cluster.schedulers.local import usable_cores
+from hpc_cpd.cluster.ranks import usable_cores
+from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
+from hpc_cpd.cluster.supervisor import Outcome, supervise
+from hpc_cpd.cluster.units import request_of
 from hpc_cpd.config import changed_keys
 from hpc_cpd.errors import (
     EXIT_DONE,
@@ -22,7 +24,7 @@ from hpc_cpd.errors import (
 from hpc_cpd.report.comparison import write_sweep_file
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.publish import is_done
-from hpc_cpd.sweep.launches import Ended, Launch, run_launches
+from hpc_cpd.sweep.launches import Launch
 from hpc_cpd.sweep.plan import Entry, Row, Sweep, in_turn
 from hpc_cpd.sweep.sharing import Shared, link, shared_by
 from hpc_cpd.tasks.registry import run_plan
@@ -31,28 +33,28 @@ from hpc_cpd.tasks.registry import run_plan
 def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> int:
     """Make what is missing of `rows`; returns the exit code. Raises StopRequested after everything saved.
 
-    `cluster`: auto, local or slurm, as the launcher has it. `at_once`: launchers side by side, on this machine. On
-    Slurm the teachers are waited for; the rows are then submitted, and the same command tells later what is left.
+    `cluster`: as the launcher has it. `at_once`: launchers side by side, on this machine. With a scheduler the teachers
+    are waited for; the rows are then submitted, and the same command tells later what is left.
     """
     if (sweep.folder / "config.yaml").is_file():
         raise UserError(f"{sweep.folder} is a run, so no sweep can be there; choose another folder with --run")
     stop = StopFlag().install()
-    where = _where(cluster)
+    where, queues = _where(cluster, sweep)
     with Lock(sweep.folder, f"the sweep {sweep.folder}", stop=stop):
         note_rows(sweep)
         entries = in_turn(rows)
         todo = [entry for entry in entries if not finished(entry)]
         _say(f"Sweep {sweep.folder}: {len(entries) - len(todo)} of {len(entries)} runs done, {len(todo)} to do")
-        failed = _make(sweep, todo, where, at_once, stop)
-    for ended in failed:
-        print(f"error: {ended.launch.name}: {ended.sentence or 'stopped'}", file=sys.stderr, flush=True)
-    codes = {ended.code for ended in failed}
+        failed = _make(sweep, todo, where, queues, at_once, stop)
+    for outcome in failed:
+        print(f"error: {outcome.name}: {outcome.sentence or 'stopped'}", file=sys.stderr, flush=True)
+    codes = {outcome.code for outcome in failed}
     for code in (EXIT_FAULT, EXIT_USER_ERROR):
         if code in codes:
             return code
     if stop() or EXIT_STOPPED in codes:
         raise StopRequested("the same command goes on from here")
-    if where == "slurm":
+    if queues:
         for entry in (entry for entry in todo if not finished(entry)):
             _say(f"{entry.name}: submitted; look: hpc-cpd status {shlex.quote(str(entry.run.folder))}")
     return EXIT_DONE
@@ -100,46 +102,48 @@ def finished(entry: Entry) -> bool:
     return all(is_done(entry.run.stage(k)) for k in range(1, len(run_plan(entry.run, entry.config)) + 1))
 
 
-def _make(sweep: Sweep, todo: Sequence[Entry], where: str, at_once: int, stop: StopFlag) -> list[Ended]:
+def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once: int, stop: StopFlag) -> list[Outcome]:
     """Teachers, then rows; returns what failed or was stopped."""
     shared = shared_by(sweep, todo)
     kinds = [one for one in dict.fromkeys(shared.values()) if not one.done]
     for one in kinds:
         one.write_config()
-    ended = run_launches([_teachers(one, where) for one in kinds], 1, stop, _show)  # each uses all the cores
-    bad = [one for one in ended if one.code != EXIT_DONE]
+    outcomes = supervise([_teachers(one, where, queues) for one in kinds], 1, stop, _show)  # each uses all the cores
+    bad = [one for one in outcomes if one.code != EXIT_DONE]
     launches = []
     for entry in todo if not stop() else ():
         if not shared[entry.name].done:
             continue  # told by its teachers' failure
-        launch = _launch(entry, where, at_once)
         try:
             link(entry, shared[entry.name])
         except UserError as error:
-            bad.append(Ended(launch, EXIT_USER_ERROR, str(error)))
+            bad.append(Outcome(entry.name, EXIT_USER_ERROR, str(error)))
             continue
-        launches.append(launch)
-    ended = run_launches(launches, 1 if where == "slurm" else at_once, stop, _show)
-    return [*bad, *(one for one in ended if one.code != EXIT_DONE)]
+        launches.append(_launch(entry, where, at_once))
+    outcomes = supervise(launches, 1 if queues else at_once, stop, _show)
+    return [*bad, *(one for one in outcomes if one.code != EXIT_DONE)]
 
 
-def _teachers(shared: Shared, where: str) -> Launch:
-    words = [*shared.command[1:], "--cluster", where, *(["--wait"] if where == "slurm" else [])]
-    return Launch(f"teachers {shared.run.folder.name}", words, shared.run.logs / "sweep.log")
+def _teachers(shared: Shared, where: str, queues: bool) -> Launch:
+    argv = [*shared.command[1:], "--cluster", where, *(["--wait"] if queues else [])]
+    units = request_of(shared.run, shared.config, run_plan(shared.run, shared.config), "teachers").units
+    return Launch(f"teachers {shared.run.folder.name}", argv, shared.run.logs / "sweep.log", units=units)
 
 
 def _launch(entry: Entry, where: str, at_once: int) -> Launch:
     threads = max(1, usable_cores() // (at_once * entry.config.distill.ranks)) if at_once > 1 else None
-    return Launch(entry.name, [*entry.command[1:], "--cluster", where], entry.run.logs / "sweep.log", threads)
+    units = request_of(entry.run, entry.config, run_plan(entry.run, entry.config), "all").units
+    argv = [*entry.command[1:], "--cluster", where]
+    return Launch(entry.name, argv, entry.run.logs / "sweep.log", threads, units)
 
 
-def _where(cluster: str) -> str:
-    """What to tell the launchers; inside an allocation they find out for themselves."""
-    if cluster not in ("auto", "local", "slurm"):
-        raise UserError(f"--cluster is '{cluster}'; say auto, local or slurm")
-    if cluster == "auto" and "SLURM_JOB_ID" not in os.environ:
-        return "slurm" if slurm.slurm_answers() else "local"
-    return cluster
+def _where(cluster: str, sweep: Sweep) -> tuple[str, bool]:
+    """What to tell the launchers, and whether they submit; inside an allocation they find out for themselves."""
+    config = sweep.entries[0].config
+    scheduler = choose(cluster, config)
+    if cluster == "auto" and scheduler_of(config).inside():
+        return "auto", False
+    return scheduler.name, scheduler.queues
 
 
 def _show(name: str, line: str) -> None:

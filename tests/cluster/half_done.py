@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.cluster.schedulers.slurm import Site
-from hpc_cpd.cluster.status import look
+from hpc_cpd.cluster.status import snapshot
+from hpc_cpd.cluster.status_model import UnitStatus
 from hpc_cpd.cluster.submissions import Submission, Submissions
 from hpc_cpd.config import config_as_yaml, load_config
-from hpc_cpd.report.status_table import UnitStatus
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done, write_json
 
@@ -31,7 +30,7 @@ def new_run(folder: Path) -> Run:
 
 
 def units(run: Run) -> dict[str, UnitStatus]:
-    return {unit.unit: unit for unit in look(run).units}
+    return {unit.unit.name: unit for unit in snapshot(run).units}
 
 
 def publish(folder: Path, **summary: Any) -> None:
@@ -51,6 +50,13 @@ def publish_all(run: Run) -> None:
         publish(run.stage(stage))
 
 
+def write_news(folder: Path, phase: str, step: int | None = None, total: int | None = None, **more: Any) -> None:
+    """What a unit at work last told."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = {"name": "it", "text": "", "loss": None, "steps_per_second": None, "seconds": time.time(), **more}
+    (folder / "progress.json").write_text(json.dumps(values | {"phase": phase, "step": step, "total": total}))
+
+
 def write_metrics(folder: Path, *records: dict[str, Any], end: str = "") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records) + end)
@@ -68,12 +74,12 @@ def write_attempt(folder: Path, **values: Any) -> None:
     write_json(folder / "attempt.json", usual | {"started": time.time(), **values})
 
 
-def submitted(run: Run, caretaker: str | None = None, accounting: bool = False, **jobs: str | Submission) -> None:
-    """A ledger that names `jobs`: one, two, three for the teachers, stage_1, stage_2."""
+def submitted(run: Run, resubmitter: str | None = None, **jobs: str | Submission) -> None:
+    """Submissions to Slurm that name `jobs`: one, two, three for the teachers, stage_1, stage_2."""
     names = {"one": f"teacher {ONE}", "two": f"teacher {TWO}", "three": f"teacher {THREE}"}
     names |= {"stage_1": "stage 1", "stage_2": "stage 2"}
     units = {names[key]: job if isinstance(job, Submission) else Submission(job) for key, job in jobs.items()}
-    Submissions(run, Site(accounting=accounting), units, caretaker).write()
+    Submissions(run, "slurm", units, resubmitter).write()
 
 
 def lock_of_another(folder: Path, job: str | None, host: str = "node7") -> None:

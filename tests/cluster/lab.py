@@ -19,8 +19,9 @@ from tests.cluster.slurm_cluster import SlurmCluster
 ROOT = Path(__file__).parents[2]
 
 
-def settings(tasks: Sequence[str], **cluster: Any) -> dict[str, Any]:
-    """A run that takes a few seconds per job; two tasks a stage."""
+def settings(tasks: Sequence[str], max_retries: int = 2, **scheduler: Any) -> dict[str, Any]:
+    """A run that takes a few seconds per job; two tasks a stage. `scheduler`: settings of Slurm."""
+    scheduler = {"time_limit_minutes": 30, "memory_per_cpu": "400M", **scheduler}
     return {
         "name": "toy",
         "checkpoint_every_seconds": 0.5,
@@ -45,10 +46,10 @@ def settings(tasks: Sequence[str], **cluster: Any) -> dict[str, Any]:
             "expert_hidden": 16,
             "task_encoder": {"gradient_steps": 10, "windows_per_task": 4, "width": 16, "size": 4},
         },
-        "memory": {"budget_fraction": 0.5},
+        "method": {"memory": {"budget_fraction": 0.5}},
         "distill": {"ranks": 2, "batch_size": 32, "phase1_steps": 40, "phase2_steps": 30, "warmup_steps": 5},
         "evaluation": {"episodes": 2, "forward_transfer": False},
-        "cluster": {"time_limit_minutes": 30, "memory_per_cpu": "400M", **cluster},
+        "cluster": {"scheduler": scheduler, "max_retries": max_retries},
     }
 
 

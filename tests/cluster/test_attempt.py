@@ -11,8 +11,8 @@ LOG = Path("rank-0.log")
 
 def become(monkeypatch, job: str, restart: int) -> None:
     monkeypatch.delenv("HPC_CPD_LAUNCHER", raising=False)
-    monkeypatch.setenv("SLURM_JOB_ID", job)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    monkeypatch.setenv("HPC_CPD_JOB", job)
+    monkeypatch.setenv("HPC_CPD_RESTART", str(restart))
 
 
 def test_every_start_is_counted_once(tmp_path, monkeypatch):
@@ -39,7 +39,7 @@ def test_the_first_word_of_a_start_counts_and_a_replaced_start_has_none(tmp_path
 
 
 def test_a_launch_that_is_refused_leaves_the_word_to_the_one_at_work(tmp_path, monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.delenv("HPC_CPD_JOB", raising=False)
     monkeypatch.setenv("HPC_CPD_LAUNCHER", "11")
     begin_job(tmp_path, LOG)
     monkeypatch.setenv("HPC_CPD_LAUNCHER", "12")

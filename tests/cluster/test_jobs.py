@@ -58,8 +58,8 @@ def attempt(folder: Path) -> dict[str, object]:
 def test_a_preempted_stage_of_two_nodes_ends_with_the_bits_of_an_undisturbed_one(prepared, lab, partition):
     """GraceTime 10: all ranks save together and no step is lost. GraceTime 0: the last checkpoint is all there is."""
     run = without_stage(prepared, lab.folder / "run")
-    gpus = "cluster.gpus_per_node=1"  # made of /dev/null here: the job asks for them, and its ranks learn without
-    lab.launch("--stage", "1", "--run", run.folder, f"cluster.partition={partition}", gpus)
+    gpus = "cluster.scheduler.gpus_per_node=1"  # made of /dev/null here: the ranks learn without
+    lab.launch("--stage", "1", "--run", run.folder, f"cluster.scheduler.partition={partition}", gpus)
     wait_for_progress(lab, run)
     lab.preempt(1)
     if partition == "low":
@@ -71,7 +71,7 @@ def test_a_preempted_stage_of_two_nodes_ends_with_the_bits_of_an_undisturbed_one
 
 def test_where_preemption_cancels_the_work_goes_on_without_a_human(prepared, lab):
     run = without_stage(prepared, lab.folder / "run")
-    words = ["cluster.partition=cancel0", "cluster.continuation=resubmit"]
+    words = ["cluster.scheduler.partition=cancel0", "cluster.scheduler.continuation=resubmit"]
     lab.launch("--stage", "1", "--run", run.folder, *words)
     first = job_of(run, "stage 1")
     wait_for_progress(lab, run)
@@ -83,7 +83,11 @@ def test_where_preemption_cancels_the_work_goes_on_without_a_human(prepared, lab
 
 def test_where_jobs_may_neither_be_requeued_nor_submit_a_chain_goes_on(prepared, lab):
     run = without_stage(prepared, lab.folder / "run")
-    words = ["cluster.partition=cancel", "cluster.continuation=chain", "cluster.chain_length=3"]
+    words = [
+        "cluster.scheduler.partition=cancel",
+        "cluster.scheduler.continuation=chain",
+        "cluster.scheduler.chain_length=3",
+    ]
     lab.launch("--stage", "1", "--run", run.folder, *words)
     assert len(lab.queue()) == 3
     wait_for_progress(lab, run)
@@ -113,7 +117,7 @@ def test_one_that_always_fails_leaves_the_rest_alone_and_is_named_and_it_alone_i
     again = lab.run(
         "sbatch", "--wait", f"--output={lab.folder}/again.out", "slurm/teachers.sh", config, "--run", run.folder
     )
-    assert "Submitted" in again and "1 teacher: job" in (lab.folder / "again.out").read_text()
+    assert "Submitted" in again and "teacher toy/broken: job" in (lab.folder / "again.out").read_text()
     assert {task: job_of(run, f"teacher {task}") for task in done} == jobs
 
     words = [config, "--run", run.folder, "--allow-missing", "cluster.max_retries=0"]
@@ -141,7 +145,7 @@ def test_a_lost_node_costs_nothing_that_was_published(prepared, lab):
     """slurmd of a node is killed under a stage and an array. Its old processes live on, and may not disturb the new."""
     stage = without_stage(prepared, lab.folder / "stage")
     array = Run(lab.folder / "array")
-    lab.launch("--stage", "1", "--run", stage.folder, "cluster.options={nodelist: 'n1,n2'}")
+    lab.launch("--stage", "1", "--run", stage.folder, "cluster.scheduler.options={nodelist: 'n1,n2'}")
     config = lab.config(settings(["toy/slow-1", "toy/slow-2", "toy/c"], options={"nodelist": "n1"}))
     wait_for_progress(lab, stage)
     lab.launch("--stage", "teachers", "--config", config, "--run", array.folder)
@@ -174,7 +178,7 @@ def test_stop_and_save_reach_a_stage_of_four_ranks_which_goes_on_on_two(prepared
     refused = lab.launch("--stage", "1", "--run", run.folder, expected=2)
     assert "STOP" in refused and "delete it" in refused
     run.stop_file.unlink()
-    lab.launch("--stage", "1", "--run", run.folder, "distill.ranks=2", "cluster.nodes_per_stage=1", "--wait")
+    lab.launch("--stage", "1", "--run", run.folder, "distill.ranks=2", "cluster.scheduler.nodes_per_stage=1", "--wait")
     assert is_done(run.stage(1)) and attempt(run.stage(1))["number"] == 2
     steps = [json.loads(line)["step"] for line in (run.stage(1) / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps)) and steps[-1] == 500  # no step was done twice, none left out
@@ -183,7 +187,10 @@ def test_stop_and_save_reach_a_stage_of_four_ranks_which_goes_on_on_two(prepared
 def test_a_job_near_its_time_limit_stops_and_goes_on_in_another(prepared, lab):
     """Slurm's own signal comes up to a minute early or not at all; the job asks how long it has left."""
     run = without_stage(prepared, lab.folder / "run")
-    words = ["cluster.time_limit_minutes=4", "cluster.signal_seconds_before_end=238"]  # near it as soon as it begins
+    words = [
+        "cluster.scheduler.time_limit_minutes=4",
+        "cluster.scheduler.signal_seconds_before_end=238",
+    ]  # near it as soon as it begins
     lab.launch("--stage", "1", "--run", run.folder, *words)
     job = job_of(run, "stage 1")
     lab.wait(lambda: "Restarts=1" in lab.cluster.run("scontrol", "show", "job", job).stdout, 200, "the second start")

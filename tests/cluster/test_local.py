@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from hpc_cpd.cluster import ranks
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.cluster.schedulers import local
+from hpc_cpd.cluster.ranks import RankedJob
+from hpc_cpd.cluster.supervisor import supervise
+from hpc_cpd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 KINDS = [pytest.param([], id="ranks"), pytest.param(["mpi"], id="mpiexec")]
@@ -138,13 +141,13 @@ def test_a_users_mistake_on_any_rank_is_one_sentence_and_exit_code_2(tmp_path, m
 
 @pytest.mark.parametrize("go_on", [False, True])
 def test_after_a_mistake_no_other_job_is_begun_unless_it_was_said_to_go_on(tmp_path, go_on):
-    def job(act: str) -> local.Job:
+    def job(act: str) -> RankedJob:
         folder = tmp_path / act
         folder.mkdir()
-        return local.Job(act, [act, str(folder)], 1, False, folder / "logs", module="tests.cluster.rank_worker")
+        return RankedJob(act, [act, str(folder)], 1, False, folder / "logs", module="tests.cluster.rank_worker")
 
     jobs = [job("mistake-0"), job("done")]
-    outcomes = local.run_jobs(jobs, 1, StopFlag(), lambda job, line: None, go_on)
+    outcomes = supervise(jobs, 1, StopFlag(), lambda name, line: None, after_mistake=go_on)
     assert [outcome.code for outcome in outcomes] == ([2, 0] if go_on else [2])
 
 
@@ -172,3 +175,17 @@ def test_under_srun_a_mistake_ends_all_ranks_and_is_told_once(tmp_path, who):
     told = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert told == [f"error: the file of rank {'0' if who == 'all' else who} is missing; make it"]
     assert not alive(tmp_path)
+
+
+def test_mpiexec_is_sought_beside_python_in_its_package_and_in_the_path(tmp_path, monkeypatch):
+    beside = ranks.find_mpiexec()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    assert Path(ranks.find_mpiexec()).resolve() == Path(beside).resolve()  # that of the package mpich
+    monkeypatch.setattr(ranks.metadata, "files", lambda name: None)
+    other = tmp_path / "mpiexec"
+    other.write_text("#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"no mpiexec.*pip install mpich.*--ranks 1"):
+        ranks.find_mpiexec()  # a file that cannot be run is none
+    other.chmod(0o755)
+    assert ranks.find_mpiexec() == str(other)

@@ -1,17 +1,20 @@
 """What is submitted, and what is known of it, where Slurm refuses or does not answer. Slurm itself is played."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hpc_cpd.cluster import submit
-from hpc_cpd.cluster.schedulers import slurm
+from hpc_cpd.cluster.schedulers import _slurm_commands as commands
+from hpc_cpd.cluster.schedulers.base import JobState, scheduler_of
 from hpc_cpd.cluster.submissions import Submissions
-from hpc_cpd.cluster.units import LaunchRequest
+from hpc_cpd.cluster.units import LaunchRequest, StageUnit, Unit, request_of
 from hpc_cpd.config import parse_config
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import mark_done
 from tests.cluster.lab import merged, settings
 
 TASKS = ["toy/a", "toy/b"]
@@ -21,7 +24,7 @@ def work_of(folder: Path, allow_missing: bool = False, **more: object) -> Launch
     config = parse_config(merged(settings(TASKS), **more))
     run = Run(folder / "run")
     run.open(config, {})
-    return LaunchRequest(run, config, [TASKS], "all", TASKS, [1], allow_missing)
+    return request_of(run, config, [TASKS], "all", allow_missing)
 
 
 @pytest.fixture
@@ -29,36 +32,40 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The scripts that were submitted; the job of the n-th is n."""
     submitted: list[str] = []
 
-    def submit(logs: Path, name: str, text: str) -> str:
+    def submit(logs: Path, name: str, text: str, environment: object) -> str:
         submitted.append(text)
         return str(len(submitted))
 
-    monkeypatch.setattr(slurm, "submit", submit)
-    monkeypatch.setattr(slurm, "ask_site", slurm.Site)
-    monkeypatch.setattr(slurm, "job_states", lambda jobs, accounting: {})
+    monkeypatch.setattr(commands, "submit", submit)
+    monkeypatch.setattr(commands, "slurm_answers", lambda: True)
+    monkeypatch.setattr(commands, "ask_site", commands.Site)
+    monkeypatch.setattr(commands, "job_states", lambda jobs, accounting: {})
     return submitted
 
 
 def submit_all(work: LaunchRequest) -> None:
-    submit.submit_all(work, retry=False, say=lambda text: None, stop=lambda: False)
+    submit.submit_all(work, scheduler_of(work.config), retry=False, say=lambda text: None, stop=lambda: False)
 
 
 def test_links_that_were_submitted_before_a_refusal_are_known(tmp_path, scripts, monkeypatch):
-    work, submit = work_of(tmp_path, cluster={"continuation": "chain", "chain_length": 4}), slurm.submit
+    work, submit = (
+        work_of(tmp_path, cluster={"scheduler": {"continuation": "chain", "chain_length": 4}}),
+        commands.submit,
+    )
 
-    def at_most_two(logs: Path, name: str, text: str) -> str:
+    def at_most_two(logs: Path, name: str, text: str, environment: object) -> str:
         if len(scripts) == 2:
             raise UserError("QOSMaxSubmitJobPerUserLimit")
-        return submit(logs, name, text)
+        return submit(logs, name, text, environment)
 
-    monkeypatch.setattr(slurm, "submit", at_most_two)
+    monkeypatch.setattr(commands, "submit", at_most_two)
     with pytest.raises(UserError, match="QOSMax"):
         submit_all(work)
     assert Submissions.read(work.run).units["teacher toy/a"].job == "2_0"
 
 
 def test_what_no_script_can_be_made_for_is_refused_before_any_job_is_submitted(tmp_path, scripts):
-    work = work_of(tmp_path, cluster={"nodes_per_stage": 2}, distill={"ranks": 3})
+    work = work_of(tmp_path, cluster={"scheduler": {"nodes_per_stage": 2}}, distill={"ranks": 3})
     with pytest.raises(UserError, match="make it a multiple"):
         submit_all(work)
     assert not scripts
@@ -67,14 +74,14 @@ def test_what_no_script_can_be_made_for_is_refused_before_any_job_is_submitted(t
 @pytest.mark.parametrize(("way", "waits"), [("requeue", "afterok"), ("resubmit", "afterok"), ("chain", "afterany")])
 def test_a_stage_that_may_do_without_teachers_waits_until_none_of_them_can_go_on(tmp_path, scripts, way, waits):
     """A teacher that was stopped or failed once goes on in another job, unless its jobs are a chain."""
-    submit_all(work_of(tmp_path, allow_missing=True, cluster={"continuation": way, "chain_length": 1}))
+    submit_all(work_of(tmp_path, allow_missing=True, cluster={"scheduler": {"continuation": way, "chain_length": 1}}))
     assert f"--dependency={waits}:1_0:1_1\n" in scripts[1]
 
 
-def answering(*answers: bool) -> Callable[..., dict[str, slurm.JobState]]:
+def answering(*answers: bool) -> Callable[..., dict[str, JobState]]:
     left = list(answers)
 
-    def job_states(jobs: list[str], accounting: bool) -> dict[str, slurm.JobState]:
+    def job_states(jobs: list[str], accounting: bool) -> dict[str, JobState]:
         if not left.pop(0):
             raise UserError("Unable to contact slurm controller")
         return {}
@@ -82,11 +89,31 @@ def answering(*answers: bool) -> Callable[..., dict[str, slurm.JobState]]:
     return job_states
 
 
-def test_a_controller_that_is_away_for_a_while_does_not_end_the_waiting(tmp_path, monkeypatch):
+def test_a_controller_that_is_away_for_a_while_does_not_end_the_waiting(tmp_path, scripts, monkeypatch):
     work = work_of(tmp_path)
-    monkeypatch.setattr(slurm, "job_states", answering(False, True, False, True))
-    submit.wait_for(work, lambda: False, every_seconds=0.0)  # until it said twice that no job is left
-    monkeypatch.setattr(slurm, "job_states", answering(False))
+    submit_all(work)
+    monkeypatch.setattr(commands, "job_states", answering(False, True, False, True))
+    submit.wait_for(
+        work, scheduler_of(work.config), lambda: False, every_seconds=0.0
+    )  # until it said twice that no job is left
+    monkeypatch.setattr(commands, "job_states", answering(False))
     monkeypatch.setattr(submit, "MOST_UNHEARD_SECONDS", -1.0)
     with pytest.raises(UserError, match="contact"):
-        submit.wait_for(work, lambda: False, every_seconds=0.0)
+        submit.wait_for(work, scheduler_of(work.config), lambda: False, every_seconds=0.0)
+
+
+def test_what_is_published_while_a_stage_is_being_refused_is_no_reason_to_refuse_it(tmp_path, monkeypatch):
+    request = replace(work_of(tmp_path), asked="1", units=[StageUnit(Run(tmp_path / "run"), 1)])
+    with pytest.raises(UserError, match="the teachers of toy/a, toy/b"):
+        submit.require_one_stage(request, set())
+    needs = StageUnit.needs
+
+    def then_published(unit: StageUnit, plan: list[list[str]]) -> list[Unit]:
+        found = needs(unit, plan)
+        for folder in (folder for one in found for folder in one.folders):
+            folder.mkdir(parents=True)
+            mark_done(folder, {})
+        return found
+
+    monkeypatch.setattr(StageUnit, "needs", then_published)
+    submit.require_one_stage(request, set())

@@ -1,4 +1,4 @@
-"""The job slurm_scripts, word for word, and the settings that cannot become one."""
+"""The job scripts, word for word, and the settings that cannot become one."""
 
 import os
 import subprocess
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.schedulers import slurm_scripts
-from hpc_cpd.cluster.submit import dependency
+from hpc_cpd.cluster.schedulers._slurm_scripts import Scripts
+from hpc_cpd.cluster.schedulers.base import scheduler_of
+from hpc_cpd.cluster.schedulers.slurm import Slurm, dependency
+from hpc_cpd.cluster.units import StageUnit, request_of
 from hpc_cpd.config import parse_config
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
@@ -36,16 +38,28 @@ def site_config(cluster=(), **more):
         "setup": ["module load mpi", "ulimit -n 4096"],
         "options": {"reservation": "course", "exclusive": True},
     } | dict(cluster)
-    return parse_config({"name": "mt", "teachers": {"ranks": 8}, "distill": {"ranks": 4}, "cluster": settings} | more)
+    return parse_config(
+        {"name": "mt", "teachers": {"ranks": 8}, "distill": {"ranks": 4}, "cluster": {"scheduler": settings}} | more
+    )
+
+
+def scripts_of(config, run=FOLDER, python=PYTHON) -> Scripts:
+    slurm = scheduler_of(config)
+    assert isinstance(slurm, Slurm)
+    return slurm.scripts(request_of(Run(run), config, [["a"], ["b"]], "all"), python)
+
+
+def stage_of(config, number=1, **more):
+    scripts = scripts_of(config, **more)
+    return scripts.stage(StageUnit(scripts.request.run, number))
 
 
 def test_the_scripts_are_word_for_word_those_of_the_golden_file():
-    run, config = Run(FOLDER), site_config()
-    teachers = slurm_scripts.teachers_script(run, config, FOLDER / "logs/teachers-1.json", 12, 5, PYTHON)
-    stage = slurm_scripts.stage_script(run, config, 2, python=PYTHON)
-    caretaker = slurm_scripts.caretaker_script(run, config, python=PYTHON)
-    after = dependency({"teacher a": "7_1", "teacher b": "7_2", "stage 1": "9"}, any_end=False)
-    texts = [teachers.text(LOGS, avoid=["n3"]), stage.text(LOGS, after), caretaker.text(LOGS, "afternotok:7_1")]
+    scripts = scripts_of(site_config())
+    teachers, stage = scripts.teachers(FOLDER / "logs/teachers-1.json", 12, 5), stage_of(site_config(), 2)
+    resubmitter = scripts.resubmitter()
+    after = dependency(["7_1", "7_2"], ["9"], any_end=False)
+    texts = [teachers.text(LOGS, avoid=["n3"]), stage.text(LOGS, after), resubmitter.text(LOGS, "afternotok:7_1")]
     text = "\n=====\n".join(texts)
     if os.environ.get("WRITE_GOLDEN"):
         GOLDEN.write_text(text)
@@ -53,9 +67,9 @@ def test_the_scripts_are_word_for_word_those_of_the_golden_file():
 
 
 def test_what_must_hold_of_every_script_holds():
-    run, config = Run(FOLDER), site_config()
-    teachers = slurm_scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS, avoid=["n3", "n4"])
-    stage = slurm_scripts.stage_script(run, config, 1).text(LOGS)
+    config = site_config()
+    teachers = scripts_of(config).teachers(FOLDER / "plan.json", 12, 5).text(LOGS, avoid=["n3", "n4"])
+    stage = stage_of(config).text(LOGS)
     for line in ("--requeue", "--open-mode=append", "--signal=USR2@300", "--array=0-11%5", "--kill-on-bad-exit=1"):
         assert line in teachers
     assert "--mpi=pmix" in teachers and "--exclude=n3,n4" in teachers and "gpu" not in teachers
@@ -66,9 +80,9 @@ def test_what_must_hold_of_every_script_holds():
 
 
 def test_a_stage_may_have_more_cores_per_rank_than_a_teacher():
-    run, config = Run(FOLDER), site_config({"stage_cpus_per_rank": 7})
-    teachers = slurm_scripts.teachers_script(run, config, FOLDER / "plan.json", 12, 5).text(LOGS)
-    stage = slurm_scripts.stage_script(run, config, 1).text(LOGS)
+    config = site_config({"stage_cpus_per_rank": 7})
+    teachers = scripts_of(config).teachers(FOLDER / "plan.json", 12, 5).text(LOGS)
+    stage = stage_of(config).text(LOGS)
     for text, cpus in ((teachers, 3), (stage, 7)):
         assert f"#SBATCH --cpus-per-task={cpus}\n" in text and f"OMP_NUM_THREADS={cpus} " in text
         assert text.count(f"--cpus-per-task={cpus} ") == 1  # of srun
@@ -76,22 +90,21 @@ def test_a_stage_may_have_more_cores_per_rank_than_a_teacher():
 
 @pytest.mark.parametrize("way", ["resubmit", "chain"])
 def test_where_work_does_not_go_on_by_requeueing_slurm_is_told_not_to(way):
-    text = slurm_scripts.stage_script(Run(FOLDER), site_config({"continuation": way}), 1).text(LOGS)
+    text = stage_of(site_config({"continuation": way})).text(LOGS)
     assert "--no-requeue" in text and "--requeue" not in text
 
 
 def test_a_folder_with_blanks_and_quotes_is_one_word_of_the_command():
-    command = slurm_scripts.stage_script(Run("/site/my runs/it's"), site_config(), 1, python="/py").command
+    command = stage_of(site_config(), run="/site/my runs/it's", python="/py").command
     done = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
     words = done.stdout.split("\n")
     assert words[words.index("--run") + 1] == "/site/my runs/it's"
 
 
 def test_the_mere_end_of_teachers_may_be_waited_for_but_of_the_stage_before_its_success():
-    after = {"teacher a": "7_1", "teacher b": "7_2", "stage 1": "9"}
-    assert dependency(after, any_end=True) == "afterany:7_1:7_2,afterok:9"
-    assert dependency(after, any_end=False) == "afterok:7_1:7_2:9"
-    assert dependency({}, any_end=False) == ""
+    assert dependency(["7_1", "7_2"], ["9"], any_end=True) == "afterany:7_1:7_2,afterok:9"
+    assert dependency(["7_1", "7_2"], ["9"], any_end=False) == "afterok:7_1:7_2:9"
+    assert dependency([], [], any_end=False) == ""
 
 
 @pytest.mark.parametrize(
@@ -105,4 +118,10 @@ def test_the_mere_end_of_teachers_may_be_waited_for_but_of_the_stage_before_its_
 def test_ranks_nodes_and_times_that_do_not_fit_are_refused(more, words):
     cluster = more.pop("cluster", {})
     with pytest.raises(UserError, match=words):
-        slurm_scripts.stage_script(Run(FOLDER), site_config(cluster, **more), 1)
+        stage_of(site_config(cluster, **more))
+
+
+def test_another_submitit_that_writes_scripts_otherwise_is_named_in_one_sentence(monkeypatch):
+    monkeypatch.delattr("submitit.slurm.slurm._make_sbatch_string")
+    with pytest.raises(UserError, match=r"submitit 1\.5.* writes job scripts in another way.*pip install"):
+        stage_of(site_config()).text(LOGS)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.snapshot import Rates, live_owner, snapshot_of
-from hpc_cpd.cluster.status import look
+from hpc_cpd.cluster.snapshot import live_owner
+from hpc_cpd.cluster.status import snapshot
+from hpc_cpd.cluster.status_model import UnitProgress
 from hpc_cpd.cluster.submissions import Submission
 from hpc_cpd.config import config_as_yaml, parse_config
-from hpc_cpd.progress import Progress as Reporter
-from hpc_cpd.report.status_table import UnitProgress
+from hpc_cpd.progress import Progress
 from hpc_cpd.run.lock import STALE_SECONDS, Lock, process_space
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import write_json
@@ -36,6 +37,7 @@ from tests.cluster.half_done import (
     units,
     write_attempt,
     write_metrics,
+    write_news,
 )
 
 
@@ -69,10 +71,10 @@ def test_a_teacher_is_done_only_with_its_trajectories_which_run_under_its_lock(r
     with Lock(run.teacher(ONE), "the teacher"):
         unit = units(run)[f"teacher {ONE}"]
     assert (unit.state, unit.success) == ("running", 0.8)
-    assert look(run).done == {"teachers": 1, "trajectories": 0, "stages": 0}
+    assert snapshot(run).done == {"teachers": 1, "trajectories": 0, "stages": 0}
     publish(run.trajectories(ONE))
     assert units(run)[f"teacher {ONE}"].state == "done"
-    assert look(run).done == {"teachers": 1, "trajectories": 1, "stages": 0}
+    assert snapshot(run).done == {"teachers": 1, "trajectories": 1, "stages": 0}
 
 
 def test_one_that_was_asked_to_stop_or_killed_has_stopped_and_not_failed(run):
@@ -96,20 +98,15 @@ def test_a_dead_owner_is_no_owner(tmp_path):
     assert live_owner(tmp_path) is None
 
 
-def test_progress_is_the_last_whole_line_within_its_phase(run):
+def test_progress_is_what_the_unit_told_last_and_success_its_last_evaluation(run):
     folder, stage = run.teacher(ONE), run.stage(1)
-    clone = [{"step": step, "phase": "clone", "loss": 0.5 / step} for step in range(50, 3001, 50)]
-    write_metrics(folder, *clone[:-1], end='{"step": 3000, "lo')
-    assert units(run)[f"teacher {ONE}"].progress == UnitProgress("cloning", 2950, 3000, 0.5 / 2950)
-    improve = {"phase": "improve", "success": 0.25}
-    write_metrics(folder, *clone, {"step": 3000, "phase": "evaluation", "success": 0.5}, {"step": 3007, **improve})
+    write_news(folder, "cloning", 2950, 3000, loss=0.5)
+    write_metrics(folder, {"step": 3000, "success": 0.5}, {"step": 3007, "success": 0.25}, {"step": 3008}, end='{"succ')
     unit = units(run)[f"teacher {ONE}"]
-    assert (unit.progress, unit.success) == (UnitProgress("PPO", 7, 40), 0.25)
-    write_metrics(stage, {"step": 1950, "phase": 1, "loss": 0.2}, {"step": 2900, "phase": 2, "loss": 0.1})
+    assert (unit.progress, unit.success) == (UnitProgress("cloning", 2950, 3000, 0.5), 0.25)
+    write_news(stage, "phase 2", 900, 2000, loss=0.1)
     assert units(run)["stage 1"].progress == UnitProgress("phase 2", 900, 2000, 0.1)
-    write_metrics(stage, {"step": 1950, "phase": 1, "loss": 0.2})
-    assert units(run)["stage 1"].progress == UnitProgress("phase 1", 1950, 2000, 0.2)
-    (stage / "metrics.jsonl").write_bytes(b"\xff not json\n[1]\n")
+    (stage / "progress.json").write_bytes(b"\xff not json\n[1]\n")
     assert units(run)["stage 1"].progress is None
 
 
@@ -126,43 +123,32 @@ def test_the_success_of_what_is_done_is_the_published_one(run):
     assert [found[name].success for name in (f"teacher {ONE}", "stage 1", "stage 2")] == [0.75, 0.75, None]
 
 
-def test_the_log_tells_how_fast_it_goes_and_what_it_does_between(run, capsys, monkeypatch):
-    log, folder = run.folder / "rank-0.log", run.stage(1)
-    write_metrics(folder, {"step": 2900, "phase": 2, "loss": 0.1})
-    write_attempt(folder, log=str(log))
-    reporter = Reporter("stage 1", every_seconds=0)
-    reporter.update("phase 2 step 800/2000 loss 0.2", step=800)
+def test_what_is_reported_tells_how_fast_it_goes_and_what_it_does_between(run, capsys, monkeypatch):
+    folder = run.stage(1)
+    reporter = Progress("stage 1", every_seconds=0, folder=folder)
+    reporter.update("phase 2 step 800/2000 loss 0.2", phase="phase 2", step=800, total=2000, loss=0.2)
     now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 0.25)
-    reporter.update("phase 2 step 900/2000 loss 0.1", step=900)
-    monkeypatch.undo()
-    first, second = capsys.readouterr().out.splitlines()
-    assert "steps/s" not in first
     with Lock(folder, "stage 1"):
-        log.write_text(f"{first}\n{second}\na warning: 1/2\n")
+        monkeypatch.setattr(time, "monotonic", lambda: now + 0.25)
+        reporter.update("phase 2 step 900/2000 loss 0.1", phase="phase 2", step=900, total=2000, loss=0.1)
         unit = units(run)["stage 1"]
         assert unit.steps_per_second is not None and 390 < unit.steps_per_second <= 410
         assert unit.progress == UnitProgress("phase 2", 900, 2000, 0.1)
-        log.write_text(f"{second}\nstage 1: evaluating 10 tasks\n")
+        reporter.update("evaluating 10 tasks")
         unit = units(run)["stage 1"]
         assert (unit.progress, unit.steps_per_second) == (UnitProgress("evaluating 10 tasks"), None)
+        monkeypatch.undo()
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert "steps/s" not in first and second.endswith(" steps/s")
+    write_news(folder, "phase 2", 950, 2000, steps_per_second=8.0)
+    assert units(run)["stage 1"].steps_per_second is None  # nobody works on it any more
 
 
-def test_between_two_looks_the_growth_of_the_metrics_tells_how_fast_it_goes(run):
-    rates, config, file = Rates(), run.config(), run.teacher(ONE) / "metrics.jsonl"
-
-    def seen(step: int, at: float) -> float | None:
-        write_metrics(file.parent, {"step": step, "phase": "clone"})
-        os.utime(file, (at, at))
-        return rates.of(snapshot_of(run, f"teacher {ONE}", config))
-
-    assert seen(100, 1000.0) is None
-    assert seen(150, 1010.0) == 5.0
-    assert seen(150, 1010.0) == 5.0  # nothing new is no news
-    assert seen(350, 1020.0) == 20.0
-    assert seen(3001, 1030.0) is None  # another phase: steps of another kind
-    assert seen(3002, 1040.0) == 0.1
-    assert seen(200, 1050.0) is None  # it has gone back to a checkpoint
+def test_the_logs_of_a_run_that_was_copied_are_those_of_the_copy(run, tmp_path):
+    write_attempt(run.teacher(ONE), code=1, sentence="it broke", log="logs/1/rank-0.log")
+    copy = Run(shutil.copytree(run.folder, tmp_path / "copy"))
+    shutil.rmtree(run.folder)
+    assert units(copy)[f"teacher {ONE}"].log == str(copy.logs / "1" / "rank-0.log")
 
 
 # ---- Slurm's part, where there is none
@@ -173,8 +159,8 @@ def test_where_slurm_does_not_answer_the_files_tell_and_one_line_says_so(run, mo
     submitted(run, one="1", two=Submission("2", failures=2), stage_1="3")
     write_attempt(run.teacher(TWO), job="2", code=1, sentence="broken", host="n3")
     with Lock(run.teacher(ONE), "the teacher"):
-        status = look(run)
-    assert status.slurm == "not answering"
+        status = snapshot(run)
+    assert status.scheduler == "not answering"
     assert [unit.state for unit in status.units] == ["running", "given up", "not started", "not started", "not started"]
     assert [note for note in status.notes if "Slurm does not answer" in note and "\n" not in note] == status.notes
     printed = status_command(run.folder)
@@ -183,18 +169,18 @@ def test_where_slurm_does_not_answer_the_files_tell_and_one_line_says_so(run, mo
 
 def test_slurm_is_not_asked_without_a_ledger_or_about_what_is_done(run, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert (look(run).slurm, look(run).notes) == (None, [])
-    submitted(run, caretaker="9", one="1", stage_1="2")
+    assert (snapshot(run).scheduler, snapshot(run).notes) == (None, [])
+    submitted(run, resubmitter="9", one="1", stage_1="2")
     publish_task(run, ONE)
     publish(run.stage(1))
-    assert (look(run).slurm, look(run).notes) == (None, [])
+    assert (snapshot(run).scheduler, snapshot(run).notes) == (None, [])
 
 
 def test_a_damaged_ledger_is_told_and_hides_nothing_else(run):
     publish_task(run, ONE)
     run.logs.mkdir()
     (run.logs / "submitted.json").write_text('{"units": {"stage 1": 5}}')
-    status = look(run)
+    status = snapshot(run)
     assert "submitted.json is damaged" in status.notes[0] and status.units[0].state == "done"
 
 
@@ -208,11 +194,11 @@ def test_a_stop_file_is_told_and_the_exit_code_is_0_whatever_has_failed(run):
 
 def test_the_next_command_is_a_launch_only_where_something_is_in_nobodys_hands(run):
     launch = f"python -m hpc_cpd.launch --stage all --run {run.folder}"
-    assert look(run).next == launch
+    assert snapshot(run).next == launch
     with Lock(run.folder, "the run"):  # a launcher on this machine
-        assert look(run).next == f"hpc-cpd status {run.folder} --watch"
+        assert snapshot(run).next == f"hpc-cpd status {run.folder} --watch"
     publish_all(run)
-    assert look(run).next is None and look(run).finished
+    assert snapshot(run).next is None and snapshot(run).finished
 
 
 # ---- speed

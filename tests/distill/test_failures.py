@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.schedulers.local import GRACE_SECONDS
+from hpc_cpd.cluster.ranks import GRACE_SECONDS
 from hpc_cpd.distill.train import newest_checkpoint
 from hpc_cpd.distributed.failures import ROLL_CALL_SECONDS
 from hpc_cpd.run.paths import Run

@@ -21,7 +21,7 @@ ANSWERS = nullcontext()
 OWNER = """
 import socket, sys
 from pathlib import Path
-from hpc_cpd import lock
+from hpc_cpd.run import lock
 from hpc_cpd.errors import UserError
 
 folder, host, heartbeat, stale = sys.argv[1:]
@@ -40,12 +40,12 @@ except UserError as error:
 
 
 def as_job(monkeypatch: pytest.MonkeyPatch, **names: str | None) -> None:
-    """Make this process a Slurm step, as far as the environment tells."""
-    for name, value in {"STEP_ID": "0", **names}.items():
+    """Make this process a rank of a job: JOB, and RESTART where it was started again."""
+    for name, value in names.items():
         if value is None:
-            monkeypatch.delenv(f"SLURM_{name}", raising=False)
+            monkeypatch.delenv(f"HPC_CPD_{name}", raising=False)
         else:
-            monkeypatch.setenv(f"SLURM_{name}", value)
+            monkeypatch.setenv(f"HPC_CPD_{name}", value)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tests.lock.owners import as_job, eventually, owning, write_lock
 
 def test_the_later_start_takes_over_at_once_and_the_earlier_one_publishes_no_more(tmp_path, monkeypatch, fast):
     folder, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
-    as_job(monkeypatch, JOB_ID="5")
+    as_job(monkeypatch, JOB="5")
     told: list[bool] = []
     earlier = Lock(folder, "the work", on_lost=lambda: told.append(True))
     with earlier:
@@ -33,7 +33,7 @@ def test_the_later_start_takes_over_at_once_and_the_earlier_one_publishes_no_mor
         before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
         del before[earlier.path]
         # here, alive and beating: nothing but the restart count speaks for the newcomer
-        with owning(folder, SLURM_RESTART_COUNT="1") as later:
+        with owning(folder, HPC_CPD_RESTART="1") as later:
             foreign.mkdir()
             attempts: list[Callable[[], object]] = [
                 lambda: write_bytes(folder / "new", b"2"),
@@ -68,17 +68,14 @@ def test_the_later_start_takes_over_at_once_and_the_earlier_one_publishes_no_mor
 @pytest.mark.parametrize(
     ("names", "owner"),
     [
-        ({"JOB_ID": "5", "RESTART_COUNT": "1"}, {"job": "5", "restart": 1}),
-        ({"JOB_ID": "5"}, {"job": "5", "restart": 1}),
-        ({"JOB_ID": "6", "RESTART_COUNT": "2"}, {"job": "5", "restart": 1}),
-        ({"JOB_ID": "5", "RESTART_COUNT": "2", "STEP_ID": None}, {"job": None, "restart": 0}),
-        ({"JOB_ID": "5", "RESTART_COUNT": "2"}, {}),
-        (
-            {"JOB_ID": "7", "ARRAY_JOB_ID": "5", "ARRAY_TASK_ID": "1", "RESTART_COUNT": "2"},
-            {"job": "5_2", "restart": 1},
-        ),
+        ({"JOB": "5", "RESTART": "1"}, {"job": "5", "restart": 1}),
+        ({"JOB": "5"}, {"job": "5", "restart": 1}),
+        ({"JOB": "6", "RESTART": "2"}, {"job": "5", "restart": 1}),
+        ({"RESTART": "2"}, {"job": None, "restart": 0}),
+        ({"JOB": "5", "RESTART": "2"}, {}),
+        ({"JOB": "5_1", "RESTART": "2"}, {"job": "5_2", "restart": 1}),
     ],
-    ids=["same start", "earlier start", "other job", "no step", "owner of old", "other element"],
+    ids=["same start", "earlier start", "other job", "no job", "owner of old", "other element"],
 )
 def test_nobody_else_is_a_later_start(tmp_path, monkeypatch, names, owner):
     born = lock_module._birth(os.getppid())
@@ -93,10 +90,9 @@ def test_nobody_else_is_a_later_start(tmp_path, monkeypatch, names, owner):
 @pytest.mark.parametrize(
     ("names", "job", "restart"),
     [
-        ({"JOB_ID": "12"}, "12", 0),
-        ({"JOB_ID": "12", "RESTART_COUNT": "3"}, "12", 3),
-        ({"JOB_ID": "14", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "0", "RESTART_COUNT": "1"}, "12_0", 1),
-        ({"JOB_ID": "12", "RESTART_COUNT": "3", "STEP_ID": None}, None, 0),
+        ({"JOB": "12"}, "12", 0),
+        ({"JOB": "12_0", "RESTART": "3"}, "12_0", 3),
+        ({}, None, 0),
     ],
 )
 def test_the_lock_tells_the_job_and_its_start(tmp_path, monkeypatch, names, job, restart):

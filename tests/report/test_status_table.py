@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_cpd.cluster.status import look
-from hpc_cpd.report.status_table import RunStatus, StatusTable, UnitProgress, UnitStatus, short_duration, watch
+from hpc_cpd.cluster.status import snapshot
+from hpc_cpd.cluster.status_model import RunStatus, UnitProgress, UnitStatus
+from hpc_cpd.cluster.units import TeacherUnit
+from hpc_cpd.report.status_table import StatusTable, short_duration, watch
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
 from tests.cluster.half_done import (
@@ -27,7 +29,7 @@ from tests.cluster.half_done import (
     publish_task,
     status_command,
     write_attempt,
-    write_metrics,
+    write_news,
 )
 
 
@@ -45,7 +47,7 @@ def drawn(status: RunStatus, width: int, watched: bool = False, height: int = 50
 def example(run: Run) -> RunStatus:
     """Every column and state at once."""
     publish_task(run, ONE)
-    status = look(run)
+    status = snapshot(run)
     done, two, stage, three, last = status.units
     at_work = replace(
         two,
@@ -59,10 +61,10 @@ def example(run: Run) -> RunStatus:
         seconds_left=14280.0,
     )
     failed = replace(
-        three, state="failed", error="OUT_OF_MEMORY: raise cluster.memory_per_cpu", log="/logs/1_2_0_log.out"
+        three, state="failed", error="OUT_OF_MEMORY: raise cluster.scheduler.memory_per_cpu", log="/logs/1_2_0_log.out"
     )
     waiting = replace(stage, state="waiting", reason="Dependency")
-    return replace(status, slurm="squeue", units=[done, at_work, waiting, failed, last])
+    return replace(status, scheduler="squeue", units=[done, at_work, waiting, failed, last])
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -75,21 +77,21 @@ def test_the_table_fits_its_place_and_loses_nothing(run, width):
     for word in shown.split():
         assert word in words
     assert ("Steps/s" in text and "Time left" in text) == (width == 120)
-    assert "- teacher metaworld/button-press-topdown-v3: OUT_OF_MEMORY: raise cluster.memory_per_cpu" in text
+    assert "- teacher metaworld/button-press-topdown-v3: OUT_OF_MEMORY: raise cluster.scheduler.memory_per_cpu" in text
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
 def test_columns_that_nobody_fills_are_not_shown(run):
-    write_metrics(run.teacher(ONE), {"step": 50, "phase": "clone", "loss": 0.1})
+    write_news(run.teacher(ONE), "cloning", 50, 3000, loss=0.1)
     write_attempt(run.teacher(ONE))
     with Lock(run.teacher(ONE), "the teacher"):
-        heading = drawn(look(run), 120).splitlines()[1]
+        heading = drawn(snapshot(run), 120).splitlines()[1]
     assert heading.split() == ["Task", "State", "Progress"]
 
 
 def test_a_watched_table_fits_the_screen_and_leaves_out_what_is_dull(run):
     status = example(run)
-    many = [UnitStatus(f"teacher metaworld/t{index}", "done") for index in range(500)]
+    many = [UnitStatus(TeacherUnit(run, f"metaworld/t{index}"), "done") for index in range(500)]
     text = drawn(replace(status, units=many + status.units), 100, watched=True, height=24)
     lines = text.splitlines()
     assert len(lines) <= 24 and max(map(len, lines)) <= 100
@@ -97,8 +99,10 @@ def test_a_watched_table_fits_the_screen_and_leaves_out_what_is_dull(run):
 
 
 def test_a_thousand_errors_do_not_bury_the_counts(run):
-    errors = [UnitStatus(f"teacher metaworld/t{index}", "failed", error="no", log="log") for index in range(1000)]
-    below = drawn(replace(look(run), units=errors), 80).partition("\n\n")[2].splitlines()
+    errors = [
+        UnitStatus(TeacherUnit(run, f"metaworld/t{index}"), "failed", error="no", log="log") for index in range(1000)
+    ]
+    below = drawn(replace(snapshot(run), units=errors), 80).partition("\n\n")[2].splitlines()
     assert len(below) < 50 and "980 more" in " ".join(below)
 
 
@@ -108,10 +112,10 @@ def test_durations_are_short():
 
 
 def test_the_document_has_the_promised_keys_and_is_json(run):
-    write_metrics(run.stage(1), {"step": 50, "phase": 1, "loss": float("nan")})
+    write_news(run.stage(1), "phase 1", 50, 2000, loss=float("nan"))
     printed = status_command(run.folder, "--json")
     document = json.loads(printed.stdout, parse_constant=pytest.fail)
-    assert document.keys() == {"run", "slurm", "units", "done", "total", "next", "notes"}
+    assert document.keys() == {"run", "scheduler", "units", "done", "total", "next", "notes"}
     keys = "unit state job reason node restarts failures progress steps_per_second success seconds_left error log"
     assert all(unit.keys() == set(keys.split()) for unit in document["units"])
     assert document["units"][2]["progress"] == {"phase": "phase 1", "step": 50, "total": 2000, "loss": None}
@@ -132,7 +136,7 @@ def test_watched_without_a_terminal_it_is_shown_once_per_change_until_all_is_don
 
     def next_look() -> RunStatus:
         steps.pop(0)()
-        return look(run)
+        return snapshot(run)
 
     console = Console(file=io.StringIO(), width=100)
     watch(next_look, console, as_json=True, every_seconds=0)

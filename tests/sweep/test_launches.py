@@ -6,12 +6,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.sweep.launches import Launch, run_launches
+from hpc_cpd.cluster.supervisor import supervise
+from hpc_cpd.cluster.units import StageUnit
+from hpc_cpd.progress import Progress
+from hpc_cpd.run.paths import Run
+from hpc_cpd.sweep.launches import Launch
 
 PYTHON_SAYS = "import sys, time; print('ready', flush=True); "
 
@@ -26,7 +30,7 @@ def test_one_that_fails_is_told_in_its_own_words_and_the_others_go_on(tmp_path):
     killed = "import os; os.kill(os.getpid(), 9)"
     stopped = "print('stopped: somebody asked', file=sys.stderr); sys.exit(3)"
     launches = [launch(tmp_path, name, p) for name, p in zip("abcde", (told, crash, killed, stopped, ""), strict=True)]
-    ended = {one.launch.name: one for one in run_launches(launches, 1, StopFlag(), lambda name, line: None)}
+    ended = {one.name: one for one in supervise(launches, 1, StopFlag(), lambda name, line: None)}
     assert {name: one.code for name, one in ended.items()} == {"a": 2, "b": 1, "c": 1, "d": 3, "e": 0}
     assert ended["a"].sentence == "the disk is full" and ended["d"].sentence == "somebody asked"
     assert "exit code 1" in ended["b"].sentence and "ValueError: why" in ended["b"].sentence
@@ -37,7 +41,7 @@ def test_an_old_error_in_the_log_is_not_taken_for_a_new_one(tmp_path):
     one = launch(tmp_path, "a", "sys.exit(1)")
     one.log.parent.mkdir(parents=True)
     one.log.write_text("error: long ago\n")
-    (ended,) = run_launches([one], 1, StopFlag(), lambda name, line: None)
+    (ended,) = supervise([one], 1, StopFlag(), lambda name, line: None)
     assert "long ago" not in ended.sentence and one.log.read_text().startswith("error: long ago\nready")
 
 
@@ -51,30 +55,37 @@ def test_at_most_so_many_run_at_once(tmp_path):
         running += line.startswith("begins") - line.startswith("done")
         most = max(most, running)
 
-    assert len(run_launches(launches, 2, StopFlag(), show)) == 4
+    assert len(supervise(launches, 2, StopFlag(), show)) == 4
     assert most == 2 and running == 0
 
 
-def test_only_lines_that_say_something_new_are_shown(tmp_path):
-    lines = [
-        "stage 1: step 5/9 loss 0.5",
-        "stage 1: step 6/9 loss 0.4",
-        "stage 2: step 1/9 loss 0.1",
-        "noise",
-        "Task: x",
-    ]
+def test_each_thing_that_a_unit_does_is_shown_once(tmp_path):
+    run = Run(tmp_path)
+    program = (
+        "from pathlib import Path; from hpc_cpd.progress import Progress\n"
+        f"one, two = (Progress('it', 0, folder=Path({str(tmp_path)!r}) / 'stages' / n) for n in '12')\n"
+        "for what, say in (('phase 1', one), ('phase 1', one), ('phase 1', two), ('evaluating', two)):\n"
+        "    say.update('text', phase=what, step=1, loss=0.5); print('noise', flush=True); time.sleep(1.5)"
+    )
+    units = [StageUnit(run, 1), StageUnit(run, 2)]
+    Progress("it", folder=units[1].folder).update("old news")
     shown: list[str] = []
-    program = "".join(f"print({line!r}); " for line in lines)
-    run_launches([launch(tmp_path, "a", program)], 1, StopFlag(), lambda name, line: shown.append(line))
-    assert shown[1:-1] == [lines[0], lines[2]]
+    one = replace(launch(tmp_path, "a", program), units=units)
+    supervise([one], 1, StopFlag(), lambda name, line: shown.append(line))
+    assert shown[1:-1] == ["stage 1: phase 1", "stage 2: phase 1", "stage 2: evaluating"]
 
 
 def test_a_signal_reaches_every_launcher_and_none_is_started_after_it(tmp_path):
     program = (
-        "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3)); "
-        "print('stage 1: ready', flush=True); time.sleep(60)"
+        "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(3))\n"
+        "from pathlib import Path; from hpc_cpd.progress import Progress\n"
+        "Progress('it', folder=Path(sys.argv[1])).update('ready'); time.sleep(60)"
     )
-    launches = [launch(tmp_path, name, program) for name in "abc"]
+    units = {name: StageUnit(Run(tmp_path / name), 1) for name in "abc"}
+    launches = [
+        Launch(name, ["-c", PYTHON_SAYS + program, str(unit.folder)], tmp_path / f"{name}.log", units=[unit])
+        for name, unit in units.items()
+    ]
     stop, ready = StopFlag(), set()
 
     def show(name: str, line: str) -> None:
@@ -84,24 +95,25 @@ def test_a_signal_reaches_every_launcher_and_none_is_started_after_it(tmp_path):
             stop._note(signal.SIGTERM, None)
 
     began = time.monotonic()
-    ended = run_launches(launches, 2, stop, show)
-    assert sorted((one.launch.name, one.code) for one in ended) == [("a", 3), ("b", 3)]
+    ended = supervise(launches, 2, stop, show)
+    assert sorted((one.name, one.code) for one in ended) == [("a", 3), ("b", 3)]
     assert time.monotonic() - began < 30
 
 
 def test_launchers_of_a_killed_sweep_die_with_it(tmp_path):
+    log = tmp_path / "log"
     program = (
-        "import sys; from pathlib import Path; from hpc_cpd.sweep.launches import Launch, run_launches\n"
-        "from hpc_cpd.cluster.preemption import StopFlag\n"
-        "words = ['-c', 'import os, time; print(\"stage\", os.getpid(), \": x\", flush=True); time.sleep(60)']\n"
-        f"launch = Launch('a', words, Path({str(tmp_path)!r}) / 'log')\n"
-        "run_launches([launch], 1, StopFlag(), lambda name, line: print(line, flush=True))"
+        "from pathlib import Path; from hpc_cpd.sweep.launches import Launch\n"
+        "from hpc_cpd.cluster.preemption import StopFlag; from hpc_cpd.cluster.supervisor import supervise\n"
+        "argv = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']\n"
+        f"supervise([Launch('a', argv, Path({str(log)!r}))], 1, StopFlag(), lambda name, line: None)"
     )
-    sweep = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    threading.Timer(60, sweep.kill).start()
-    assert sweep.stdout is not None
-    line = next(line for line in sweep.stdout if line.startswith("stage"))
-    pid = int(line.split()[1])
+    sweep = subprocess.Popen([sys.executable, "-c", program])
+    end = time.monotonic() + 60
+    while not log.is_file() or not log.read_text().endswith("\n"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    pid = int(log.read_text())
     os.kill(pid, 0)
     sweep.kill()
     sweep.wait()

@@ -7,9 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 
+from hpc_cpd.cluster.schedulers.base import RankInfo
+from hpc_cpd.cluster.worker import run_rank
 from hpc_cpd.distributed.mpi import open_communicator
 from hpc_cpd.errors import LockLost, StopRequested, UserError
-from hpc_cpd.worker import Place, run_rank
 
 
 def work(stop: Callable[[], bool]) -> None:
@@ -40,4 +41,4 @@ def work(stop: Callable[[], bool]) -> None:
 
 if __name__ == "__main__":
     rank = int(os.environ["PMI_RANK"])
-    run_rank(work, Place(rank, int(os.environ["PMI_SIZE"]), rank))
+    run_rank(work, RankInfo(rank, int(os.environ["PMI_SIZE"]), rank))

@@ -1,234 +1,282 @@
-"""Asking Slurm: submit a script, requeue this job, what the jobs are doing, how much time is left.
-
-Nothing else in the package runs a Slurm command.
-"""
+"""Slurm: arrays of teachers, stages chained by dependencies, and a resubmitter. No other file names its variables."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
+import re
 import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Literal
 
+from pydantic import Field
+
+from hpc_cpd.cluster.schedulers import _slurm_commands as commands
+from hpc_cpd.cluster.schedulers._slurm_scripts import Script, Scripts
+from hpc_cpd.cluster.schedulers.base import Job, JobState, RankInfo, Scheduler, Starter
+from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit
 from hpc_cpd.errors import UserError
+from hpc_cpd.run.job import JobStart
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import write_json
+from hpc_cpd.settings import Config, PluginSettings
 
-SUBMIT_ATTEMPTS = 4
-_LIVE = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "STAGE_OUT", "SIGNALING"}
-_LIVE |= {"REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESIZING", "RESV_DEL_HOLD"}
+PORTS = (20000, 32000)  # where the ranks of a stage meet
+CONF = "SLURM_CONF"
+_MEMORY = re.compile(r"(?i:oom[-_ ]kill|exceeded (job )?memory limit)|: Out Of Memory")  # not: CUDA out of memory
+# What Slurm alone knows about the end of a job, and what to do about it.
+_ADVICE = {
+    "OUT_OF_MEMORY": "raise cluster.scheduler.memory_per_cpu",
+    "TIMEOUT": "raise cluster.scheduler.time_limit_minutes",
+    "DEADLINE": "raise cluster.scheduler.time_limit_minutes",
+    "NODE_FAIL": "its node was lost; launch again",
+    "BOOT_FAIL": "its node did not start; launch again",
+    "CANCELLED": "somebody cancelled it; launch again when it is wanted",
+}
 
 
-@dataclass(frozen=True)
-class JobState:
-    """One job, or one element of an array, as Slurm tells it. `seconds_left`: None where it has no end."""
+class SlurmSettings(PluginSettings):
+    """What a site wants to be told. Site names belong in configs/cluster/*.yaml, never in code."""
 
-    state: str
-    reason: str = ""
-    nodes: str = ""
-    seconds_left: float | None = None
+    name: Literal["slurm"] = "slurm"
+    partition: str | None = Field(None, description="Slurm partition")
+    stage_partition: str | None = Field(None, description="partition of the stages, where it is another (GPUs)")
+    account: str | None = Field(None, description="Slurm account")
+    qos: str | None = Field(None, description="Slurm quality of service")
+    constraint: str | None = Field(None, description="node feature of the stages")
+    gres: str | None = Field(None, description="generic resource of the stages, where GPUs are asked for so")
+    nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job")
+    gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each")
+    cpus_per_rank: int = Field(1, ge=1, description="cores per rank")
+    stage_cpus_per_rank: int | None = Field(
+        None, ge=1, description="cores per rank of a stage, where it has more than a teacher's"
+    )
+    memory_per_cpu: str | None = Field(None, description="for example 4G")
+    time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job")
+    signal_seconds_before_end: int = Field(
+        120, ge=1, description="a job saves and leaves this long before its time limit"
+    )
+    array_parallelism: int = Field(64, ge=1, description="teachers at once")
+    mpi_plugin: str = Field("pmi2", description="srun --mpi plugin of the teachers")
+    network_interface: str | None = Field(
+        None, description="network that ranks of several nodes talk over, for example ib0"
+    )
+    setup: list[str] = Field([], description="shell lines before each job: module load, conda activate")
+    options: dict[str, bool | int | str] = Field(
+        {}, description="further sbatch options of its jobs, by their long names"
+    )
+    continuation: Literal["requeue", "resubmit", "chain"] = Field(
+        "requeue",
+        description="how stopped work goes on: Slurm requeues its job; a new job is submitted for it; or, where jobs "
+        "may do neither, each job is submitted chain_length times, one after the other",
+    )
+    chain_length: int = Field(4, ge=1, description="links of a chain")
 
     @property
-    def live(self) -> bool:
-        """Whether it waits or runs."""
-        return self.state in _LIVE
+    def cpus_of_stage_rank(self) -> int:
+        return self.stage_cpus_per_rank or self.cpus_per_rank
 
 
 @dataclass(frozen=True)
-class Site:
-    """What the controller's settings mean for us: the largest array, and whether old jobs are remembered."""
+class SlurmJob(Job):
+    """An array of teachers, or one stage. `array`: the file that tells the elements of an array their tasks."""
 
-    max_array_size: int = 1001
-    accounting: bool = False
-
-
-def slurm_answers() -> bool:
-    """Whether sbatch can be run here."""
-    if shutil.which("sbatch") is None:
-        return False
-    try:
-        _ask(["sbatch", "--version"])
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+    script: Script
+    array: Path | None = None
 
 
-def ask_site() -> Site:
-    """Read the controller's settings. Raises UserError when Slurm does not answer."""
-    values = dict(_pairs(_ask_or_say(["scontrol", "show", "config"]).splitlines(), "="))
-    storage = values.get("AccountingStorageType", "")
-    return Site(int(values.get("MaxArraySize", Site.max_array_size)), storage.endswith("slurmdbd"))
+class Slurm(Scheduler):
+    """Jobs of sbatch, asked after with squeue and sacct."""
 
+    Settings = SlurmSettings
+    settings: SlurmSettings
+    variables: ClassVar[tuple[str, ...]] = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
 
-def job_states(jobs: Iterable[str], accounting: bool = False) -> dict[str, JobState]:
-    """The state of each of `jobs` (``ID`` or ``ID_INDEX``) that Slurm still knows, in one query, or two.
+    # ---- before and while jobs are submitted
 
-    The controller is asked first: it alone knows a job from the moment of its submission. It forgets jobs a while after
-    their end (MinJobAge); those the database is asked about, with `accounting`, which lags behind. Elements of an array
-    that never began may be told as one, under the array's id. Raises UserError when Slurm does not answer.
-    """
-    wanted = set(jobs)
-    states = _known_to_squeue(wanted)
-    return states | (_known_to_sacct(wanted - states.keys()) if accounting else {})
+    def available(self) -> bool:
+        return commands.slurm_answers()
 
+    @cached_property
+    def site(self) -> commands.Site:
+        """What the controller says about itself; the usual values where there is no Slurm (``--dry-run``)."""
+        return commands.ask_site() if self.available() else commands.Site()
 
-def _known_to_squeue(jobs: set[str]) -> dict[str, JobState]:
-    # "--states=all" or jobs that have ended are not told; of several unknown ids squeue says nothing, of one it fails
-    command = ["squeue", "--noheader", "--array", "--states=all", _ids(jobs), "--format=%i|%T|%r|%N|%L"]
-    answer = _ask_or_say(command, but="Invalid job id") if jobs else ""
-    return _states_of(jobs, map(_from_squeue, answer.splitlines()))
+    def scripts(self, request: LaunchRequest, python: str = sys.executable) -> Scripts:
+        return Scripts(request, self.settings, "$SLURM_ARRAY_TASK_ID", "$SLURM_JOB_ID", "$SLURMD_NODENAME", python)
 
+    def jobs(self, request: LaunchRequest, units: Sequence[Unit]) -> Sequence[SlurmJob]:
+        """The arrays of teachers, no larger than the site allows, then each stage, in order."""
+        logs, scripts, size = request.run.logs.absolute(), self.scripts(request), self.site.max_array_size
+        teachers = [unit for unit in units if isinstance(unit, TeacherUnit)]
+        chunks = [teachers[begin : begin + size] for begin in range(0, len(teachers), size)]
+        first = 1 + sum(1 for _ in logs.glob("teachers-*.json"))
+        made = []
+        for number, chunk in enumerate(chunks, first):
+            array = logs / f"teachers-{number}.json"
+            at_once = max(1, self.settings.array_parallelism // len(chunks))
+            made.append(SlurmJob(request, chunk, [], scripts.teachers(array, len(chunk), at_once), array))
+        stages = [unit for unit in units if not isinstance(unit, TeacherUnit)]
+        return made + [SlurmJob(request, [one], one.needs(request.plan), scripts.stage(one)) for one in stages]
 
-def _known_to_sacct(jobs: set[str]) -> dict[str, JobState]:
-    fields = "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed"
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", _ids(jobs), fields]
-    answer = _ask_or_say(command) if jobs else ""
-    return _states_of(jobs, map(_from_sacct, answer.splitlines()))
+    def describe(self, job: Job, after: Mapping[Unit, str]) -> str:
+        assert isinstance(job, SlurmJob)
+        return job.script.text(self._logs(job.request.run), self._dependency(job, after))
 
+    def submit(self, job: Job, after: Mapping[Unit, str], avoid: Sequence[str]) -> Iterator[Sequence[str]]:
+        """Submit the job, or the chain of them; every other link waits for the last."""
+        assert isinstance(job, SlurmJob)
+        logs, waits = self._logs(job.request.run), self._dependency(job, after)
+        if job.array is not None:
+            tasks = [unit.task for unit in job.units if isinstance(unit, TeacherUnit)]
+            write_json(job.array, {"tasks": tasks})
+        for _ in range(self.settings.chain_length if self.settings.continuation == "chain" else 1):
+            made = self._submit(logs, job.name, job.script, waits, avoid)
+            yield [made] if job.array is None else [f"{made}_{index}" for index in range(len(job.units))]
+            waits = f"afterany:{made}"
 
-def _states_of(jobs: set[str], told: Iterable[tuple[str, JobState]]) -> dict[str, JobState]:
-    """The state of each of `jobs`: its own, or the one told of all elements of its array that never began.
+    def watch(self, request: LaunchRequest, jobs: Sequence[str]) -> str | None:
+        if self.settings.continuation == "chain":
+            return None
+        script = self.scripts(request).resubmitter()
+        waits = "?".join(f"afternotok:{job}" for job in jobs)
+        return self._submit(self._logs(request.run), "resubmitter", script, waits, [])
 
-    Once they are cancelled those are called ``7``; while they wait, sacct says ``7_[0-2]``.
-    """
-    states = dict(told)
-    unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}
-    found = {job: states.get(job) or unbegun.get(job.partition("_")[0]) for job in jobs}
-    return {job: state for job, state in found.items() if state is not None}
+    def cancel(self, jobs: Sequence[str]) -> None:
+        commands.cancel(jobs, self._environment())
 
+    def _submit(self, logs: Path, name: str, script: Script, waits: str, avoid: Sequence[str]) -> str:
+        try:
+            return commands.submit(logs, name, script.text(logs, waits, avoid), self._environment())
+        except UserError as error:
+            if not avoid or "node configuration is not available" not in str(error):
+                raise
+            return self._submit(logs, name, script, waits, [])  # every node is avoided: then none
 
-def _ids(jobs: set[str]) -> str:
-    return f"--jobs={','.join(sorted({job.partition('_')[0] for job in jobs}))}"
+    def _environment(self) -> dict[str, str]:
+        """A job submitted from inside a job must not inherit its memory and task settings, only where Slurm is."""
+        ours = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "HPC_CPD_JOB")
+        foreign = (*self.variables, *ours)
+        return {name: value for name, value in os.environ.items() if name == CONF or not name.startswith(foreign)}
 
+    def _dependency(self, job: Job, after: Mapping[Unit, str]) -> str:
+        """What `job` waits for.
 
-def _from_squeue(line: str) -> tuple[str, JobState]:
-    job, state, reason, nodes, left = (line.strip().split("|") + [""] * 5)[:5]
-    return job, JobState(state, "" if reason == "None" else reason, nodes, parse_duration(left))
+        With --allow-missing, the end of a teacher's chain is its last word. Anywhere else a teacher whose job ended may
+        go on in another one: the stage waits for success, and the resubmitter submits it again without those given up.
+        """
+        teachers = [id for unit, id in after.items() if isinstance(unit, TeacherUnit)]
+        stages = [id for unit, id in after.items() if not isinstance(unit, TeacherUnit)]
+        return dependency(teachers, stages, job.request.allow_missing and self.settings.continuation == "chain")
 
+    @staticmethod
+    def _logs(run: Run) -> Path:
+        """Where the jobs' logs and scripts are kept."""
+        return (run.logs / "slurm").absolute()
 
-def _from_sacct(line: str) -> tuple[str, JobState]:
-    job, state, reason, nodes, limit, elapsed = (line.strip().split("|") + [""] * 6)[:6]
-    total, passed = parse_duration(limit), parse_duration(elapsed)
-    left = None if total is None or passed is None else total - passed
-    state = state.split(" ")[0]  # "CANCELLED by 1000"
-    return job, JobState(state, "" if reason == "None" else reason, "" if nodes.startswith("None") else nodes, left)
+    # ---- questions about jobs
 
+    def states(self, jobs: Sequence[str]) -> dict[str, JobState]:
+        return commands.job_states(jobs, self.site.accounting) if jobs else {}
 
-def parse_duration(text: str) -> float | None:
-    """Seconds of Slurm's ``[D-][HH:]MM:SS``; None for UNLIMITED, INVALID and whatever else is no duration."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not days) or not 2 <= len(parts) <= 3:
-        return None
-    seconds = 0.0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return seconds + 86400 * int(days or 0)
+    @property
+    def source(self) -> str:
+        return "sacct" if self.site.accounting else "squeue"
 
+    def explain(self, state: JobState, log: Sequence[str]) -> str:
+        word = state.word
+        if word == "FAILED" and any(_MEMORY.search(line) for line in log):  # where Slurm has no other word for it
+            word = "OUT_OF_MEMORY"
+        return f"{word}: {_ADVICE[word]}" if word in _ADVICE else ""
 
-def this_job() -> str | None:
-    """The id of the job whose step this process belongs to, ``ID_INDEX`` for an element of an array."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
-    if "SLURM_ARRAY_JOB_ID" in os.environ:  # the last element's own id is the array's, which means all of it
-        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    return os.environ["SLURM_JOB_ID"]
+    def log(self, run: Run, job: str, rank: int = 0) -> Path:
+        return run.logs / "slurm" / f"{job}_{rank}_log.out"
 
+    # ---- inside a job
 
-def seconds_left(job: str) -> float | None:
-    """How long `job` may still run; None where it has no end, or Slurm does not answer now."""
-    try:
-        return parse_duration(_ask(["squeue", "--noheader", f"--jobs={job}", "--format=%L"]).strip())
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def requeue_this_job() -> None:
-    """Put the Slurm job of this process back into the queue: work remains.
-
-    Only while Slurm calls it running: a job that is being evicted or cancelled is not ours to requeue.
-    """
-    job = str(this_job())
-    try:
-        state = _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip()
-        if state == "RUNNING":
-            _ask(["scontrol", "requeue", job])
-    except (OSError, subprocess.SubprocessError) as error:
-        print(
-            f"could not requeue job {job} ({_words(error)}); its caretaker submits it anew", file=sys.stderr, flush=True
+    @classmethod
+    def rank(cls, environment: Mapping[str, str]) -> RankInfo | None:
+        """A batch script is no step: Slurm sets SLURM_PROCID and SLURM_NTASKS there too, but no SLURM_STEP_ID."""
+        if "SLURM_STEP_ID" not in environment:
+            return None
+        size = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
+        return RankInfo(
+            rank=int(environment.get("SLURM_PROCID", "0")),
+            size=int(size),
+            local_rank=int(environment.get("SLURM_LOCALID", "0")),
+            scheduler="slurm",
+            job=JobStart(_job_id(environment), _number(environment.get("SLURM_RESTART_COUNT"))),
         )
 
+    def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
+        """The first host of the job, and a port from its number: two jobs on one node must not share it."""
+        from submitit.slurm.slurm import SlurmJobEnvironment
 
-def cancel(jobs: Sequence[str]) -> None:
-    """Cancel jobs that wait; those that run or have ended are left alone."""
-    if jobs:
-        with outside_any_job():
-            subprocess.run(["scancel", "--state=PENDING", *jobs], capture_output=True, timeout=60, check=False)
+        port = PORTS[0] + int(environment["SLURM_JOB_ID"]) % (PORTS[1] - PORTS[0])
+        return SlurmJobEnvironment().hostnames[0], port
 
+    def seconds_left(self, job: JobStart) -> float | None:
+        return None if job.id is None else commands.seconds_left(job.id)
 
-def submit(folder: Path, name: str, text: str) -> str:
-    """Hand the script `text` to sbatch, through submitit, and return the job id. Retries while the controller restarts.
+    @property
+    def lead_seconds(self) -> float:
+        return self.settings.signal_seconds_before_end
 
-    Raises UserError with Slurm's own words when it refuses.
-    """
-    import submitit
-    from submitit.core.utils import FailedJobError, FailedSubmissionError
+    @property
+    def requeues(self) -> bool:
+        return self.settings.continuation == "requeue"
 
-    class PlainExecutor(submitit.SlurmExecutor):
-        """submitit's own submission, of a plain command instead of a pickled function."""
+    def requeue(self, job: JobStart) -> None:
+        failure = commands.requeue(str(job.id))
+        if failure:
+            message = f"could not requeue job {job.id} ({failure}); the resubmitter submits it anew"
+            print(message, file=sys.stderr, flush=True)
 
-        def _make_submission_file_text(self, command: str, uid: str) -> str:
-            return text
+    # ---- inside an allocation (salloc), where srun starts the ranks
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for attempt in range(SUBMIT_ATTEMPTS):
-        try:
-            with outside_any_job():
-                return str(PlainExecutor(folder)._submit_command("").job_id)
-        except (FailedJobError, FailedSubmissionError) as error:
-            words = " ".join(str(error).split())
-            if "contact" not in words.lower() or attempt == SUBMIT_ATTEMPTS - 1:
-                raise UserError(f"Slurm refused the job '{name}': {words[-600:]}") from None
-            time.sleep(5 * (attempt + 1))
-    raise AssertionError("unreachable")
+    def inside(self) -> bool:
+        return "SLURM_JOB_ID" in os.environ
 
-
-@contextmanager
-def outside_any_job() -> Iterator[None]:
-    """A job submitted from inside a job must not inherit its memory and task settings, only where Slurm is."""
-    import submitit
-
-    where = os.environ.get("SLURM_CONF")
-    with submitit.helpers.clean_env(extra_names=("OMP_NUM_THREADS",)):
-        if where is not None:
-            os.environ["SLURM_CONF"] = where
-        yield
+    def starter(self, unit: Unit, config: Config) -> Starter | None:
+        """A teacher has one node, beside other teachers; a stage has all nodes."""
+        nodes, ranks = int(os.environ.get("SLURM_JOB_NUM_NODES", "1")), unit.ranks(config)
+        if nodes == 1:
+            return None
+        end = ("--kill-on-bad-exit=1", "--unbuffered")
+        if isinstance(unit, TeacherUnit):
+            cpus = self.settings.cpus_per_rank
+            cores = sum(expand(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")))
+            words = ("srun", "--exact", "--nodes=1", f"--ntasks={ranks}", f"--mpi={self.settings.mpi_plugin}")
+            return Starter((*words, f"--cpus-per-task={cpus}", *end), cpus, max(1, cores // (ranks * cpus)))
+        cpus = self.settings.cpus_of_stage_rank
+        return Starter(("srun", f"--nodes={nodes}", f"--ntasks={ranks}", f"--cpus-per-task={cpus}", *end), cpus, 1)
 
 
-def _ask(command: Sequence[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+plugin = Slurm
 
 
-def _ask_or_say(command: Sequence[str], but: str | None = None) -> str:
-    """The answer, "" for an error that contains `but`, or UserError with Slurm's words."""
-    try:
-        return _ask(command)
-    except (OSError, subprocess.SubprocessError) as error:
-        words = _words(error)
-        if but is not None and but in words:
-            return ""
-        raise UserError(f"Slurm does not answer ({command[0]}: {words}); try again, or use --cluster local") from None
+def dependency(teachers: Sequence[str], stages: Sequence[str], any_end: bool) -> str:
+    """What sbatch is told to wait for: success of these jobs, or with `any_end` merely the end of the teachers."""
+    groups = [("afterany", teachers), ("afterok", stages)] if any_end else [("afterok", [*teachers, *stages])]
+    return ",".join(f"{word}:{':'.join(jobs)}" for word, jobs in groups if jobs)
 
 
-def _words(error: Exception) -> str:
-    return (getattr(error, "stderr", "") or str(error)).strip()
+def _job_id(environment: Mapping[str, str]) -> str | None:
+    """``12``, or ``12_3`` in an array, whose last element has the number of the array itself."""
+    array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
 
 
-def _pairs(lines: Iterable[str], separator: str) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        key, found, value = line.partition(separator)
-        if found:
-            yield key.strip(), value.strip()
+def _number(text: str | None) -> int:
+    return int(text) if text is not None and text.isdecimal() else 0
+
+
+def expand(text: str) -> list[int]:
+    """Slurm's ``4(x2),8`` as [4, 4, 8]."""
+    counts = []
+    for part in text.split(","):
+        number, _, times = part.partition("(x")
+        counts += [int(number)] * int(times.rstrip(")") or 1)
+    return counts

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from hpc_cpd.cluster.supervisor import Outcome
 from hpc_cpd.run.publish import mark_done
 from hpc_cpd.sweep import runner
-from hpc_cpd.sweep.launches import Ended
 from hpc_cpd.sweep.plan import read_sweep
 from hpc_cpd.sweep.sharing import shared_by
 
@@ -34,11 +34,11 @@ def launched(tmp_path, monkeypatch):
         batches = []
 
         def stand_in(launches, at_once, stop, show):
-            batches.append((at_once, [(launch.name, launch.words) for launch in launches]))
+            batches.append((at_once, [(launch.name, launch.argv) for launch in launches]))
             ended = []
             for launch in launches:
                 code = (failing or {}).get(launch.name.split()[0].rstrip(","), 0)
-                ended.append(Ended(launch, code, "why"))
+                ended.append(Outcome(launch.name, code, "why"))
                 if launch.name.startswith("teachers ") and code == 0:
                     kind = kinds[launch.name.split()[1]]
                     assert kind.file.is_file()
@@ -46,7 +46,7 @@ def launched(tmp_path, monkeypatch):
                         mark_done(folder, {})
             return ended
 
-        monkeypatch.setattr(runner, "run_launches", stand_in)
+        monkeypatch.setattr(runner, "supervise", stand_in)
         return runner.run_sweep(sweep, sweep.rows, where, 2), batches
 
     return run

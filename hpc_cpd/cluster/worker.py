@@ -1,0 +1,274 @@
+"""What every rank of a job does: take the lock, work, stop when it is asked to, tell how it ended.
+
+Ranks are started by mpiexec (teachers) or the launcher itself (stages) on one machine, and by the scheduler on a
+cluster. Exit codes are those of the launcher: 0 done, 3 stopped with a checkpoint, 2 the user's mistake, 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+from hpc_cpd.cluster.exit_order import hold_lifeline
+from hpc_cpd.cluster.job_record import begin_job, end_job
+from hpc_cpd.cluster.mpich_cleanup import remove_leftovers
+from hpc_cpd.cluster.preemption import StopFlag, Watch, die_with_parent
+from hpc_cpd.cluster.ranks import free_port
+from hpc_cpd.cluster.schedulers.base import RankInfo, Scheduler, find_rank, scheduler_of
+from hpc_cpd.cluster.units import StageUnit, TeacherUnit, Unit
+from hpc_cpd.errors import (
+    EXIT_DONE,
+    EXIT_FAULT,
+    EXIT_STOPPED,
+    LockLost,
+    RankLost,
+    StopRequested,
+    UserError,
+    disk_error_sentence,
+    run_command,
+)
+from hpc_cpd.run.job import set_this_job
+from hpc_cpd.run.lock import Lock
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import read_json
+
+FIRST_RANK_SPEAKS_SECONDS = 2.0
+LOCK_WAIT_SECONDS = 120.0
+REQUEUE_SECONDS = 60.0
+Stop = Callable[[], bool]
+
+
+def rendezvous(info: RankInfo, scheduler: Scheduler) -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torch.distributed reads them."""
+    names = {"RANK": str(info.rank), "WORLD_SIZE": str(info.size), "LOCAL_RANK": str(info.local_rank)}
+    if info.scheduler != "local":  # our own launcher has told its ranks already
+        host, port = scheduler.rendezvous(info, os.environ)
+        names |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
+    elif info.size == 1:
+        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return names
+
+
+def train(unit: TeacherUnit, info: RankInfo, stop: Stop) -> None:
+    """One rank of one teacher: train it, then record its trajectories."""
+    from hpc_cpd.distributed.mpi import open_communicator
+    from hpc_cpd.teachers.collect import collect_trajectories
+    from hpc_cpd.teachers.sources.base import make_teacher
+
+    remove_leftovers()
+    communicator = open_communicator(info.size)
+    lock, log = _lock(unit, f"the teacher of {unit.task}", info, stop), _log_of(info, unit)
+    communicator.on_root(lambda: _enter(lock, log))
+    try:
+        make_teacher(unit.run, unit.task, communicator, stop)
+        collect_trajectories(unit.run, unit.task, communicator, stop)
+    finally:
+        if communicator.rank == 0:
+            lock.__exit__()
+
+
+def _enter(lock: Lock, log: Path) -> None:
+    """Take the lock, and note who works here. The lock itself must not travel to the other ranks."""
+    lock.__enter__()
+    begin_job(lock.path.parent, log)
+
+
+def _lock(unit: Unit, what: str, info: RankInfo, stop: Stop) -> Lock:
+    """A job waits until the heart of a lost job has stopped; a person's launch is told at once who works there."""
+    wait = LOCK_WAIT_SECONDS if info.own_job else 0.0
+    return Lock(unit.folder, what, wait_seconds=wait, on_lost=_fenced, stop=stop, also=unit.folders[1:])
+
+
+def _fenced() -> None:
+    print(
+        "another job took this work over, for the scheduler says that this one is over: it ends here", file=sys.stderr
+    )
+    sys.stderr.flush()
+    os._exit(EXIT_FAULT)  # from the heartbeat's thread: the others may be waiting in a collective
+
+
+def learn(
+    unit: StageUnit, info: RankInfo, stop: Stop, allow_missing: bool, after_stage: Callable[[Run], object]
+) -> None:
+    """One rank of one stage. The other ranks wait in the first collective until rank 0 holds the lock."""
+    os.environ.update(rendezvous(info, _scheduler(info, unit.run)))
+    from hpc_cpd.distill.stage import run_stage
+
+    if info.rank != 0:
+        run_stage(unit.run, unit.stage, stop, allow_missing)
+        return
+    lock = _lock(unit, unit.name, info, stop)
+    _enter(lock, _log_of(info, unit))
+    try:
+        run_stage(unit.run, unit.stage, stop, allow_missing)
+    finally:
+        lock.__exit__()
+    if info.own_job:  # elsewhere the launcher does this
+        after_stage(unit.run)
+
+
+def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = None) -> NoReturn:
+    """Do `work` on `unit` as one rank and leave with its exit code; a rank that fails leaves nobody waiting.
+
+    Our launcher collects the ranks' outcomes and prints one sentence. Elsewhere rank 0 speaks first, and
+    a rank with an error ends without its farewell (MPI_Finalize would wait for the others for ever), which
+    makes mpiexec and srun end the rest.
+    """
+    set_this_job(info.job)
+    flag = StopFlag().install()
+    speak = _connect(info)
+    sentence = ""
+    lost: list[int] = []
+    scheduler: Scheduler | None = None
+
+    def guarded() -> None:
+        nonlocal sentence, lost, scheduler
+        try:
+            _redirect(info)
+            stop: Stop = flag
+            if unit is not None:
+                scheduler = _scheduler(info, unit.run)
+                if unit.done:
+                    return
+                if info.rank == 0:
+                    if not (unit.folder / "lock.json").exists():  # else whoever works there has the word
+                        begin_job(unit.folder, _log_of(info, unit))
+                    left = partial(scheduler.seconds_left, info.job)
+                    stop = Watch(flag, unit.run.stop_file, left, scheduler.lead_seconds)
+            work(stop)
+        except (UserError, StopRequested, LockLost) as error:
+            sentence = str(error)
+            raise
+        except RankLost as error:
+            sentence, lost = str(error), error.ranks
+            raise
+        except Exception as error:
+            sentence = disk_error_sentence(error) or f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            if info.rank and not info.launcher and isinstance(sys.exc_info()[1], UserError):
+                time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+
+    try:
+        code = run_command(guarded)
+    except Exception:  # not swallowed: shown here, and told to the launcher, so that no other rank waits for this one
+        code = EXIT_FAULT
+        with suppress(OSError):  # the log may be on a full disk; the outcome travels to the launcher by pipe
+            traceback.print_exc()
+    if unit is not None and (info.rank == 0 or code not in (EXIT_DONE, EXIT_STOPPED)):
+        with suppress(OSError, UserError):  # news only
+            end_job(unit.folder, _log_of(info, unit), code, sentence)
+    speak({"outcome": code, "rank": info.rank, "sentence": sentence[:2000], "lost": lost})
+    if code == EXIT_STOPPED and info.own_job:
+        _leave_mpi()  # requeueing kills what is left of this job
+        if scheduler is not None and scheduler.requeues and unit is not None and not unit.run.stop_file.exists():
+            if info.rank == 0:
+                scheduler.requeue(info.job)
+            else:  # the step ends, and rank 0 before its word is out, as soon as one rank has ended
+                flag.wait(REQUEUE_SECONDS)
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with `code`, without tearing it down.
+
+    A library's thread may abort the teardown ("terminate called without an active exception"), after all is published.
+    """
+    if code in (EXIT_DONE, EXIT_STOPPED):
+        _leave_mpi()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # a full disk must not hide the exit code
+            stream.flush()
+    os._exit(code)
+
+
+def _scheduler(info: RankInfo, run: Run) -> Scheduler:
+    """The one that started this process, with the run's settings."""
+    return scheduler_of(run.config(), info.scheduler)
+
+
+def _log_of(info: RankInfo, unit: Unit) -> Path:
+    """Where this rank's output goes: relative to the run folder, which may be moved later, if it is there."""
+    run = unit.run
+    if info.own_job:
+        log = _scheduler(info, run).log(run, str(info.job.id), info.rank).absolute()
+    else:
+        log = Path(os.environ.get("HPC_CPD_LOGS", "."), f"rank-{info.rank}.log").absolute()
+    return log.relative_to(run.folder.absolute()) if log.is_relative_to(run.folder.absolute()) else log
+
+
+def _leave_mpi() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        mpi.Finalize()
+
+
+def _connect(info: RankInfo) -> Callable[[dict[str, object]], None]:
+    """The way to tell our launcher something: lines of JSON on what was standard output."""
+    if info.launcher is None:
+        return lambda message: None
+    die_with_parent(info.launcher if "RANK" in os.environ else None)
+    if "HPC_CPD_LIFELINE" in os.environ:
+        hold_lifeline(os.environ["HPC_CPD_LIFELINE"])
+    pipe = os.dup(1)
+
+    def speak(message: dict[str, object]) -> None:
+        os.write(pipe, (json.dumps(message) + "\n").encode())  # one write: mpiexec keeps it in one piece
+
+    speak({"rank": info.rank, "pid": os.getpid()})
+    return speak
+
+
+def _redirect(info: RankInfo) -> None:
+    """Under our launcher, send output to this rank's own log."""
+    folder = os.environ.get("HPC_CPD_LOGS")
+    if info.launcher is not None and folder is not None:
+        log = os.open(Path(folder) / f"rank-{info.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.close(log)
+
+
+def main(argv: Sequence[str] | None = None, after_stage: Callable[[Run], object] = lambda run: None) -> int:
+    """Be one rank; `argv`: the words of the command line. `after_stage` is called when a job has published a stage."""
+    return run_command(lambda: _main(argv, after_stage))
+
+
+def _main(argv: Sequence[str] | None, after_stage: Callable[[Run], object]) -> NoReturn:
+    parser = argparse.ArgumentParser(prog="python -m hpc_cpd.worker", description="One rank of one job.")
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    teacher = kinds.add_parser("teacher")
+    which = teacher.add_mutually_exclusive_group(required=True)
+    which.add_argument("--task")
+    which.add_argument("--index", type=int)
+    teacher.add_argument("--plan", type=Path)
+    stage = kinds.add_parser("stage")
+    stage.add_argument("--stage", type=int, required=True)
+    for kind in (teacher, stage):
+        kind.add_argument("--run", type=Path, required=True)
+    stage.add_argument("--allow-missing", action="store_true")
+    arguments = parser.parse_args(argv)
+    info = find_rank(os.environ)
+    run = Run(arguments.run)
+    if arguments.kind == "stage":
+        unit = StageUnit(run, arguments.stage)
+        run_rank(lambda stop: learn(unit, info, stop, arguments.allow_missing, after_stage), info, unit)
+    task = arguments.task
+    if task is None and arguments.plan is None:
+        parser.error("--index needs --plan, the file that maps it to a task")
+    elif task is None:
+        tasks = read_json(arguments.plan)["tasks"]
+        if not 0 <= arguments.index < len(tasks):
+            parser.error(f"{arguments.plan} has no element {arguments.index}; it has {len(tasks)}")
+        task = tasks[arguments.index]
+    teacher_unit = TeacherUnit(run, task)
+    run_rank(lambda stop: train(teacher_unit, info, stop), info, teacher_unit)
