@@ -32,9 +32,11 @@ class PaperSettings(OurSettings):
     """As ours, but phase 2 trains old experts too, 9.5% of the data are kept, and all replay asks the teachers."""
 
     name: Literal["paper"] = "paper"  # type: ignore[assignment]
-    growth: PaperGrowthSettings | None = PaperGrowthSettings()
+    growth: PaperGrowthSettings | None = Field(
+        PaperGrowthSettings(), description="null: the experts of stage 1 serve every later stage"
+    )
     memory: PaperMemorySettings = PaperMemorySettings()
-    self_distillation: SelfDistillationSettings | None = None
+    self_distillation: SelfDistillationSettings | None = Field(None, description="null: none")
 
 
 class Paper(Ours):
