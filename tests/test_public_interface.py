@@ -10,7 +10,7 @@ import pytest
 import hpc_cpd
 from hpc_cpd import errors
 from hpc_cpd.config import load_config
-from hpc_cpd.settings import Config, Settings
+from hpc_cpd.settings import Config, Settings, choice_of
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = Path(__file__).with_name("golden_settings.txt")
@@ -62,7 +62,8 @@ def test_python_names():
 def keys(settings: type[Settings], prefix: str = "") -> list[str]:
     found = []
     for name, field in settings.model_fields.items():
-        kind = field.annotation
+        choice = choice_of(settings, name)
+        kind = type(choice.default_settings()) if choice is not None else field.annotation
         if isinstance(kind, type) and issubclass(kind, Settings):
             found += keys(kind, f"{prefix}{name}.")
         else:
