@@ -62,7 +62,14 @@ def test_growth_refuses_a_state_that_lacks_an_expert() -> None:
 
 def test_parameters_keep_the_order_in_which_they_stood_before_the_parts_had_names() -> None:
     student = make_student(small_shape(layers=2, mixtures=2), [[0], [1]], for_training=False)
-    block = "norm_attention query_key_value attention_out norm_feed_forward feed_forward_in feed_forward_out".split()
+    block = [
+        "norm_attention",
+        "query_key_value",
+        "attention_out",
+        "norm_feed_forward",
+        "feed_forward_in",
+        "feed_forward_out",
+    ]
     layers = ["embed_observation", "embed_task", *(f"blocks.{number}.{layer}" for number in (0, 1) for layer in block)]
     layers += ["norms_features.0", "norms_features.1", "norm_head", "head"]
     old = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
