@@ -11,6 +11,7 @@ import torch
 from hpc_cpd.errors import UserError
 from hpc_cpd.student.network import Student, StudentShape, expert_of, grown
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
+from tests.student.renamed_tensors import new_name
 
 OLD, NEW = [[0, 1, 2, 3, 4]], [5, 6, 7, 8, 9]
 
@@ -57,6 +58,28 @@ def test_growth_refuses_a_state_that_lacks_an_expert() -> None:
     state = {name: tensor for name, tensor in old.state_dict().items() if expert_of(name) != 4}
     with pytest.raises(ValueError, match=r"mixtures\.0\.experts\.4\."):
         grown(state, old.shape, OLD, NEW, 1, seed=3)
+
+
+def test_parameters_keep_the_order_in_which_they_stood_before_the_parts_had_names() -> None:
+    student = make_student(small_shape(layers=2, mixtures=2), [[0], [1]], for_training=False)
+    block = [
+        "norm_attention",
+        "query_key_value",
+        "attention_out",
+        "norm_feed_forward",
+        "feed_forward_in",
+        "feed_forward_out",
+    ]
+    layers = ["embed_observation", "embed_task", *(f"blocks.{number}.{layer}" for number in (0, 1) for layer in block)]
+    layers += ["norms_features.0", "norms_features.1", "norm_head", "head"]
+    old = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    for mixture in (0, 1):
+        old.append(f"mixtures.{mixture}.anchor")
+        old += [f"mixtures.{mixture}.gate.{kind}_{stage}" for stage in (1, 2) for kind in ("weight", "bias")]
+        experts = [f"experts.{expert}.{layer}" for expert in (0, 1) for layer in ("first", "second", "last")]
+        old += [f"mixtures.{mixture}.{layer}.{kind}" for layer in experts for kind in ("weight", "bias")]
+    # sums over parameters, such as the norm of the gradient, are rounded as their order says
+    assert [name for name, _ in student.named_parameters()] == [new_name(name) for name in old]
 
 
 def test_parameters_are_parted_into_shared_gate_and_experts() -> None:

@@ -7,6 +7,7 @@ student that acts computes one observation per control step instead of the windo
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,10 +38,16 @@ def attention_windows(history: int, layers: int) -> list[int]:
 
 def rotary(positions: Tensor, head_size: int) -> Tensor:
     """Cosines and sines of the angles of what stands at `positions` int64 [...]: float32 [2, ..., head_size / 2]."""
-    half = head_size // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=positions.device) / half
-    angles = positions[..., None] * ROTARY_BASE**-exponents  # in float64: an episode may last for days
+    angles = positions[..., None] * _frequencies(head_size // 2, positions.device)
     return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+@cache
+def _frequencies(count: int, device: torch.device) -> Tensor:
+    """In float64: an episode may last for days."""
+    with torch.inference_mode(False):  # whoever asks first may be a student that only acts
+        exponents = torch.arange(count, dtype=torch.float64, device=device) / count
+        return torch.as_tensor(ROTARY_BASE**-exponents)
 
 
 def rotated(vectors: Tensor, angles: Tensor) -> Tensor:
@@ -130,6 +137,8 @@ class Block(nn.Module):
         attended = attended.transpose(1, 2).flatten(2)
         if positions is not None:
             tokens, attended = (each.flatten(0, 1).index_select(0, positions) for each in (tokens, attended))
+        elif past is not None:  # of one token each: a product of matrices costs less than one of three dimensions
+            tokens, attended = tokens.squeeze(1), attended.squeeze(1)
         tokens = tokens + self.attention_out(attended)
         hidden = F.gelu(self.feed_forward_in(self.norm_feed_forward(tokens)))
         after: Tensor = tokens + self.feed_forward_out(hidden)

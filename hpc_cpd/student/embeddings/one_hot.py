@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 from hpc_cpd.settings import PluginSettings
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from hpc_cpd.student.embeddings.base import NewTasks
@@ -29,6 +28,8 @@ class OneHot:
 
     @staticmethod
     def learn(settings: OneHotSettings, new: NewTasks) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+        import numpy as np
+
         rows = np.eye(len(new.all_tasks), dtype=np.float32)
         return {}, {task: rows[new.all_tasks.index(task)] for task in new.tasks}
 
