@@ -112,7 +112,12 @@ def run_one(path: Path) -> None:
             log = logs.enter_context(open(job["logs"][rank], "ab"))
             own = {} if by_mpi else {"FOLDER_RANK": str(rank)}
             ranks.append(subprocess.Popen(command, env=environment | own, stdout=log, stderr=log))
-        code = max(abs(one.wait()) for one in ranks)
+        while None in [one.poll() for one in ranks]:
+            if again.exists() or any(one.returncode not in (None, 0, 3) for one in ranks):
+                for one in ranks:  # the job goes back into the queue, or a rank failed: the others wait for nobody
+                    one.kill()
+            time.sleep(0.1)
+        code = max(one.returncode if one.returncode >= 0 else 1 for one in ranks)
     if again.exists():
         change(path, state="WAITING", restart=job["restart"] + 1)
         again.unlink()

@@ -193,7 +193,7 @@ class Scheduler(ABC):
         return False
 
     def requeue(self, job: JobStart) -> None:
-        """Put the running job of this process back into the queue. It may end at any moment after."""
+        """Put the running job of this process back into the queue, and end it: its other ranks wait to be killed."""
         raise NotImplementedError
 
     # ---- inside an allocation, where work is not submitted but runs at once
