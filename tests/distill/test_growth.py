@@ -89,9 +89,9 @@ def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Ten
         learning = [policy.student(observations, vectors, valid)[0][valid] for policy in (before, after)]
         acting = []
         for policy in (before, after):
-            policy.actor.begin(len(observations))
-            acting.append(policy.actor.act(observations[:, 0], vectors))
-    return [(learning[0], learning[1]), (acting[0][0], acting[1][0])], acting[1][1]
+            cache = policy.student.new_cache(len(observations))
+            acting.append(policy.student(observations[:, :1], vectors, cache=cache))
+    return [(learning[0], learning[1]), (acting[0][0], acting[1][0])], acting[1][2].mean(dim=2)[:, 0]
 
 
 def shares(grown: Grown, stage: int) -> tuple[np.ndarray, np.ndarray]:
