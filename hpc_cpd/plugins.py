@@ -41,10 +41,13 @@ class Kind:
 
 _TEACHERS, _STUDENT, _PARTS, _PART = "hpc_cpd.teachers", "hpc_cpd.student", "hpc_cpd.students", ("Settings", "build")
 _SELECTIONS, _LEARNER = "hpc_cpd.trajectories.selection", ("Settings", "learner")
+_FAMILIES, _FAMILY = "hpc_cpd.tasks.families", ("names", "describe", "make")
 KINDS = {
-    "tasks": Kind("task family", "stream.tasks", "hpc_cpd.tasks.families", "hpc_cpd.tasks", "", ("describe", "make")),
+    "tasks": Kind("task family", "stream.tasks", _FAMILIES, "hpc_cpd.tasks", "", _FAMILY),
     "methods": Kind("method", "method", "hpc_cpd.methods", "hpc_cpd.methods"),
-    "selections": Kind("selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections"),
+    "selections": Kind(
+        "selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections", "", ("Settings", "order")
+    ),
     "algorithms": Kind("algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
     "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
     "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
+from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.base import RoundResult
 from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, TrainingEnvironments, generator
 
@@ -63,7 +64,8 @@ class ReinforceLearner:
         self.settings, self.task, self.seed, self.ranks = settings, context.task, context.seed, context.communicator
         self.rounds = settings.rounds
         self.std = float(np.exp(hints.initial_log_std))  # what the start advises
-        self.policy = LinearPolicy(self.task.task_id, self.task.observation_size, self.task.action_size)
+        sizes = flat_size(self.task.observation_space), flat_size(self.task.action_space)
+        self.policy = LinearPolicy(self.task.task_id, *sizes)
         self.numbers = self.ranks.local_range(settings.num_envs)  # this rank's environments among those of all
         self.environments = TrainingEnvironments(self.task.task_id, self.seed, len(self.numbers))
 
@@ -76,7 +78,7 @@ class ReinforceLearner:
         observations, _ = envs.reset(options={"goal_index": goals})
         steps = []
         while envs.active.any():
-            noise = np.array([rng.standard_normal(self.task.action_size) for rng in draws], np.float32)
+            noise = np.array([rng.standard_normal(self.policy.out_features) for rng in draws], np.float32)
             actions = self.policy.act(observations) + self.std * noise
             following, rewards, _, _, info = envs.step(actions)
             steps.append((observations, actions, rewards, info["active"], info["success"]))
