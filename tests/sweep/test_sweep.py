@@ -17,6 +17,7 @@ import pytest
 
 from hpc_cpd.run.publish import is_done, read_json
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TASKS = ["metaworld/reach-v3", "metaworld/drawer-close-v3"]
 CONFIG = """
@@ -83,7 +84,6 @@ def test_a_dry_run_shows_every_run_and_writes_nothing(home):
     assert sorted(path.name for path in home.iterdir()) == ["pair.yaml", "tiny.yaml"]
 
 
-@pytest.mark.slow
 def test_killed_and_run_again_it_makes_the_teachers_once_and_every_row(home):
     process = start(home, "sweep", "pair.yaml", "--cluster", "local", "--at-once", "2")
     wait_for(home, "runs/pair/*/seed-*/stages/1/lock.json", process)
