@@ -8,26 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import closing
-from typing import Protocol
+from itertools import groupby
 
 import numpy as np
 
 from hpc_cpd.evaluation.episodes import EpisodeResult
 from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
 
 MOST_ROWS = 50
 """A policy call has at most so many rows, so that one wave plays the usual evaluations whole."""
-
-
-class Policy(Protocol):
-    """What is evaluated. `load_student` and `load_teacher` return one."""
-
-    def reset(self, task_id: str | None, num_envs: int) -> None:
-        """Forget the history of all rows."""
-
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Map float32 [num_envs, obs] to float32 [num_envs, act] in [-1, 1]."""
 
 
 def evaluate_policy(
@@ -57,16 +48,11 @@ def evaluate_policy(
         raise ValueError(f"num_envs must be at least 1 and episodes at least 0, got {num_envs} and {episodes}")
     if chosen and not 0 <= chosen[0] <= chosen[-1] < episodes:
         raise ValueError(f"episode numbers must lie in 0..{episodes - 1}, got {chosen[0]}..{chosen[-1]}")
-    waves: dict[int, list[int]] = {}
-    for episode in chosen:
-        waves.setdefault(episode // num_envs, []).append(episode)
+    waves = [np.array(list(wave)) for _, wave in groupby(chosen, lambda episode: episode // num_envs)]
     if not waves:
         return []
-    results: list[EpisodeResult] = []
-    with closing(make_batch(task_id, max(map(len, waves.values())), seed)) as envs:
-        for numbers in waves.values():
-            results += _play(policy, task_id, envs, np.array(numbers), num_envs)
-    return results
+    with closing(make_batch(task_id, max(map(len, waves)), seed)) as envs:
+        return [result for wave in waves for result in _play(policy, task_id, envs, wave, num_envs)]
 
 
 def _play(policy: Policy, task_id: str, envs: BatchEnv, episodes: np.ndarray, rows: int) -> list[EpisodeResult]:
@@ -95,14 +81,8 @@ def _play(policy: Policy, task_id: str, envs: BatchEnv, episodes: np.ndarray, ro
         success |= running & np.asarray(info["success"], dtype=bool)
         running &= ~(success | terminated | truncated)
         envs.halt(~running)
+    played = zip(*(column[:count].tolist() for column in (episodes, goals, success, total, length)), strict=True)
     return [
-        EpisodeResult(
-            episode=int(episodes[i]),
-            goal_index=int(goals[i]),
-            success=bool(success[i]),
-            total_reward=float(total[i]),
-            steps_to_success=int(length[i]) if success[i] else None,
-            length=int(length[i]),
-        )
-        for i in range(count)
+        EpisodeResult(episode, goal, won, reward, steps if won else None, steps)
+        for episode, goal, won, reward, steps in played
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,42 +16,26 @@ from hpc_cpd.student.network import Student
 _UP, _DOWN = "_up", "_down"
 
 
+@dataclass(frozen=True)
 class Adapters:
-    """The low-rank adapters of every stage after the first: float32 [out, r] and [r, in], r = min(rank, out, in)."""
+    """The low-rank adapters of every stage after the first, as a student folder holds them.
 
-    def __init__(self, by_stage: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """`by_stage`: for each stage its up and down matrices, by canonical name."""
-        self.by_stage = {stage: dict(adapters) for stage, adapters in by_stage.items()}
+    `tensors`: ``STAGE/WEIGHT_up`` float32 [out, r] and ``STAGE/WEIGHT_down`` [r, in], r = min(rank, out, in).
+    """
 
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Adapters:
-        """What `tensors` gave."""
-        by_stage: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            stage, name = key.split("/")
-            by_stage.setdefault(int(stage), {})[name] = tensor
-        return Adapters(by_stage)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As a student folder holds them."""
-        return {f"{stage}/{name}": t for stage, part in self.by_stage.items() for name, t in part.items()}
+    tensors: Mapping[str, Tensor]
 
     def state_of_stage(self, state: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         """The canonical state that a task of `stage` (from 1) acts with; `state` is that of stage 1.
 
         A stage that has no adapters, because it has not learnt yet, acts as stage 1 does.
         """
-        acting, adapters = dict(state), self.by_stage.get(stage, {})
-        for name, up in adapters.items():
-            if name.endswith(_UP):
-                weight = name.removesuffix(_UP)
-                acting[weight] = state[weight] + up @ adapters[weight + _DOWN]
+        acting = dict(state)
+        for name, weight in state.items():
+            key = f"{stage}/{name}"
+            if key + _UP in self.tensors:
+                acting[name] = weight + self.tensors[key + _UP] @ self.tensors[key + _DOWN]
         return acting
-
-
-def is_adapter(name: str) -> bool:
-    """Whether the parameter `name` of a student with adapters is part of one."""
-    return name.endswith((_UP, _DOWN))
 
 
 def add_adapters(student: Student, rank: int, seed: int, stage: int) -> None:

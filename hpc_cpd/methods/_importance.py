@@ -40,11 +40,13 @@ def output_sensitivity(student: Student, samples: Samples) -> dict[str, Tensor]:
     )
 
 
+def all_alike(student: Student, samples: Samples) -> dict[str, Tensor]:
+    """One for every entry of every parameter, whatever the samples are."""
+    return {name: torch.ones_like(parameter) for name, parameter in student.named_parameters()}
+
+
 def _mean_over_samples(
-    student: Student,
-    samples: Samples,
-    of: Callable[[Tensor], Tensor],
-    add: Callable[[Tensor, Tensor], Tensor],
+    student: Student, samples: Samples, of: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """`add` takes in the gradient of each number of `of`(action [act]) at each sample; divided by the samples' number.
 
@@ -63,9 +65,7 @@ def _mean_over_samples(
     at_once = max(1, NUMBERS_AT_ONCE // each)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no batch of gradients and would be called one by one
         for first in range(0, count, at_once):
-            found = gradients(parameters, *(part[first : first + at_once] for part in samples))
-            for name, rows in found.items():
+            for name, rows in gradients(parameters, *(part[first : first + at_once] for part in samples)).items():
                 for row in rows.flatten(0, 1):
                     add(totals[name], row)
-            del found
     return {name: total / max(1, count) for name, total in totals.items()}

@@ -68,33 +68,23 @@ class ReplayMethod(Method):
         from hpc_cpd.trajectories.memory import select_memory, write_memory
 
         memory: MemorySettings = self.settings.memory
+        budget, selection, seed = memory.budget_fraction, memory.selection, self.config.seed
         chosen = [
-            select_memory(
-                new,
-                task,
-                errors[new.task_episodes(task)],
-                memory.budget_fraction,
-                memory.selection,
-                self.config.seed,
-            )
-            for task in new.task_ids
+            select_memory(new, task, errors[new.task_episodes(task)], budget, selection, seed) for task in new.task_ids
         ]
-        facts: dict[str, Any] = {"stage": stage.number, "selection": memory.selection.model_dump()}
-        write_memory(stage.run.stage(stage.number) / "memory", chosen, **facts, budget_fraction=memory.budget_fraction)
+        facts = {"stage": stage.number, "selection": selection.model_dump(), "budget_fraction": budget}
+        write_memory(stage.run.stage(stage.number) / "memory", chosen, **facts)
 
     def rows(self, data: StageData, batch_size: int) -> list[Rows]:
         rows = self.replay_rows(data, batch_size)
-        if self.needs_new_and_old and data.past is not None:
-            from hpc_cpd.methods._rows import counts
-
-            new, remembered = counts(rows)
-            if not new or not remembered:
-                raise UserError(
-                    f"stage {self.stage.number}: method {self.settings.name} needs new rows and remembered rows in "
-                    f"every batch, but of {batch_size} rows {new} are new and {remembered} are remembered; begin "
-                    "another run with a larger method.memory.budget_fraction, another method.replay_fraction or a "
-                    "larger distill.batch_size"
-                )
+        new = sum(row.count for row in rows if row.of_new_tasks)
+        if self.needs_new_and_old and data.past is not None and not 0 < new < batch_size:
+            raise UserError(
+                f"stage {self.stage.number}: method {self.settings.name} needs new rows and remembered rows in every "
+                f"batch, but of {batch_size} rows {new} are new and {batch_size - new} are remembered; begin another "
+                "run with a larger method.memory.budget_fraction, another method.replay_fraction or a larger "
+                "distill.batch_size"
+            )
         return rows
 
     def replay_rows(self, data: StageData, batch_size: int) -> list[Rows]:

@@ -205,9 +205,9 @@ class Method:
 
     def rows(self, data: StageData, batch_size: int) -> list[Rows]:
         """The sources of the rows of every batch, `batch_size` rows together. Raises UserError if it cannot be."""
-        from hpc_cpd.methods._rows import NewRows
+        from hpc_cpd.methods._rows import with_replay
 
-        return [NewRows(data, batch_size)]
+        return with_replay(data, batch_size, 0.0)
 
     # ---- in each step
 

@@ -7,12 +7,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
-from hpc_cpd.methods.base import Samples
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from hpc_cpd.student.network import Student
 
 
 class L2Settings(QuadraticSettings):
@@ -26,11 +23,10 @@ class L2(QuadraticMethod):
     """All parameters are as important as each other."""
 
     Settings = L2Settings
+    measured_by = "all_alike"
 
-    def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
-        import torch
-
-        return {name: torch.ones_like(parameter) for name, parameter in student.named_parameters()}
+    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+        return importance, reached
 
 
 plugin = L2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,8 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, in order; an absent file has none."""
-    lines = []
-    if path.is_file():
+    lines: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, ValueError):
         for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+            lines.append(json.loads(text))
     return lines
