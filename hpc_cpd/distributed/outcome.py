@@ -56,9 +56,9 @@ def _results(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
     except Exception as error:
         failure, for_others = error, _for_others(error, ranks.rank)
     outcomes = ranks.gather((result, for_others))
-    for error in (failure, *(error for _, error in outcomes)):
-        if error is not None:
-            raise error
+    raised = next((error for error in (failure, *(told for _, told in outcomes)) if error is not None), None)
+    if raised is not None:
+        raise raised
     return [result for result, _ in outcomes]
 
 

@@ -32,12 +32,11 @@ def output_sensitivity(student: Student, samples: Samples) -> dict[str, Tensor]:
     """Importance of Memory Aware Synapses (arXiv 1711.09601): mean over samples of |d (squared norm of the action) /
     d parameter|. float32, shaped like the parameters.
     """
-    return _mean_over_samples(
-        student,
-        samples,
-        lambda action: action.square().sum(dim=0, keepdim=True),
-        lambda total, row: total.add_(row.abs()),
-    )
+
+    def squared_norm(action: Tensor) -> Tensor:
+        return action.square().sum(dim=0, keepdim=True)
+
+    return _mean_over_samples(student, samples, squared_norm, lambda total, row: total.add_(row.abs()))
 
 
 def all_alike(student: Student, samples: Samples) -> dict[str, Tensor]:

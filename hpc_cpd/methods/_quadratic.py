@@ -36,6 +36,7 @@ class QuadraticMethod(Method):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self._on_device: dict[str, tuple[Tensor, Tensor]]
         self.load_state_dict({})
 
     def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
@@ -101,4 +102,4 @@ class QuadraticMethod(Method):
             {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             for prefix in ("importance/", "anchor/")
         )
-        self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        self._on_device = {}

@@ -33,6 +33,5 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, in order; an absent file has none."""
     lines: list[dict[str, Any]] = []
     with suppress(FileNotFoundError, ValueError):
-        for text in path.read_text().splitlines():
-            lines.append(json.loads(text))
+        lines.extend(map(json.loads, path.read_text().splitlines()))  # up to the first that is cut short
     return lines
