@@ -90,8 +90,7 @@ class StageBatches:
         key, following = (phase, step, rank, world_size), (phase, step + 1, rank, world_size)
         if self._reader is None:
             return self._draw(*key)
-        reading = self._ahead.get(key) or self._reader.submit(self._draw, *key)
-        drawn = reading.result()
+        drawn = (self._ahead.get(key) or self._reader.submit(self._draw, *key)).result()
         self._ahead = {following: self._reader.submit(self._draw, *following)}
         return drawn
 

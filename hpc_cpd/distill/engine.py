@@ -21,8 +21,6 @@ from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.checkpoint import MOMENTS, Moments
 from hpc_cpd.student.network import Student
 
-BUCKET = 5_000_000  # numbers that ZeRO reduces at once; DeepSpeed's own default holds 2 GB
-
 
 class PhaseEngine:
     """One DeepSpeed engine over one module for one phase.
@@ -59,7 +57,8 @@ class PhaseEngine:
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET},
+                # numbers that ZeRO reduces at once; DeepSpeed's own default holds 2 GB
+                "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": 5_000_000},
                 "gradient_clipping": settings.max_gradient_norm if settings.zero_stage else 0.0,
                 # weights and moments stay float32, and so do the gradients that ranks exchange (no safe modules)
                 "torch_autocast": {
@@ -87,11 +86,10 @@ class PhaseEngine:
         A collective that changes nothing.
         """
         self.engine.backward(loss)
-        taken = []
-        for parameter in self.student.parameters():
-            if parameter.requires_grad:
-                taken.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-                parameter.grad = None
+        learning = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        taken = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in learning]
+        for parameter in learning:
+            parameter.grad = None
         return taken
 
     def step(self, loss: Tensor, step: int, reference: list[Tensor] | None = None) -> float:

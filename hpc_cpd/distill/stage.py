@@ -28,8 +28,7 @@ from hpc_cpd.distributed.torch import (
     start_distributed,
     stop_together,
 )
-from hpc_cpd.evaluation.episodes import evaluation_json, task_record
-from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.evaluation.rollouts import evaluate_policy, evaluation_json, task_record
 from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, phases_of
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run

@@ -26,6 +26,7 @@ from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentParts
 
 LOG_EVERY_STEPS = 50
+Record = dict[str, float | None]
 
 
 def train_phases(
@@ -43,8 +44,7 @@ def train_phases(
     if reached < phases[0].number:
         newest, reached, first_step = None, phases[0].number, 0
     done = sum(phase.steps for phase in phases_of(method, stage.number) if phase.number < reached)
-    first_rank = torch.distributed.get_rank() == 0
-    metrics = MetricsLog(folder / "metrics.jsonl", done + first_step) if first_rank else None
+    metrics = MetricsLog(folder / "metrics.jsonl", done + first_step) if torch.distributed.get_rank() == 0 else None
 
     state: Mapping[str, Tensor] = start.state
     new_experts = [expert for born in start.experts_by_stage[stage.number - 1 :] for expert in born]
@@ -133,19 +133,12 @@ def _run_phase(
         patience = stage.config.distill.collective_timeout_seconds  # the first waits for a rank that begins late
         if record is not None and metrics is not None:
             metrics.append(done + step + 1, phase=phase.number, **record)
-            progress.update(
-                f"phase {phase.number} step {step + 1}/{phase.steps} loss {record['loss']:.5f}",
-                last=step + 1 == phase.steps,
-                phase=f"phase {phase.number}",
-                step=step + 1,
-                total=phase.steps,
-                loss=record["loss"],
-            )
+            place, last = f"phase {phase.number}", step + 1 == phase.steps
+            text = f"{place} step {step + 1}/{phase.steps} loss {record['loss']:.5f}"
+            progress.update(text, last, place, step + 1, phase.steps, record["loss"])
 
 
-def _step(
-    engine: PhaseEngine, phase: Phase, step: int, batches: StageBatches, name: str
-) -> dict[str, float | None] | None:
+def _step(engine: PhaseEngine, phase: Phase, step: int, batches: StageBatches, name: str) -> Record | None:
     """One gradient step; every so often what is to be logged of it."""
     batch = batches.batch(phase.number, step, torch.distributed.get_rank(), engine.world_size)
     if not phase.gate_learns:  # new experts must be given tokens only while the gate still learns to choose them
@@ -175,7 +168,7 @@ def _step(
     return {"gradient_norm": norm} | _record(errors, balance, batch)
 
 
-def _record(errors: Tensor, balance: Tensor, batch: Batch) -> dict[str, float | None]:
+def _record(errors: Tensor, balance: Tensor, batch: Batch) -> Record:
     """Global means of one step, the same on every rank (a collective)."""
     new, old = (rows[:, None] & batch.valid for rows in (batch.is_new_task, ~batch.is_new_task))
     sums = [torch.where(mask, errors, 0.0).sum() for mask in (new, old)]

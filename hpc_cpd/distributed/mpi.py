@@ -51,9 +51,8 @@ class Communicator:
         begin, end = (total * (self.rank + part) // self.size for part in (0, 1))
         return range(begin, end)
 
-    def on_root(self, work: Callable[[], Value]) -> Value:
-        """Let rank 0 do `work` (files are touched by one rank only) and give its result, or its error, to all."""
-        return run_on_rank(self, work)
+    on_root = run_on_rank
+    """(work) Let rank 0 do `work` (files are touched by one rank only) and give its result, or its error, to all."""
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with those of rank 0."""

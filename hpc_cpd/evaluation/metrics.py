@@ -250,15 +250,10 @@ def _rows(rates: np.ndarray, counts: np.ndarray, plan: _Plan) -> list[dict[str, 
         own, final, best = stage - 1, plan.last - 1, int(plan.best[j])
         last = rates[final, j]
         zero_shot = plan.untrained if stage == 1 else plan.before
-        row |= {
-            "after_own_stage": _plain(rates[own, j]),
-            "after_own_stage_interval": _score(rates, pooled, own, j),
-            "final": _plain(last),
-            "final_interval": _score(rates, pooled, final, j),
-            "recovery": _plain(last / teacher) if teacher > 0 else None,
-            "before": _plain(rates[zero_shot, j]),
-            "untrained": _plain(rates[plan.untrained, j]),
-        }
+        at = {"after_own_stage": own, "final": final, "before": zero_shot, "untrained": plan.untrained}
+        row |= {name: _plain(rates[i, j]) for name, i in at.items()}
+        row |= {f"{name}_interval": _score(rates, pooled, at[name], j) for name in ("after_own_stage", "final")}
+        row["recovery"] = _plain(last / teacher) if teacher > 0 else None
         for kind, past in (("forgetting", own), ("forgetting_from_best", best)):
             row[kind] = _plain(rates[past, j] - last) if plan.old[j] else None
             if plan.old[j] and not np.isinf(pooled[[past, final], j]).any():

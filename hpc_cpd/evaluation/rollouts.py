@@ -6,19 +6,53 @@ horizon of its task. Nothing after that step can change the verdict, so the epis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 
-from hpc_cpd.evaluation.episodes import EpisodeResult
+from hpc_cpd.settings import EvaluationSettings
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
 
 MOST_ROWS = 50
 """A policy call has at most so many rows, so that one wave plays the usual evaluations whole."""
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One evaluated episode.
+
+    `total_reward` and `length` (steps) reach up to the first success, or to the end of the episode.
+    """
+
+    episode: int
+    goal_index: int
+    success: bool
+    total_reward: float
+    steps_to_success: int | None
+    length: int
+
+
+def task_record(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """The entry of one task in an ``evaluation.json``. Means over nothing are null."""
+    steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
+    return {
+        "successes": sum(result.success for result in results),
+        "episodes": len(results),
+        "goals": len({result.goal_index for result in results}),
+        "mean_return": float(np.mean([result.total_reward for result in results])) if results else None,
+        "mean_steps_to_success": float(np.mean(steps)) if steps else None,
+    }
+
+
+def evaluation_json(stage: int, settings: EvaluationSettings, tasks: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What an ``evaluation.json`` holds, from the `task_record` of every task; `stage` is 0 for a teacher."""
+    return {"stage": stage, "episodes_per_task": settings.episodes, "seed": settings.seed, "tasks": dict(tasks)}
 
 
 def evaluate_policy(

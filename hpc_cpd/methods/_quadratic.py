@@ -33,6 +33,8 @@ class QuadraticMethod(Method):
     Settings: ClassVar[type[MethodSettings]] = QuadraticSettings
     measured_by: ClassVar[str]
     """The function of `_importance` that finds out what is important."""
+    decay: float = 1.0
+    """What a stage leaves of the importance before it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -49,9 +51,9 @@ class QuadraticMethod(Method):
     def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
         """(importance, anchor) of parameter `name` for the next stage, from those measured and reached now.
 
-        From the second stage on; here the importances of all stages are added up.
+        From the second stage on.
         """
-        return self.importance[name] + importance, reached
+        return self.decay * self.importance[name] + importance, reached
 
     def extra_loss(self, student: Student, batch: Any, gate: Tensor, share: float) -> Tensor | None:
         """Half the quadratic, scaled so that the mean over ranks of its gradient is the gradient of the whole."""

@@ -66,28 +66,23 @@ class InterpolatedRows(StoreRows):
 
 
 def with_replay(
-    data: StageData,
-    batch_size: int,
-    replay_fraction: float,
-    self_distillation_fraction: float = 0.0,
-    interpolation_fraction: float = 0.0,
-    asks_past_student: bool = False,
+    data: StageData, batch_size: int, replayed: float, distilled: float, between: float, asks_past_student: bool
 ) -> list[Rows]:
-    """New rows, and `replay_fraction` of the batch about old tasks, where anything is remembered.
+    """New rows, and the share `replayed` of the batch about old tasks, where anything is remembered.
 
-    Of the latter, `self_distillation_fraction` ask the student before this stage: at new observations under an old
-    task's vector and, `interpolation_fraction` of them, between two remembered states. The others are remembered steps,
-    which with `asks_past_student` ask it too (behavioural cloning of ClonEx-SAC, arXiv 2209.13900).
+    Of the latter, the share `distilled` asks the student before this stage: at new observations under an old task's
+    vector and, `between` of them, between two remembered states. The others are remembered steps, which with
+    `asks_past_student` ask it too (behavioural cloning of ClonEx-SAC, arXiv 2209.13900).
     """
     memory, past = data.memory, data.past
-    replayed = round(batch_size * replay_fraction) if memory is not None else 0
-    distilled = round(replayed * self_distillation_fraction) if past is not None else 0
-    between = round(distilled * interpolation_fraction)
-    rows: list[Rows] = [StoreRows(data, data.new, batch_size - replayed, of_new_tasks=True)]
+    old = round(batch_size * replayed) if memory is not None else 0
+    asked = round(old * distilled) if past is not None else 0
+    mixed = round(asked * between)
+    rows: list[Rows] = [StoreRows(data, data.new, batch_size - old, of_new_tasks=True)]
     if memory is not None:
         asks = asks_past_student and past is not None
-        rows.append(StoreRows(data, memory, replayed - distilled, asks_past_student=asks))
+        rows.append(StoreRows(data, memory, old - asked, asks_past_student=asks))
         if past is not None:
-            rows.append(SelfDistillationRows(data, data.new, distilled - between, asks_past_student=True))
-            rows.append(InterpolatedRows(data, memory, between, asks_past_student=True))
+            rows.append(SelfDistillationRows(data, data.new, asked - mixed, asks_past_student=True))
+            rows.append(InterpolatedRows(data, memory, mixed, asks_past_student=True))
     return [row for row in rows if row.count]

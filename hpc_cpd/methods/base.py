@@ -205,9 +205,9 @@ class Method:
 
     def rows(self, data: StageData, batch_size: int) -> list[Rows]:
         """The sources of the rows of every batch, `batch_size` rows together. Raises UserError if it cannot be."""
-        from hpc_cpd.methods._rows import with_replay
+        from hpc_cpd.methods._rows import StoreRows
 
-        return with_replay(data, batch_size, 0.0)
+        return [StoreRows(data, data.new, batch_size, of_new_tasks=True)]
 
     # ---- in each step
 

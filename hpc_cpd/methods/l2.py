@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class L2Settings(QuadraticSettings):
@@ -24,9 +21,7 @@ class L2(QuadraticMethod):
 
     Settings = L2Settings
     measured_by = "all_alike"
-
-    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        return importance, reached
+    decay = 0.0
 
 
 plugin = L2

@@ -33,8 +33,7 @@ class LoRA(Method):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._before: dict[str, Tensor] = {}  # the adapters of earlier stages
-        self._own: dict[str, Tensor] = {}  # those of this stage, once it has ended
+        self._kept: dict[str, Tensor] = {}  # ``STAGE/PARAMETER_up`` and ``_down`` of every stage that has ended
 
     def adapt(self, student: Student, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.stage.number == 1:
@@ -57,15 +56,14 @@ class LoRA(Method):
     ) -> Mapping[str, Tensor]:
         if self.stage.number == 1:
             return state
-        self._own = {name: tensor for name, tensor in state.items() if is_adapter(name)}
-        return {name: tensor for name, tensor in state.items() if name not in self._own}
+        self._kept |= {f"{self.stage.number}/{name}": tensor for name, tensor in state.items() if is_adapter(name)}
+        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``STAGE/PARAMETER_up`` and ``STAGE/PARAMETER_down`` of every stage that has ended."""
-        return self._before | {f"{self.stage.number}/{name}": tensor for name, tensor in self._own.items()}
+        return self._kept
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        self._before = dict(tensors)
+        self._kept = dict(tensors)
 
     @staticmethod
     def acting(tensors: Mapping[str, Tensor]) -> Any:

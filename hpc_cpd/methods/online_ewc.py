@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class OnlineEWCSettings(QuadraticSettings):
@@ -25,8 +22,9 @@ class OnlineEWC(QuadraticMethod):
     Settings = OnlineEWCSettings
     measured_by = "fisher_diagonal"
 
-    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        return self.settings.decay * self.importance[name] + importance, reached
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.decay = self.settings.decay
 
 
 plugin = OnlineEWC

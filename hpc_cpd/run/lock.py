@@ -28,8 +28,6 @@ from hpc_cpd.run.publish import guards
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 # Every other duration follows from these two: a look every 1/20 heartbeat, and never fewer than 2.5 heartbeats of them.
-_LOOKS_PER_HEARTBEAT = 20
-_MIN_HEARTBEATS = 2.5
 
 _held: set[str] = set()  # tokens of this process: its own process id says nothing about them
 
@@ -131,9 +129,9 @@ class Lock:
         fenced = _outranks(this_job(), seen.owner)
         # Only a lower bound of the watching comes from clocks, so a wrong one costs time and never the owner.
         age = max(0.0, (now_ns - seen.mtime_ns) / 1e9)
-        shortest = _MIN_HEARTBEATS * HEARTBEAT_SECONDS
+        shortest = 2.5 * HEARTBEAT_SECONDS
         needed = max(STALE_SECONDS - age, shortest)
-        pause = HEARTBEAT_SECONDS / _LOOKS_PER_HEARTBEAT
+        pause = HEARTBEAT_SECONDS / 20
         quiet, blocked, looked, beaten = 0.0, 0.0, time.monotonic(), False
         while True:
             process = lives_here(seen.owner)
@@ -230,12 +228,9 @@ def _look(path: Path, touch: str | None = None) -> _Seen | None:
     """
     try:
         with open(path, "rb") as file:
-            try:
-                owner = json.loads(file.read())
-            except ValueError:
-                owner = {}
-            if not isinstance(owner, dict):
-                owner = {}
+            owner: dict[str, Any] = {}
+            with suppress(ValueError, TypeError):  # damaged
+                owner |= json.loads(file.read())
             if touch is not None and owner.get("token") == touch:
                 os.utime(file.fileno())  # no time given: the file server's own
             return _Seen(os.fstat(file.fileno()).st_mtime_ns, owner)

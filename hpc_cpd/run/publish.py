@@ -121,13 +121,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_done(folder: Path) -> dict[str, Any]:
-    """What `mark_done` wrote. Raises UserError when the folder is not published."""
-    if not is_done(folder):
-        raise UserError(f"{folder} is not finished (it has no {DONE} file)")
-    summary = read_json(folder / DONE)
-    if not isinstance(summary, dict):
-        raise UserError(f"{folder / DONE} is damaged: expected a JSON object")
-    return summary
