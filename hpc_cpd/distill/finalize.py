@@ -26,8 +26,7 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
     The steps are shared out over the ranks (a collective).
     """
     policy = load_student(student_folder)
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = np.array_split(np.arange(len(store)), world_size)[rank]
+    mine = np.array_split(np.arange(len(store)), torch.distributed.get_world_size())[torch.distributed.get_rank()]
     errors = torch.zeros(len(store), dtype=torch.float64)
     done = 0
     for windows, predicted, _ in _predictions(policy, store, mine):

@@ -48,8 +48,7 @@ class Communicator:
 
     def local_range(self, total: int) -> range:
         """The contiguous part of range(`total`) that belongs to this rank; parts differ by one at most."""
-        begin, end = (total * (self.rank + part) // self.size for part in (0, 1))
-        return range(begin, end)
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
     on_root = run_on_rank
     """(work) Let rank 0 do `work` (files are touched by one rank only) and give its result, or its error, to all."""

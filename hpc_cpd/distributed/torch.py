@@ -28,8 +28,7 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
     machine has GPUs, but none for this rank.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**alone, **os.environ})
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
     backends = None  # DeepSpeed's choice, gloo

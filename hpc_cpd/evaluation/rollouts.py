@@ -76,8 +76,7 @@ def evaluate_policy(
     for an unknown task.
     """
     chosen = sorted(set(range(episodes) if indices is None else (int(index) for index in indices)))
-    if num_envs is None:
-        num_envs = min(max(1, episodes), MOST_ROWS)
+    num_envs = min(max(1, episodes), MOST_ROWS) if num_envs is None else num_envs
     if num_envs < 1 or episodes < 0:
         raise ValueError(f"num_envs must be at least 1 and episodes at least 0, got {num_envs} and {episodes}")
     if chosen and not 0 <= chosen[0] <= chosen[-1] < episodes:

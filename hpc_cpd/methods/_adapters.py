@@ -14,6 +14,7 @@ from hpc_cpd.student.moe.gate import Gate, seeded_generator
 from hpc_cpd.student.network import Student
 
 _UP, _DOWN = "_up", "_down"
+_FLAGS = ("allreduce", "group_name")  # what DeepSpeed knows an expert's parameters by (see moe/deepspeed.py)
 
 
 @dataclass(frozen=True)
@@ -84,9 +85,6 @@ def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank
     down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=seeded_generator(seed, 4, stage, purpose))
     for suffix, values in ((_UP, torch.zeros(outputs, rank)), (_DOWN, down)):
         parameter = nn.Parameter(values.to(weight))
-        # what DeepSpeed knows an expert's parameters by (see moe/deepspeed.py)
-        for flag in ("allreduce", "group_name"):
-            if hasattr(weight, flag):
-                setattr(parameter, flag, getattr(weight, flag))
+        vars(parameter).update({flag: value for flag, value in vars(weight).items() if flag in _FLAGS})
         module.register_parameter(name + suffix, parameter)
     module.__class__ = kind  # in place: whoever holds the layer goes on holding it

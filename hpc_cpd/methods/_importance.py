@@ -60,8 +60,7 @@ def _mean_over_samples(
     gradients = vmap(jacrev(answer), in_dims=(None, 0, 0, 0))
     totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     count = len(samples[0])
-    each = student.shape.action_size * sum(parameter.numel() for parameter in parameters.values())
-    at_once = max(1, NUMBERS_AT_ONCE // each)
+    at_once = max(1, NUMBERS_AT_ONCE // (student.shape.action_size * sum(p.numel() for p in parameters.values())))
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no batch of gradients and would be called one by one
         for first in range(0, count, at_once):
             for name, rows in gradients(parameters, *(part[first : first + at_once] for part in samples)).items():
