@@ -21,9 +21,8 @@ _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free some space, then run the same command again",
     errno.EDQUOT: "the disk quota is used up; free some space, then run the same command again",
     errno.EROFS: "the file system is read-only{elsewhere}",
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM), "permission was refused; you need the right to write there{elsewhere}"
-    ),
+    errno.EACCES: "permission was refused; you need the right to write there{elsewhere}",
+    errno.EPERM: "permission was refused; you need the right to write there{elsewhere}",
 }
 
 

@@ -16,10 +16,6 @@ from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.tasks.registry import stage_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-NORMALISER_FLOOR = 0.05
-"""Least standard deviation of an observation. What stands still in stage 1 may move in a later task, and the
-normaliser is fixed after stage 1: without a floor such an input would explode (metres and radians, mostly)."""
-
 
 def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory: TrajectoryStore | None) -> None:
     """Write ``stages/K/start``: the student of stage K-1 with the new experts and the new tasks' vectors.
@@ -30,7 +26,9 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     previous = load_student_parts(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None
     if previous is None:
         mean, deviation = new.observation_statistics()
-        normaliser = (mean, np.maximum(deviation, NORMALISER_FLOOR).astype(np.float32))
+        # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a floor
+        # such an input would explode (metres and radians, mostly).
+        normaliser = (mean, np.maximum(deviation, 0.05).astype(np.float32))
     else:
         normaliser = previous.normaliser()
     embedding_state, vectors = _task_vectors(stage, new, memory, previous, normaliser)
