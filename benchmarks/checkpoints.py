@@ -116,7 +116,7 @@ def make_contenders(settings: StudentSettings, folder: Path) -> dict[str, Conten
     for engine in (ours, plain):
         train(engine)  # now there are moments
     places = {who: folder / who.replace(", ", "-") for who in (OURS, TORCH, ASYNC, DEEPSPEED, DURABLE)}
-    saver = _Saver(places[OURS], ours, ours.method, SaveDue(Run(folder), 1e9), lambda: False)
+    saver = _Saver(places[OURS], ours, SaveDue(Run(folder), 1e9), lambda: False)
     background = dist.new_group()  # its thread must not meet the collectives of training
     writing: list[Any] = []
 

@@ -26,8 +26,9 @@ from metaworld.wrappers import RandomTaskSelectWrapper
 from torch import nn
 
 from hpc_cpd.distributed.mpi import open_communicator
-from hpc_cpd.evaluation.rollouts import Policy, evaluate_policy
+from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.optimizers import Adam
+from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
 from hpc_cpd.teachers.algorithms._ppo_learner import NORMALISER_STEPS
 from hpc_cpd.teachers.algorithms._ppo_update import adapted_learning_rate, collect_rollout, update, update_normaliser

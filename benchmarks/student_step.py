@@ -38,10 +38,10 @@ from torch import distributed as dist
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine, learning_rate
-from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distill.train import batch_loss
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
+from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import method_of
 from hpc_cpd.settings import Config, DistillSettings, StudentSettings
 from hpc_cpd.student.backbones.transformer import TransformerSettings

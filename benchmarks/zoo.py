@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from hpc_cpd.evaluation.episodes import EpisodeResult
-from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluate_policy
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.families.metaworld import NAMES

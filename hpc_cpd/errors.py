@@ -73,26 +73,21 @@ def run_command(main: Callable[[], int | None], folder_option: str | None = "--r
 
     `folder_option`: as in :func:`disk_error_sentence`.
     """
+    endings: dict[type[Exception], tuple[str, int]] = {
+        StopRequested: ("stopped", EXIT_STOPPED),
+        LockLost: ("taken over", EXIT_FAULT),
+        RankLost: ("lost", EXIT_FAULT),
+    }
     try:
         return main() or EXIT_DONE
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
-    except StopRequested as stop:
-        print(f"stopped: {stop}", file=sys.stderr, flush=True)
-        return EXIT_STOPPED
-    except LockLost as lost:
-        print(f"taken over: {lost}", file=sys.stderr, flush=True)
-        return EXIT_FAULT
-    except RankLost as lost:
-        print(f"lost: {lost}", file=sys.stderr, flush=True)
-        return EXIT_FAULT
     except Exception as error:
-        sentence = disk_error_sentence(error, folder_option)
+        known = isinstance(error, (UserError, *endings))
+        sentence = str(error) if known else disk_error_sentence(error, folder_option)
         if sentence is None:
             raise
-        print(f"error: {sentence}", file=sys.stderr, flush=True)
-        return EXIT_USER_ERROR
+        word, code = endings.get(type(error), ("error", EXIT_USER_ERROR))
+        print(f"{word}: {sentence}", file=sys.stderr, flush=True)
+        return code
 
 
 def explain_missing(error: ModuleNotFoundError) -> NoReturn:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,13 +16,6 @@ from torch import Tensor
 
 from hpc_cpd.methods.base import Drawn, Rows, StageData
 from hpc_cpd.trajectories.store import TrajectoryStore
-
-
-class _BatchKey(NamedTuple):
-    phase: int
-    step: int
-    rank: int
-    world_size: int
 
 
 @dataclass(frozen=True)
@@ -40,10 +32,6 @@ class Batch:
     new_rows_of_all_ranks: int
     origins: Sequence[tuple[TrajectoryStore, np.ndarray]]
 
-    def routed_by_gate(self) -> Batch:
-        """The same rows, without a chance for new experts."""
-        return replace(self, override=None)
-
     def split(self) -> tuple[Batch, Batch]:
         """(rows of this stage's tasks, the others)."""
         here = int(self.is_new_task.sum())
@@ -51,17 +39,10 @@ class Batch:
         return self._rows(slice(None, here), new, new), self._rows(slice(here, None), self.rows_of_all_ranks - new, 0)
 
     def _rows(self, rows: slice, of_all_ranks: int, new: int) -> Batch:
-        return Batch(
-            self.observations[rows],
-            self.target[rows],
-            self.valid[rows],
-            self.task_vectors[rows],
-            self.is_new_task[rows],
-            None if self.override is None else self.override[rows],
-            of_all_ranks,
-            new,
-            self.origins,
-        )
+        tensors = self.observations, self.target, self.valid, self.task_vectors, self.is_new_task
+        observations, target, valid, told, is_new = (tensor[rows] for tensor in tensors)
+        override = None if self.override is None else self.override[rows]
+        return Batch(observations, target, valid, told, is_new, override, of_all_ranks, new, self.origins)
 
     def describe(self, rows: Sequence[int]) -> list[str]:
         """Where `rows` of the whole batch were recorded, for a message."""
@@ -82,13 +63,13 @@ class StageBatches:
         stores = [store for store in (data.new, data.memory) if store is not None]
         slow = any(store.mapped for store in stores) or device.type != "cpu"
         self._reader = ThreadPoolExecutor(1, "batches") if slow else None
-        self._ahead: tuple[_BatchKey, Future[list[Drawn]]] | None = None
+        self._ahead: dict[tuple[int, ...], Future[list[Drawn]]] = {}
 
     def batch(self, phase: int, step: int, rank: int, world_size: int) -> Batch:
         """Rows ``rank::world_size`` of each source, for the global batch of (phase, step)."""
-        drawn = self._drawn(_BatchKey(phase, step, rank, world_size))
-        known = [(part, row) for part, row in zip(drawn, self.rows, strict=True) if not row.asks_past_student]
-        asked = [part for part, row in zip(drawn, self.rows, strict=True) if row.asks_past_student]
+        drawn = list(zip(self._drawn(phase, step, rank, world_size), self.rows, strict=True))
+        known = [(part, row) for part, row in drawn if not row.asks_past_student]
+        asked = [part for part, row in drawn if row.asks_past_student]
         columns: list[tuple[np.ndarray, ...]] = [
             (part.observations, part.target, part.valid, part.task_vectors, np.full(len(part.valid), row.of_new_tasks))
             for part, row in known
@@ -99,33 +80,23 @@ class StageBatches:
         tensors = [torch.tensor(np.concatenate(column)) for column in zip(*columns, strict=True)]
         if self.device.type != "cpu":
             tensors = [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors]
-        observations, target, valid, task_vectors, is_new = tensors
-        return Batch(
-            observations,
-            target,
-            valid,
-            task_vectors,
-            is_new,
-            is_new,
-            sum(row.count for row in self.rows),
-            sum(row.count for row in self.rows if row.of_new_tasks),
-            [part.origin for part, _ in known] + [part.origin for part in asked],
-        )
+        of_all, new = sum(row.count for row in self.rows), sum(row.count for row in self.rows if row.of_new_tasks)
+        origins = [part.origin for part in (*(part for part, _ in known), *asked)]
+        observations, target, valid, told, is_new = tensors
+        return Batch(observations, target, valid, told, is_new, is_new, of_all, new, origins)
 
-    def _drawn(self, key: _BatchKey) -> list[Drawn]:
+    def _drawn(self, phase: int, step: int, rank: int, world_size: int) -> list[Drawn]:
         """`_draw`, read while the step before was made where reading takes time."""
+        key, following = (phase, step, rank, world_size), (phase, step + 1, rank, world_size)
         if self._reader is None:
-            return self._draw(key)
-        if self._ahead is None or self._ahead[0] != key:
-            self._ahead = (key, self._reader.submit(self._draw, key))
-        drawn = self._ahead[1].result()
-        following = key._replace(step=key.step + 1)
-        self._ahead = (following, self._reader.submit(self._draw, following))
+            return self._draw(*key)
+        drawn = (self._ahead.get(key) or self._reader.submit(self._draw, *key)).result()
+        self._ahead = {following: self._reader.submit(self._draw, *following)}
         return drawn
 
-    def _draw(self, key: _BatchKey) -> list[Drawn]:
-        rng = np.random.default_rng([*self.seed, key.phase, key.step])
-        return [row.draw(rng, key.rank, key.world_size) for row in self.rows]
+    def _draw(self, phase: int, step: int, rank: int, world_size: int) -> list[Drawn]:
+        rng = np.random.default_rng([*self.seed, phase, step])
+        return [row.draw(rng, rank, world_size) for row in self.rows]
 
     def _answered(self, asked: Sequence[Drawn]) -> tuple[np.ndarray, ...]:
         """Rows that ask for what the student before this stage does, which is known without a teacher."""

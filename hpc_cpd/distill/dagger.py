@@ -48,13 +48,13 @@ def play_and_answer(stage: Stage, student_folder: Path, episodes: int) -> None:
     student = load_student(student_folder)
     for task in stage.tasks:
         stop_together(stage.stop, f"stage {stage.number} stops before the student has played {task}")
-        folder = stage.run.dagger(stage.number, task)
-        if run_on_rank(lambda folder=folder: is_done(folder)):  # type: ignore[misc]
-            continue
-        _record(stage, task, folder, student, episodes)
+        _record(stage, task, student, episodes)
 
 
-def _record(stage: Stage, task: str, folder: Path, student: StudentPolicy, episodes: int) -> None:
+def _record(stage: Stage, task: str, student: StudentPolicy, episodes: int) -> None:
+    folder = stage.run.dagger(stage.number, task)
+    if run_on_rank(lambda: is_done(folder)):
+        return
     run_on_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
     run_on_all_ranks(lambda: _play(stage, task, folder, student, episodes))  # the manifest lists every rank's shard
     run_on_rank(lambda: _publish(stage.run, task, folder))
@@ -66,8 +66,8 @@ def _play(stage: Stage, task: str, folder: Path, student: StudentPolicy, wanted:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     plan = EpisodePlan(config.seed, task, "relabelled", [0.0], config.trajectories.steps_after_success)
     teacher = load_any_teacher(run.teacher(task))
-    teacher_hash = sha256(weights_of(run.teacher(task)))
-    origin = Origin(task, teacher_hash, config.seed, spec.reward_version, spec.environment_version)
+    digest = sha256(weights_of(run.teacher(task)))
+    origin = Origin(task, digest, config.seed, spec.reward_version, spec.environment_version)
     writer = ShardWriter(folder, rank, 0, origin)
     with closing(make_batch(task, BLOCK, config.seed)) as envs:
         for block in range(rank, -(-wanted // BLOCK), world_size):
@@ -78,7 +78,6 @@ def _play(stage: Stage, task: str, folder: Path, student: StudentPolicy, wanted:
 
 
 def _publish(run: Run, task: str, folder: Path) -> None:
-    manifest = write_manifest(
-        folder, teacher_sha256=sha256(weights_of(run.teacher(task))), seed=run.config().seed, actor="student"
-    )
+    teacher = sha256(weights_of(run.teacher(task)))
+    manifest = write_manifest(folder, teacher_sha256=teacher, seed=run.config().seed, actor="student")
     mark_done(folder, {key: manifest[key] for key in ("episodes", "steps", "success")})

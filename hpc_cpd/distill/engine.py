@@ -14,15 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_cpd.distill.optimizer_state import read_moments, write_moments
 from hpc_cpd.distributed.torch import device_of_rank
 from hpc_cpd.methods.base import Method
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.settings import DistillSettings
-from hpc_cpd.student.checkpoint import Moments
+from hpc_cpd.student.checkpoint import MOMENTS, Moments
 from hpc_cpd.student.network import Student
-
-BUCKET = 5_000_000  # numbers that ZeRO reduces at once; DeepSpeed's own default holds 2 GB
 
 
 class PhaseEngine:
@@ -45,32 +42,24 @@ class PhaseEngine:
         groups = split_params_into_different_moe_groups_for_optimizer(
             {"params": trainable, "name": "dense", "lr": settings.learning_rate}, max_group_size=None
         )
+        filled = [group for group in groups if group["params"]]
         on_cpu = device_of_rank().type == "cpu"
         # Frozen parameters have no state and weight decay 0 is honoured exactly: nothing frozen can move.
+        # Fused is one pass over the weights: three to four times as fast on one core.
         self.optimizer = AdamW(
-            [group for group in groups if group["params"]],
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=on_cpu,  # one pass over the weights: three to four times as fast on one core
-            foreach=not on_cpu,
+            filled, settings.learning_rate, weight_decay=settings.weight_decay, fused=on_cpu, foreach=not on_cpu
         )
-        self.engine: Any = deepspeed.initialize(
-            model=student,
-            optimizer=self.optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": BUCKET},
-                "gradient_clipping": settings.max_gradient_norm if settings.zero_stage else 0.0,
-                # weights and moments stay float32, and so do the gradients that ranks exchange (no safe modules)
-                "torch_autocast": {
-                    "enabled": settings.precision == "bfloat16",
-                    "dtype": "bfloat16",
-                    "lower_precision_safe_modules": [],
-                },
-                "steps_per_print": 10**9,
-            },
-        )[0]
+        # weights and moments stay float32, and so do the gradients that ranks exchange (no safe modules)
+        half = settings.precision == "bfloat16"
+        config = {
+            "train_micro_batch_size_per_gpu": 1,
+            # numbers that ZeRO reduces at once; DeepSpeed's own default holds 2 GB
+            "zero_optimization": {"stage": settings.zero_stage, "reduce_bucket_size": 5_000_000},
+            "gradient_clipping": settings.max_gradient_norm if settings.zero_stage else 0.0,
+            "torch_autocast": {"enabled": half, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+            "steps_per_print": 10**9,
+        }
+        self.engine: Any = deepspeed.initialize(model=student, optimizer=self.optimizer, config=config)[0]
         self.engine.allreduce_and_copy = self._average  # ZeRO 0 alone calls it
         self._flat: dict[int, Tensor] = {}
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -88,11 +77,10 @@ class PhaseEngine:
         A collective that changes nothing.
         """
         self.engine.backward(loss)
-        taken = []
-        for parameter in self.student.parameters():
-            if parameter.requires_grad:
-                taken.append(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
-                parameter.grad = None
+        learning = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        taken = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in learning]
+        for parameter in learning:
+            parameter.grad = None
         return taken
 
     def step(self, loss: Tensor, step: int, reference: list[Tensor] | None = None) -> float:
@@ -192,3 +180,57 @@ def learning_rate(settings: DistillSettings, step: int, total_steps: int) -> flo
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
     return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+def read_moments(student: Student, optimizer: torch.optim.Optimizer, zero: Any = None) -> Moments:
+    """The moments of this rank's trainable parameters; none before the first step.
+
+    `zero`: DeepSpeed's optimizer around `optimizer` under ZeRO 1 or 2, where this is a collective.
+    """
+    if zero is None:
+        return {
+            name: {moment: optimizer.state[parameter][moment] for moment in MOMENTS}
+            for name, parameter in student.named_parameters()
+            if parameter in optimizer.state
+        }
+    if not optimizer.state:
+        return {}
+    _link(zero)
+    step = next(iter(optimizer.state.values()))["step"]
+    return {
+        name: {"step": step.clone()} | {moment: parameter.get_full_hp_param(moment) for moment in MOMENTS[1:]}
+        for name, parameter in _trainable(student)
+    }
+
+
+def write_moments(student: Student, optimizer: torch.optim.Optimizer, moments: Moments, zero: Any = None) -> None:
+    """Let `optimizer` go on from `moments`, in which nothing may be missing unless it is empty."""
+    if not moments:
+        return
+    if zero is None:
+        for name, parameter in _trainable(student):
+            # AdamW keeps its step count on the CPU
+            optimizer.state[parameter] = {
+                moment: value if moment == "step" else value.to(parameter) for moment, value in moments[name].items()
+            }
+        return
+    step = next(iter(moments.values()))["step"]
+    for group in optimizer.param_groups:
+        for flat in group["params"]:
+            zeros = {moment: torch.zeros_like(flat) for moment in MOMENTS[1:]}
+            optimizer.state[flat] = {"step": step.clone(), **zeros}
+    _link(zero)
+    for name, parameter in _trainable(student):
+        for moment in MOMENTS[1:]:
+            parameter.set_full_hp_param(moments[name][moment].to(parameter), moment)
+
+
+def _trainable(student: Student) -> list[tuple[str, Any]]:
+    """(name, parameter), in the same order on every rank; DeepSpeed gives parameters methods of its own."""
+    return [(name, parameter) for name, parameter in student.named_parameters() if parameter.requires_grad]
+
+
+def _link(zero: Any) -> None:
+    # DeepSpeed 0.19 links once, within the first step, when only the first group has a state
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()

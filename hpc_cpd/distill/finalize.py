@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.distill.batches import StageBatches
-from hpc_cpd.distill.losses import action_mean_error
+from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import Samples
 from hpc_cpd.student.policy import StudentPolicy, load_student
 from hpc_cpd.trajectories.store import TrajectoryStore
@@ -26,16 +26,14 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
     The steps are shared out over the ranks (a collective).
     """
     policy = load_student(student_folder)
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = np.array_split(np.arange(len(store)), world_size)[rank]
+    mine = np.array_split(np.arange(len(store)), torch.distributed.get_world_size())[torch.distributed.get_rank()]
     errors = torch.zeros(len(store), dtype=torch.float64)
     done = 0
-    with torch.inference_mode():
-        for windows, predicted, _ in _predictions(policy, store, mine):
-            target, valid = torch.tensor(windows["teacher_mean"]), torch.tensor(windows["valid"])
-            steps = mine[done : done + len(valid)]
-            errors[steps] = action_mean_error(predicted, target, valid).double().sum(dim=1)
-            done += len(valid)
+    for windows, predicted, _ in _predictions(policy, store, mine):
+        target, valid = torch.tensor(windows["teacher_mean"]), torch.tensor(windows["valid"])
+        steps = mine[done : done + len(valid)]
+        errors[steps] = action_mean_error(predicted, target, valid).double().sum(dim=1)
+        done += len(valid)
     torch.distributed.all_reduce(errors)
     return store.episode_means(errors.numpy())
 
@@ -49,10 +47,9 @@ def routing_by_task(student_folder: Path, stores: list[TrajectoryStore]) -> dict
             steps = store.steps(task)
             drawn = np.random.default_rng(0).integers(steps.start, steps.stop, ROUTING_STEPS)
             total = torch.zeros(policy.num_experts, dtype=torch.float64)
-            with torch.inference_mode():
-                for windows, _, gate in _predictions(policy, store, drawn):
-                    total += gate[torch.tensor(windows["valid"])].double().sum(dim=0)
-            tasks[task] = [float(value) for value in total / ROUTING_STEPS]
+            for windows, _, gate in _predictions(policy, store, drawn):
+                total += gate[torch.tensor(windows["valid"])].double().sum(dim=0)
+            tasks[task] = (total / ROUTING_STEPS).tolist()
     stages: list[list[str]] = policy.metadata["tasks_by_stage"]
     experts = []
     for stage, (ids, names) in enumerate(zip(policy.experts_by_stage, stages, strict=False), start=1):
@@ -73,6 +70,7 @@ def samples_of(batches: StageBatches, count: int) -> Samples:
     return Samples(observations[chosen], task_vectors[chosen], steps[chosen])
 
 
+@torch.inference_mode()
 def _predictions(
     policy: StudentPolicy, store: TrajectoryStore, steps: np.ndarray
 ) -> Iterator[tuple[dict[str, np.ndarray], Tensor, Tensor]]:

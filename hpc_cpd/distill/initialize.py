@@ -16,10 +16,6 @@ from hpc_cpd.student.task_inference import EpisodeStatistics
 from hpc_cpd.tasks.registry import stage_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
 
-NORMALISER_FLOOR = 0.05
-"""Least standard deviation of an observation. What stands still in stage 1 may move in a later task, and the
-normaliser is fixed after stage 1: without a floor such an input would explode (metres and radians, mostly)."""
-
 
 def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory: TrajectoryStore | None) -> None:
     """Write ``stages/K/start``: the student of stage K-1 with the new experts and the new tasks' vectors.
@@ -30,41 +26,36 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     previous = load_student_parts(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None
     if previous is None:
         mean, deviation = new.observation_statistics()
-        normaliser = (mean, np.maximum(deviation, NORMALISER_FLOOR).astype(np.float32))
+        # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a floor
+        # such an input would explode (metres and radians, mostly).
+        normaliser = (mean, np.maximum(deviation, 0.05).astype(np.float32))
     else:
         normaliser = previous.normaliser()
     embedding_state, vectors = _task_vectors(stage, new, memory, previous, normaliser)
-    born = method.experts_born(stage)
+    born, student = method.experts_born(stage), None
     if previous is None:
-        shape = StudentShape.from_settings(
-            config.student,
-            new.observations.shape[1],
-            new.actions.shape[1],
-            len(next(iter(vectors.values()))),
-            method.initial_gate_bias,
-        )
+        sizes = new.observations.shape[1], new.actions.shape[1], len(next(iter(vectors.values())))
+        shape = StudentShape.from_settings(config.student, *sizes, method.initial_gate_bias)
         student = Student(shape, [list(range(born))], 1, config.seed)
         student.set_normaliser(*normaliser)
-        experts, state = student.experts_by_stage, _state_of(student)
-    elif born:
-        shape, first = previous.shape, sum(map(len, previous.experts_by_stage))
-        new_ids = list(range(first, first + born))
-        student = grown(previous.state, shape, previous.experts_by_stage, new_ids, 1, config.seed)
-        experts, state = [*previous.experts_by_stage, new_ids], _state_of(student)
+        parts = StudentParts({}, shape, [], {}, {}, config.student.task_embedding)
     else:
-        shape, experts, state = previous.shape, previous.experts_by_stage, dict(previous.state)
+        parts = previous
+        if born:
+            first = sum(map(len, parts.experts_by_stage))
+            new_ids = list(range(first, first + born))
+            student = grown(parts.state, parts.shape, parts.experts_by_stage, new_ids, 1, config.seed)
+    if student is not None:
+        state = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
+        parts = dataclasses.replace(parts, state=state, experts_by_stage=student.experts_by_stage)
+    statistics = {task: EpisodeStatistics.of(*new.episode_beginnings(task)) for task in tasks}
     metadata = {"stage": stage.number, "tasks_by_stage": stage.plan[: stage.number], "seed": config.seed}
-    statistics = dict(previous.episode_statistics) if previous is not None else {}
-    statistics |= {task: EpisodeStatistics.of(*new.episode_beginnings(task)) for task in tasks}
-    parts = StudentParts(
-        state=state,
-        shape=shape,
-        experts_by_stage=experts,
+    parts = dataclasses.replace(
+        parts,
         task_vectors=vectors,
-        episode_statistics=statistics,
+        episode_statistics={**parts.episode_statistics, **statistics},
         task_embedding=config.student.task_embedding,
         task_embedding_state=embedding_state,
-        method_state=previous.method_state if previous is not None else None,
         metadata={**metadata, "trained": False},
     )
     save_student(stage.run.stage(stage.number) / "start", parts)
@@ -75,10 +66,6 @@ def untrained(start: StudentParts, first: StudentParts) -> StudentParts:
     return dataclasses.replace(
         first, task_vectors=start.task_vectors, episode_statistics=start.episode_statistics, method_state=None
     )
-
-
-def _state_of(student: Student) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
 
 
 def _task_vectors(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from hpc_cpd.distill.validation import check_settings, do_without_missing, requi
 from hpc_cpd.distributed.torch import (
     device_of_rank,
     finish_distributed,
+    gather,
     run_on_rank,
     start_distributed,
     stop_together,
 )
-from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
-from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.evaluation.rollouts import evaluate_policy, evaluation_json, task_record
 from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, phases_of
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
@@ -39,6 +40,8 @@ from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_stude
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
+
+Stores = tuple[TrajectoryStore, TrajectoryStore | None]
 
 
 def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bool = False) -> None:
@@ -81,11 +84,11 @@ def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bo
         begin = "start"
         for part in parts:
             if lacks("draft"):
-                _learn(stage, method, new, memory, part, (begin, "draft"))
+                _learn(stage, method, (new, memory), part, begin, "draft")
             progress.update("playing the new tasks, for their teachers to answer")
             play_and_answer(stage, folder / "draft", last[0].dagger_episodes)
             begin, new = "draft", open_new(stage)
-        _learn(stage, method, new, memory, last, (begin, "student"))
+        _learn(stage, method, (new, memory), last, begin, "student")
         run_on_rank(lambda: shutil.rmtree(folder / "draft", ignore_errors=True))
     if method.keeps_memory and lacks("memory"):
         progress.update("choosing the replay memory")
@@ -116,27 +119,16 @@ def _cut_before_dagger(phases: Sequence[Phase]) -> list[list[Phase]]:
     return parts
 
 
-def _learn(
-    stage: Stage,
-    method: Method,
-    new: TrajectoryStore,
-    memory: TrajectoryStore | None,
-    phases: Sequence[Phase],
-    names: tuple[str, str],
-) -> None:
-    """Run `phases` and publish the student; `names`: of the folders that it starts from and ends in."""
+def _learn(stage: Stage, method: Method, stores: Stores, phases: Sequence[Phase], begin: str, end: str) -> None:
+    """Run `phases` on `stores` (new, remembered) from the student of the folder `begin`; publish that of `end`."""
     config, folder = stage.config, stage.run.stage(stage.number)
-    start = load_student_parts(folder / names[0])
+    start, past = load_student_parts(folder / begin), None
+    if stage.number > 1:
+        past = load_student(stage.run.stage(stage.number - 1) / "student", device_of_rank())
     weights = _teacher_success(stage) if config.distill.task_weights == "teacher_success" else None
-    data = StageData(
-        new,
-        memory,
-        start.task_vectors,
-        config.student.history,
-        "teacher_mean" if config.distill.target == "mean" else "actions",
-        lambda store: shares_of(store, weights),
-        load_student(stage.run.stage(stage.number - 1) / "student", device_of_rank()) if stage.number > 1 else None,
-    )
+    target = "teacher_mean" if config.distill.target == "mean" else "actions"
+    shares = partial(shares_of, task_weights=weights)
+    data = StageData(*stores, start.task_vectors, config.student.history, target, shares, past)
     before = start.method_state.tensors if start.method_state is not None else {}
     method.load_state_dict(of_this_rank(before, expert_parallel_size(config)))
     method.begin_stage(stage)
@@ -150,7 +142,7 @@ def _learn(
         return whole
 
     published = dict(state)
-    if names[1] == "student":
+    if end == "student":
         published = dict(method.end_stage(state, student, lambda count: samples_of(batches, count)))
     kept = gather_method_state(method.state_dict())
     parts = dataclasses.replace(
@@ -159,16 +151,13 @@ def _learn(
         metadata={"stage": stage.number, "tasks_by_stage": stage.plan[: stage.number], "seed": config.seed},
         method_state=MethodState(config.method.name, kept) if kept or method.needs_task else None,
     )
-    run_on_rank(lambda: save_student(folder / names[1], parts))
+    run_on_rank(lambda: save_student(folder / end, parts))
 
 
 def _teacher_success(stage: Stage) -> dict[str, float]:
     """The success rate of every task's teacher, as it was evaluated when it was published."""
-    rates = {}
-    for task in stage.seen:
-        record = read_json(stage.run.teacher(task) / "evaluation.json")["tasks"][task]
-        rates[task] = record["successes"] / record["episodes"]
-    return rates
+    records = {task: read_json(stage.run.teacher(task) / "evaluation.json")["tasks"][task] for task in stage.seen}
+    return {task: record["successes"] / record["episodes"] for task, record in records.items()}
 
 
 def _evaluate_before(stage: Stage) -> None:
@@ -176,11 +165,9 @@ def _evaluate_before(stage: Stage) -> None:
     folder = stage.run.stage(stage.number)
     start = load_student_parts(folder / "start")
     never = untrained(start, load_student_parts(stage.run.stage(1) / "start"))
-    records = {"untrained": _records(stage, StudentPolicy(never), stage.tasks)}
-    records["before"] = (
-        records["untrained"] if stage.number == 1 else _records(stage, StudentPolicy(start), stage.tasks)
-    )
-    answer = {"stage": stage.number - 1, **records}
+    zero = _records(stage, StudentPolicy(never), stage.tasks)
+    before = zero if stage.number == 1 else _records(stage, StudentPolicy(start), stage.tasks)
+    answer = {"stage": stage.number - 1, "untrained": zero, "before": before}
     run_on_rank(lambda: write_json(folder / "evaluation_before.json", answer))
 
 
@@ -198,7 +185,6 @@ def _records(stage: Stage, policy: Policy, tasks: list[str]) -> dict[str, dict[s
     for task in tasks:
         stop_together(stage.stop, "an evaluation stops and will be played again")
         mine[task] = evaluate_policy(policy, task, episodes, seed, range(episodes)[rank::world_size])
-    gathered: list[dict[str, list[EpisodeResult]]] = [{} for _ in range(world_size)]
-    torch.distributed.all_gather_object(gathered, mine)
+    gathered = gather(mine)
     results = {task: [result for part in gathered for result in part[task]] for task in tasks}
     return {task: task_record(sorted(results[task], key=lambda result: result.episode)) for task in tasks}

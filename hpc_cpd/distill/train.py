@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,26 +12,21 @@ from torch import Tensor
 
 from hpc_cpd.distill.batches import Batch, StageBatches
 from hpc_cpd.distill.engine import PhaseEngine
-from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.distributed.failures import collective_timeout, naming_lost_ranks
-from hpc_cpd.distributed.torch import (
-    COLLECTIVE_TIMEOUT_SECONDS,
-    all_ranks_max,
-    device_of_rank,
-    gather,
-    run_on_rank,
-)
+from hpc_cpd.distributed.torch import COLLECTIVE_TIMEOUT_SECONDS, all_ranks_max, device_of_rank, gather, run_on_rank
 from hpc_cpd.errors import StopRequested, UserError
+from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import Method, Phase, Stage, phases_of
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.metrics_log import MetricsLog
 from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import Config
-from hpc_cpd.student.checkpoint import PendingCheckpoint, gather_state, load_checkpoint
+from hpc_cpd.student.checkpoint import Moments, PendingCheckpoint, gather_state, load_checkpoint
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentParts
 
 LOG_EVERY_STEPS = 50
+Record = dict[str, float | None]
 
 
 def train_phases(
@@ -44,47 +40,36 @@ def train_phases(
     config, folder = stage.config, stage.run.stage(stage.number)
     checkpoints = folder / "checkpoints"
     newest = run_on_rank(lambda: _newest_alone(checkpoints))
-    reached = position_of(newest) if newest is not None else (0, 0)
-    if reached[0] < phases[0].number:
-        newest, reached = None, (phases[0].number, 0)
-    before = [phase.steps for phase in phases_of(method, stage.number) if phase.number < phases[0].number]
-    offset = sum([*before, *(phase.steps for phase in phases if phase.number < reached[0])])
-    first_rank = torch.distributed.get_rank() == 0
-    metrics = MetricsLog(folder / "metrics.jsonl", offset + reached[1]) if first_rank else None
+    reached, first_step = position_of(newest) if newest is not None else (0, 0)
+    if reached < phases[0].number:
+        newest, reached, first_step = None, phases[0].number, 0
+    done = sum(phase.steps for phase in phases_of(method, stage.number) if phase.number < reached)
+    metrics = MetricsLog(folder / "metrics.jsonl", done + first_step) if torch.distributed.get_rank() == 0 else None
 
     state: Mapping[str, Tensor] = start.state
-    done = sum(before)
-    for phase in phases:
-        if phase.number >= reached[0]:
-            student = build_student(start, config)
-            state = method.adapt(student, state)
-            student.load_canonical(state)
-            first_step, moments = 0, None
-            if newest is not None and phase.number == reached[0]:
-                position, moments, kept = load_checkpoint(newest, student)
-                first_step = position["step"]
-                method.load_state_dict(kept)
-            fixed = method.freeze(student, phase, new_experts_of(start, stage.number))
-            engine = PhaseEngine(student, config.distill, phase.steps, method)
-            if moments is not None:
-                engine.restore(moments)
-            engine.hold(fixed)
-            save = _Saver(checkpoints, engine, method, SaveDue(stage.run, config.checkpoint_every_seconds), stage.stop)
-            _run_phase(engine, phase, first_step, done, stage, batches, method, metrics, save)
+    new_experts = [expert for born in start.experts_by_stage[stage.number - 1 :] for expert in born]
+    for phase in [phase for phase in phases if phase.number >= reached]:
+        student = Student(start.shape, start.experts_by_stage, expert_parallel_size(config), config.seed)
+        state = method.adapt(student.to(device_of_rank()), state)
+        student.load_canonical(state)
+        moments: Moments = {}
+        if newest is not None and phase.number == reached:
+            _, moments, kept = load_checkpoint(newest, student)
+            method.load_state_dict(kept)
+        fixed = method.freeze(student, phase, new_experts)
+        engine = PhaseEngine(student, config.distill, phase.steps, method)
+        engine.restore(moments)
+        engine.hold(fixed)
+        save = _Saver(checkpoints, engine, SaveDue(stage.run, config.checkpoint_every_seconds), stage.stop)
+        _run_phase(stage, phase, range(first_step, phase.steps), done, batches, metrics, save)
+        save.finish()
+        state = method.end_phase(phase, student, gather_state(student))
+        if phase is not phases[-1]:
+            save.begin(phase.number + 1, 0)
             save.finish()
-            state = method.end_phase(phase, student, gather_state(student))
-            if phase is not phases[-1]:
-                save.begin(phase.number + 1, 0)
-                save.finish()
-            engine.close()
-        done += phase.steps
+        engine.close()
+        done, first_step = done + phase.steps, 0
     return dict(state)
-
-
-def build_student(start: StudentParts, config: Config) -> Student:
-    """An untrained module of the shape of `start` for this rank, on its device."""
-    size = expert_parallel_size(config)
-    return Student(start.shape, start.experts_by_stage, size, config.seed).to(device_of_rank())
 
 
 def expert_parallel_size(config: Config) -> int:
@@ -97,11 +82,6 @@ def expert_parallel_size(config: Config) -> int:
             "choose a divisor, or 0 for all of them"
         )
     return size
-
-
-def new_experts_of(start: StudentParts, number: int) -> list[int]:
-    """The experts that were born in stage `number`; none where the student did not grow."""
-    return start.experts_by_stage[number - 1] if len(start.experts_by_stage) == number else []
 
 
 def batch_loss(
@@ -137,49 +117,33 @@ def position_of(checkpoint: Path) -> tuple[int, int]:
 
 
 def _run_phase(
-    engine: PhaseEngine,
-    phase: Phase,
-    first_step: int,
-    offset: int,
-    stage: Stage,
-    batches: StageBatches,
-    method: Method,
-    metrics: MetricsLog | None,
-    save: _Saver,
+    stage: Stage, phase: Phase, steps: range, done: int, batches: StageBatches, metrics: MetricsLog | None, save: _Saver
 ) -> None:
-    name = f"stage {stage.number}"
+    """Make `steps` of `phase`; `done`: the steps of the phases before it."""
+    name, patience = f"stage {stage.number}", COLLECTIVE_TIMEOUT_SECONDS
     progress = Progress(name, enabled=metrics is not None, folder=stage.run.stage(stage.number))
-    for step in range(first_step, phase.steps):
-        # the first step may have to wait for a rank that begins late
-        patient = stage.config.distill.collective_timeout_seconds
-        seconds = COLLECTIVE_TIMEOUT_SECONDS if step == first_step else patient
-        with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), collective_timeout(seconds):
+    for step in steps:
+        with naming_lost_ranks(f"{name} phase {phase.number} step {step + 1}"), collective_timeout(patience):
             save.if_due(phase.number, step)
             try:
-                norm, record = _step(engine, phase, step, batches, method, name)
+                record = _step(save.engine, phase, step, batches, name)
             except UserError:  # on all ranks: the step is not finite, but what is being saved is
                 save.finish()
                 raise
+        patience = stage.config.distill.collective_timeout_seconds  # the first waits for a rank that begins late
         if record is not None and metrics is not None:
-            metrics.append(offset + step + 1, phase=phase.number, gradient_norm=norm, **record)
-            progress.update(
-                f"phase {phase.number} step {step + 1}/{phase.steps} loss {record['loss']:.5f}",
-                last=step + 1 == phase.steps,
-                phase=f"phase {phase.number}",
-                step=step + 1,
-                total=phase.steps,
-                loss=record["loss"],
-            )
+            metrics.append(done + step + 1, phase=phase.number, **record)
+            place, last = f"phase {phase.number}", step + 1 == phase.steps
+            text = f"{place} step {step + 1}/{phase.steps} loss {record['loss']:.5f}"
+            progress.update(text, last, place, step + 1, phase.steps, record["loss"])
 
 
-def _step(
-    engine: PhaseEngine, phase: Phase, step: int, batches: StageBatches, method: Method, name: str
-) -> tuple[float, dict[str, float | None] | None]:
-    """One gradient step: the gradient's norm, and every so often what is to be logged."""
+def _step(engine: PhaseEngine, phase: Phase, step: int, batches: StageBatches, name: str) -> Record | None:
+    """One gradient step; every so often what is to be logged of it."""
     batch = batches.batch(phase.number, step, torch.distributed.get_rank(), engine.world_size)
     if not phase.gate_learns:  # new experts must be given tokens only while the gate still learns to choose them
-        batch = batch.routed_by_gate()
-    trained, referred = method.split(batch)
+        batch = replace(batch, override=None)
+    trained, referred = engine.method.split(batch)
     reference = None
     if referred is not None:
         reference_loss, reference_errors, *_ = batch_loss(engine, referred, 0.0)
@@ -187,11 +151,9 @@ def _step(
     loss, errors, balance, gate, share = batch_loss(engine, trained, engine.settings.load_balancing_coefficient)
     if referred is not None:
         errors = torch.cat([errors, reference_errors])
-    extra = method.extra_loss(engine.student, trained, gate, share)
-    if extra is not None:
-        loss = loss + extra
+    extra = engine.method.extra_loss(engine.student, trained, gate, share)
     try:
-        norm = engine.step(loss, step, reference)
+        norm = engine.step(loss if extra is None else loss + extra, step, reference)
     except FloatingPointError as error:
         rows = (~errors.isfinite().all(dim=1)).nonzero().flatten().tolist()
         named = [origin for part in gather(batch.describe(rows)) for origin in part]
@@ -202,54 +164,41 @@ def _step(
             "data good, begin another run with a smaller distill.learning_rate"
         ) from None
     if (step + 1) % LOG_EVERY_STEPS and step + 1 < engine.total_steps:
-        return norm, None
-    return norm, _record(errors, balance, batch, engine.world_size)
+        return None
+    return {"gradient_norm": norm} | _record(errors, balance, batch)
 
 
-def _record(errors: Tensor, balance: Tensor, batch: Batch, world_size: int) -> dict[str, float | None]:
+def _record(errors: Tensor, balance: Tensor, batch: Batch) -> Record:
     """Global means of one step, the same on every rank (a collective)."""
-    new = batch.is_new_task[:, None] & batch.valid
-    old = ~batch.is_new_task[:, None] & batch.valid
-    zero = torch.zeros_like(errors)
-    sums = torch.stack(
-        [
-            torch.where(new, errors, zero).sum(),
-            new.sum().to(errors),
-            torch.where(old, errors, zero).sum(),
-            old.sum().to(errors),
-            balance,
-        ]
-    )
-    torch.distributed.all_reduce(sums)
-    new_sum, new_count, old_sum, old_count, balance_sum = (float(value) for value in sums)
+    new, old = (rows[:, None] & batch.valid for rows in (batch.is_new_task, ~batch.is_new_task))
+    sums = [torch.where(mask, errors, 0.0).sum() for mask in (new, old)]
+    totals = torch.stack([*sums, new.sum().to(errors), old.sum().to(errors), balance])
+    torch.distributed.all_reduce(totals)
+    new_sum, old_sum, new_count, old_count, balance_sum = totals.tolist()
     return {
         "loss": (new_sum + old_sum) / (new_count + old_count),
         "new_loss": new_sum / new_count if new_count else None,
         "replay_loss": old_sum / old_count if old_count else None,
-        "load_balancing_loss": balance_sum / world_size,
+        "load_balancing_loss": balance_sum / torch.distributed.get_world_size(),
     }
 
 
+@dataclass
 class _Saver:
     """Decides with all ranks, at a step boundary, whether to save, and whether to stop after that."""
 
-    def __init__(
-        self, folder: Path, engine: PhaseEngine, method: Method, due: SaveDue, stop: Callable[[], bool]
-    ) -> None:
-        self.folder = folder
-        self.engine = engine
-        self.method = method
-        self.due = due
-        self.stop = stop
-        self.first_rank = torch.distributed.get_rank() == 0
-        self.pending: PendingCheckpoint | None = None
+    folder: Path
+    engine: PhaseEngine
+    due: SaveDue
+    stop: Callable[[], bool]
+    pending: PendingCheckpoint | None = None
 
     def if_due(self, phase: int, step: int) -> None:
         """Save the state before `step` when time is up or somebody asked to stop; raise StopRequested in that case.
 
         A checkpoint is written while training goes on, and published at a later step; at most one is under way.
         """
-        due = self.first_rank and self.pending is None and self.due()
+        due = torch.distributed.get_rank() == 0 and self.pending is None and self.due()
         writing = self.pending is not None and not self.pending.written()
         stopping, saving, waiting = all_ranks_max([float(self.stop()), float(due), float(writing)])
         if stopping or not waiting:
@@ -265,9 +214,8 @@ class _Saver:
         target = self.folder / f"phase-{phase}-step-{step:08d}"
         with collective_timeout(COLLECTIVE_TIMEOUT_SECONDS):  # a shared disk may be slow
             if run_on_rank(lambda: not target.exists()):
-                moments = self.engine.moments() if step else {}
-                position = {"phase": phase, "step": step}
-                kept = self.method.state_dict()
+                moments, position = self.engine.moments() if step else {}, {"phase": phase, "step": step}
+                kept = self.engine.method.state_dict()
                 self.pending = PendingCheckpoint(target, self.engine.student, moments, position, kept)
         self.due.saved()
 
@@ -277,7 +225,7 @@ class _Saver:
             return
         with collective_timeout(COLLECTIVE_TIMEOUT_SECONDS):
             self.pending.publish()
-        if self.first_rank:
+        if torch.distributed.get_rank() == 0:
             for old in self.folder.glob("phase-*-step-*"):
                 if position_of(old) < position_of(self.pending.folder):
                     shutil.rmtree(old, ignore_errors=True)

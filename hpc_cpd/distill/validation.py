@@ -43,30 +43,20 @@ def lengthens(old: Config, new: Config) -> bool:
     return len(after) > len(before) and after[: len(before)] == before and not fixed
 
 
-def missing_for_stage(run: Run, plan: list[list[str]], stage: int) -> list[str]:
-    """One sentence for each thing that `stage` (from 1) lacks, with the command that makes it; empty: ready."""
-    launch = f"python -m hpc_cpd.launch --run {run.folder}"
-    missing = []
-    teachers = [task for task in plan[stage - 1] if not is_done(run.teacher(task))]
-    trajectories = [task for task in plan[stage - 1] if not is_done(run.trajectories(task)) and task not in teachers]
-    if teachers:
-        missing.append(f"the teachers of {', '.join(teachers)} (make them with: {launch} --stage teachers)")
-    if trajectories:
-        missing.append(f"the trajectories of {', '.join(trajectories)} (make them with: {launch} --stage teachers)")
-    if stage > 1 and not is_done(run.stage(stage - 1)):
-        missing.append(f"the student of stage {stage - 1} (make it with: {launch} --stage {stage - 1})")
-    return missing
-
-
 def refusal(run: Run, plan: list[list[str]], stage: int) -> str | None:
-    """Why `stage` (from 1) cannot start, in one sentence; None: it can."""
-    missing = missing_for_stage(run, plan, stage)
+    """Why `stage` (from 1) cannot start, in one sentence with the commands that mend it; None: it can."""
+    launch = f"python -m hpc_cpd.launch --run {run.folder} --stage"
+    without = [task for task in plan[stage - 1] if not has_teacher(run, task)]
+    teachers = [task for task in without if not is_done(run.teacher(task))]
+    lacking = {"teachers": teachers, "trajectories": [task for task in without if task not in teachers]}
+    lacked = {what: ", ".join(tasks) for what, tasks in lacking.items() if tasks}
+    missing = [f"the {what} of {tasks} (make them with: {launch} teachers)" for what, tasks in lacked.items()]
+    if stage > 1 and not is_done(run.stage(stage - 1)):
+        missing.append(f"the student of stage {stage - 1} (make it with: {launch} {stage - 1})")
     if not missing:
         return None
-    without = [task for task in plan[stage - 1] if not has_teacher(run, task)]
-    hint = (
-        ", or add --allow-missing to do without these tasks for good" if 0 < len(without) < len(plan[stage - 1]) else ""
-    )
+    some = 0 < len(without) < len(plan[stage - 1])
+    hint = ", or add --allow-missing to do without these tasks for good" if some else ""
     return f"stage {stage} cannot start; it needs {'; and '.join(missing)}{hint}"
 
 
@@ -74,8 +64,7 @@ def require_stage(run: Run, plan: list[list[str]], stage: int) -> None:
     """Raise UserError naming everything that `stage` lacks, or that there is no such stage."""
     if not 1 <= stage <= len(plan):
         raise UserError(f"there is no stage {stage}; this run has stages 1 to {len(plan)}")
-    sentence = refusal(run, plan, stage)
-    if sentence is not None:
+    if sentence := refusal(run, plan, stage):
         raise UserError(sentence)
 
 

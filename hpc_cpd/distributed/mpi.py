@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,43 +27,38 @@ class Communicator:
     """The ranks of one job. `Communicator()` is a single rank; `open_communicator` asks MPI."""
 
     def __init__(self, mpi: Any = None) -> None:
+        """`mpi`: the module ``mpi4py.MPI``."""
         self._mpi = mpi
-        self.rank: int = 0 if mpi is None else mpi.Get_rank()
-        self.size: int = 1 if mpi is None else mpi.Get_size()
+        self.rank: int = 0 if mpi is None else mpi.COMM_WORLD.Get_rank()
+        self.size: int = 1 if mpi is None else mpi.COMM_WORLD.Get_size()
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag, whether it is true on at least one rank; the same answer everywhere."""
-        if self.size == 1:
-            return flags
-        counts = np.array(flags, dtype=np.int64)
-        self._mpi.Allreduce(_in_place(), counts)
-        return tuple(bool(count) for count in counts)
+        return tuple(bool(count) for count in self.sum(np.array(flags, dtype=np.int64)))
 
     def sum(self, values: NDArray[Any]) -> NDArray[Any]:
         """Add `values` up over the ranks, in place."""
         if self.size > 1:
-            self._mpi.Allreduce(_in_place(), values)
+            self._mpi.COMM_WORLD.Allreduce(self._mpi.IN_PLACE, values)
         return values
 
     def gather(self, value: Value) -> list[Value]:
         """Every rank's `value` in rank order, on every rank."""
-        return [value] if self.size == 1 else self._mpi.allgather(value)
+        return [value] if self.size == 1 else self._mpi.COMM_WORLD.allgather(value)
 
     def local_range(self, total: int) -> range:
         """The contiguous part of range(`total`) that belongs to this rank; parts differ by one at most."""
-        begin, end = (total * (self.rank + part) // self.size for part in (0, 1))
-        return range(begin, end)
+        return range(total * self.rank // self.size, total * (self.rank + 1) // self.size)
 
-    def on_root(self, work: Callable[[], Value]) -> Value:
-        """Let rank 0 do `work` (files are touched by one rank only) and give its result, or its error, to all."""
-        return run_on_rank(self, work)
+    on_root = run_on_rank
+    """(work) Let rank 0 do `work` (files are touched by one rank only) and give its result, or its error, to all."""
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite `tensors` with those of rank 0."""
         if self.size > 1:
             for tensor in tensors:
                 values = tensor.detach().numpy().copy()
-                self._mpi.Bcast(values)
+                self._mpi.COMM_WORLD.Bcast(values)
                 with torch.no_grad():
                     tensor.copy_(torch.tensor(values))
 
@@ -78,12 +74,11 @@ class Communicator:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         pieces = [gradient.view(-1) for gradient in gradients] + [value.detach().view(1) for value in extra]
         flat = torch.cat(pieces)
-        self._mpi.Allreduce(_in_place(), flat.numpy())
-        begin = 0
-        for gradient in gradients:
-            gradient.copy_(flat[begin : begin + gradient.numel()].view_as(gradient))
-            begin += gradient.numel()
-        return [float(value) for value in flat[begin:]]
+        self.sum(flat.numpy())
+        *parts, extras = flat.split([*(gradient.numel() for gradient in gradients), len(extra)])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return [float(value) for value in extras]
 
 
 def open_communicator(expected_size: int) -> Communicator:
@@ -98,7 +93,7 @@ def open_communicator(expected_size: int) -> Communicator:
     os.environ.setdefault("MPIR_CVAR_POLLS_BEFORE_YIELD", "1")
     from mpi4py import MPI  # importing it starts MPI
 
-    communicator = Communicator(MPI.COMM_WORLD)
+    communicator = Communicator(MPI)
     if communicator.size != expected_size:
         raise UserError(
             f"{expected_size} MPI ranks were asked for (teachers.ranks), but {communicator.size} were started; "
@@ -108,6 +103,7 @@ def open_communicator(expected_size: int) -> Communicator:
     return communicator
 
 
+@dataclass
 class CheckpointBoundary:
     """The places where work may stop: every rank learns the same answer at the same place.
 
@@ -115,11 +111,10 @@ class CheckpointBoundary:
     rank was asked to stop; then raises StopRequested in the second case.
     """
 
-    def __init__(self, communicator: Communicator, stop: Callable[[], bool], due: SaveDue, what: str = "") -> None:
-        self.communicator = communicator
-        self.stop = stop
-        self.due = due
-        self.what = what
+    communicator: Communicator
+    stop: Callable[[], bool]
+    due: SaveDue
+    what: str = ""
 
     def __call__(self, save: Callable[[], None]) -> None:
         due = self.communicator.rank == 0 and self.due()
@@ -129,9 +124,3 @@ class CheckpointBoundary:
             self.due.saved()
         if stop:
             raise StopRequested(f"{self.what} stands on disk; the same command goes on from there")
-
-
-def _in_place() -> Any:
-    from mpi4py import MPI
-
-    return MPI.IN_PLACE

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from hpc_cpd.errors import LockLost, StopRequested, UserError
 
 Result = TypeVar("Result")
-_KNOWN = {kind.__name__: kind for kind in (UserError, StopRequested, LockLost)}
 
 
 class Ranks(Protocol):
@@ -26,25 +25,15 @@ class Ranks(Protocol):
         """Every rank's `value` in rank order, on every rank."""
 
 
-class _Failure(NamedTuple):
-    """An error in a form that travels: the class by name, and the number and file of an OSError."""
-
-    kind: str
-    text: str
-    number: int | None = None
-    file: str | None = None
-
-
-def run_on_rank(ranks: Ranks, work: Callable[[], Result], rank: int = 0) -> Result:
-    """Run `work` on `rank` alone and return its result on every rank. A collective.
+def run_on_rank(ranks: Ranks, work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 alone and return its result on every rank. A collective.
 
     When it fails, that rank raises its own error, and the others raise UserError, StopRequested, LockLost or OSError
     alike, or RuntimeError with its text.
     """
     if ranks.size == 1:
         return work()
-    outcomes = _outcomes(ranks, work if ranks.rank == rank else None)
-    result: Result = outcomes[rank]
+    result: Result = _results(ranks, work if ranks.rank == 0 else lambda: None)[0]
     return result
 
 
@@ -56,37 +45,28 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], Result]) -> Result:
     if ranks.size == 1:
         return work()
     kept: list[Result] = []
-    _outcomes(ranks, lambda: kept.append(work()))
+    _results(ranks, lambda: kept.append(work()))
     return kept[0]
 
 
-def _outcomes(ranks: Ranks, work: Callable[[], Any] | None) -> list[Any]:
-    result: Any = None
-    failure: Exception | None = None
-    if work is not None:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    outcomes = ranks.gather((result, None if failure is None else _described(failure)))
-    if failure is not None:
-        raise failure
-    for rank, (_, failed) in enumerate(outcomes):
-        if failed is not None:
-            raise _raised_again(rank, _Failure(*failed))
+def _results(ranks: Ranks, work: Callable[[], Any]) -> list[Any]:
+    result = failure = for_others = None
+    try:
+        result = work()
+    except Exception as error:
+        failure, for_others = error, _for_others(error, ranks.rank)
+    outcomes = ranks.gather((result, for_others))
+    raised = next((error for error in (failure, *(told for _, told in outcomes)) if error is not None), None)
+    if raised is not None:
+        raise raised
     return [result for result, _ in outcomes]
 
 
-def _described(failure: Exception) -> _Failure:
-    if isinstance(failure, OSError) and failure.errno is not None:
-        file = None if failure.filename is None else str(failure.filename)
-        return _Failure("OSError", str(failure), failure.errno, file)
-    return _Failure(type(failure).__name__, str(failure))
-
-
-def _raised_again(rank: int, failure: _Failure) -> Exception:
-    if failure.kind in _KNOWN:
-        return _KNOWN[failure.kind](failure.text)
-    if failure.number is not None:
-        return OSError(failure.number, f"{os.strerror(failure.number)} (on rank {rank}: {failure.text})", failure.file)
-    return RuntimeError(f"rank {rank} failed: {failure.kind}: {failure.text}")
+def _for_others(error: Exception, rank: int) -> Exception:
+    """What the other ranks raise when `rank` raised `error`: an exception that travels, whatever `error` holds."""
+    if isinstance(error, UserError | StopRequested | LockLost):
+        return type(error)(str(error))
+    if isinstance(error, OSError) and error.errno is not None:
+        file = None if error.filename is None else str(error.filename)
+        return OSError(error.errno, f"{os.strerror(error.errno)} (on rank {rank}: {error})", file)
+    return RuntimeError(f"rank {rank} failed: {type(error).__name__}: {error}")

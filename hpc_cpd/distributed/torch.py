@@ -28,8 +28,7 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
     machine has GPUs, but none for this rank.
     """
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
+    os.environ.update({**alone, **os.environ})
     if os.environ["WORLD_SIZE"] == "1":
         os.environ.setdefault("MASTER_PORT", "0")
     backends = None  # DeepSpeed's choice, gloo
@@ -119,17 +118,6 @@ def stop_together(stop: Callable[[], bool], what: str) -> None:
         raise StopRequested(f"{what}; run it again to go on")
 
 
-class _TorchRanks:
-    """The ranks of the default group; this process alone where there is none."""
-
-    def __init__(self) -> None:
-        self.size = dist.get_world_size() if is_distributed() else 1
-        self.rank = dist.get_rank() if self.size > 1 else 0
-
-    def gather(self, value: Any) -> list[Any]:
-        return gather(value)
-
-
 def is_distributed() -> bool:
     """Whether this process is one of several ranks."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -144,9 +132,19 @@ def gather(value: Result) -> list[Result]:
     return values
 
 
-def run_on_rank(work: Callable[[], Result], rank: int = 0) -> Result:
-    """Run `work` on `rank` alone; all get its result, or raise its error (`distributed.outcome`). A collective."""
-    return outcome.run_on_rank(_TorchRanks(), work, rank)
+class _TorchRanks:
+    """The ranks of the default group; this process alone where there is none."""
+
+    def __init__(self) -> None:
+        self.size = dist.get_world_size() if is_distributed() else 1
+        self.rank = dist.get_rank() if self.size > 1 else 0
+
+    gather = staticmethod(gather)
+
+
+def run_on_rank(work: Callable[[], Result]) -> Result:
+    """Run `work` on rank 0 alone; all get its result, or raise its error (`distributed.outcome`). A collective."""
+    return outcome.run_on_rank(_TorchRanks(), work)
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:

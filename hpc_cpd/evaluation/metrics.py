@@ -70,7 +70,8 @@ def continual_metrics(
         ValueError: shapes that do not fit, rates outside [0, 1], or a learnt task that was not evaluated
             after its own or the last stage.
     """
-    table, counts, plan = _table(success, stages, teacher, before, untrained, episodes, teacher_episodes)
+    other = {"teacher": teacher, "before": before, "untrained": untrained}
+    table, counts, plan = _table(success, stages, other, episodes, teacher_episodes)
     rates = table.mean(axis=0)
     point = _summary(rates, plan)
     rows = _rows(rates, counts, plan)
@@ -93,11 +94,10 @@ def continual_metrics(
         intervals = {name: _percentiles(value) for name, value in _summary(draws, plan).items()}
     for kind in ("forgetting", "forgetting_from_best"):
         old = [row for row in rows if row[kind] is not None]
-        worst = old[int(np.argmax([row[kind] for row in old]))] if old else None
-        result[f"{kind}_worst"] = worst[kind] if worst else None
-        result[f"{kind}_worst_task"] = worst["index"] if worst else None
+        worst: dict[str, Any] = max(old, key=lambda row: row[kind], default={})
+        result |= {f"{kind}_worst": worst.get(kind), f"{kind}_worst_task": worst.get("index")}
         if episodes is not None:
-            intervals[f"{kind}_worst"] = worst[f"{kind}_interval"] if worst else None
+            intervals[f"{kind}_worst"] = worst.get(f"{kind}_interval")
     return {**result, "intervals": intervals, "per_task": rows}
 
 
@@ -127,21 +127,19 @@ class _Plan:
         self.stages = stages
         self.last = last
         self.teacher, self.before, self.untrained = last, last + 1, last + 2
+        self.own = np.clip(stages, 1, last) - 1, np.arange(len(stages))
         self.learnt = stages <= last
         self.old = stages < last
         self.best = np.zeros(len(stages), dtype=np.int64)
 
 
 def _table(
-    success: Rates,
-    stages: Sequence[int] | np.ndarray,
-    teacher: Rates,
-    before: Rates | None,
-    untrained: Rates | None,
-    episodes: Rates | None,
-    teacher_episodes: Rates | None,
+    success: Rates, stages: Any, other: dict[str, Rates | None], episodes: Rates | None, teacher_episodes: Rates | None
 ) -> tuple[np.ndarray, np.ndarray, _Plan]:
-    """Check the arguments; return rates and episode counts [S, T+3, J] (count inf: exact) and the plan."""
+    """Check the arguments; return rates and episode counts [S, T+3, J] (count inf: exact) and the plan.
+
+    `other`: the rates of teacher, before and untrained, in this order.
+    """
     matrix = np.asarray(success, dtype=np.float64)
     matrix = matrix[None] if matrix.ndim == 2 else matrix
     if matrix.ndim != 3 or 0 in matrix.shape:
@@ -153,28 +151,22 @@ def _table(
     plan = _Plan(s, last)
     table = np.full((seeds, last + 3, tasks), np.nan)
     table[:, :last] = matrix
-    for row, name, values in (
-        (plan.teacher, "teacher", teacher),
-        (plan.before, "before", before),
-        (plan.untrained, "untrained", untrained),
-    ):
+    for row, (name, values) in enumerate(other.items(), start=last):
         if values is not None:
             table[:, row] = _fit(name, values, (seeds, tasks))
-    columns = np.arange(tasks)
-    known = table[:, np.clip(s - 2, 0, last - 1), columns]
+    known = table[:, np.clip(s - 2, 0, last - 1), np.arange(tasks)]
     table[:, plan.before] = np.where(np.isnan(table[:, plan.before]) & (s > 1), known, table[:, plan.before])
     with np.errstate(invalid="ignore"):
         if ((table < 0) | (table > 1)).any():
             raise ValueError("success rates must lie in [0, 1]")
-    own = table[:, np.clip(s, 1, last) - 1, columns]
-    missing = plan.learnt & (np.isnan(own) | np.isnan(table[:, last - 1])).any(axis=0)
+    missing = plan.learnt & np.isnan(table[:, *plan.own] + table[:, last - 1]).any(axis=0)
     if missing.any():
         raise ValueError(f"tasks {np.flatnonzero(missing).tolist()} lack a rate after their own or the last stage")
 
     counts = np.full(table.shape, np.inf)
     if episodes is not None:
         counts[:, :last] = _fit("episodes", episodes, (seeds, last, tasks))
-        counts[:, plan.before] = counts[:, plan.untrained] = counts[:, np.clip(s, 1, last) - 1, columns]
+        counts[:, plan.before] = counts[:, plan.untrained] = counts[:, *plan.own]
     if teacher_episodes is not None:
         counts[:, plan.teacher] = _fit("teacher_episodes", teacher_episodes, (seeds, tasks))
     if (counts[~np.isnan(table)] < 1).any():
@@ -198,7 +190,7 @@ def _summary(rates: np.ndarray, plan: _Plan) -> dict[str, np.ndarray]:
     """Means over tasks of rates [..., T+3, J]; NaN where there is nothing to average."""
     columns = np.arange(len(plan.stages))
     final = rates[..., plan.last - 1, :]
-    own = rates[..., np.clip(plan.stages, 1, plan.last) - 1, columns]
+    own = rates[..., *plan.own]
     best = rates[..., plan.best, columns]  # the stage is chosen once: a maximum over resamples would be biased
     teacher = rates[..., plan.teacher, :]
     untrained = rates[..., plan.untrained, :]
@@ -226,10 +218,8 @@ def _summary(rates: np.ndarray, plan: _Plan) -> dict[str, np.ndarray]:
 def _mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Mean over the masked columns that are not NaN; NaN when there are none."""
     chosen = values[..., mask]
-    there = ~np.isnan(chosen)
-    count = there.sum(axis=-1)
-    total = np.where(there, chosen, 0.0).sum(axis=-1)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+    count = (~np.isnan(chosen)).sum(axis=-1)
+    return np.where(count > 0, np.nansum(chosen, axis=-1) / np.maximum(count, 1), np.nan)
 
 
 def _bootstrap(table: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
@@ -252,42 +242,29 @@ def _rows(rates: np.ndarray, counts: np.ndarray, plan: _Plan) -> list[dict[str, 
     rows = []
     for j, stage in enumerate(plan.stages.tolist()):
         teacher = rates[plan.teacher, j]
-        row: dict[str, Any] = {
-            "index": j,
-            "stage": stage,
-            "teacher": _plain(teacher),
-            "teacher_interval": _score(rates, pooled, plan.teacher, j),
-        }
+        row: dict[str, Any] = {"index": j, "stage": stage, "teacher": _plain(teacher)}
+        row |= {"teacher_interval": _score(rates, pooled, plan.teacher, j), **dict.fromkeys(STUDENT_FIELDS)}
         rows.append(row)
         if not plan.learnt[j]:
-            row |= dict.fromkeys(STUDENT_FIELDS)
             continue
         own, final, best = stage - 1, plan.last - 1, int(plan.best[j])
         last = rates[final, j]
         zero_shot = plan.untrained if stage == 1 else plan.before
-        row |= {
-            "after_own_stage": _plain(rates[own, j]),
-            "after_own_stage_interval": _score(rates, pooled, own, j),
-            "final": _plain(last),
-            "final_interval": _score(rates, pooled, final, j),
-            "recovery": _plain(last / teacher) if teacher > 0 else None,
-            "before": _plain(rates[zero_shot, j]),
-            "untrained": _plain(rates[plan.untrained, j]),
-        }
+        at = {"after_own_stage": own, "final": final, "before": zero_shot, "untrained": plan.untrained}
+        row |= {name: _plain(rates[i, j]) for name, i in at.items()}
+        row |= {f"{name}_interval": _score(rates, pooled, at[name], j) for name in ("after_own_stage", "final")}
+        row["recovery"] = _plain(last / teacher) if teacher > 0 else None
         for kind, past in (("forgetting", own), ("forgetting_from_best", best)):
             row[kind] = _plain(rates[past, j] - last) if plan.old[j] else None
-            sure = not plan.old[j] or np.isinf(pooled[[past, final], j]).any()
-            row[f"{kind}_interval"] = (
-                None if sure else [*newcombe(rates[past, j], pooled[past, j], last, pooled[final, j])]
-            )
+            if plan.old[j] and not np.isinf(pooled[[past, final], j]).any():
+                row[f"{kind}_interval"] = [*newcombe(rates[past, j], pooled[past, j], last, pooled[final, j])]
     return rows
 
 
 def _score(rates: np.ndarray, pooled: np.ndarray, row: int, task: int) -> list[float] | None:
     if np.isnan(rates[row, task]) or np.isinf(pooled[row, task]):
         return None
-    low, high = wilson(rates[row, task], pooled[row, task])
-    return [float(low), float(high)]
+    return [float(bound) for bound in wilson(rates[row, task], pooled[row, task])]
 
 
 def _percentiles(draws: np.ndarray) -> list[float] | None:

@@ -6,28 +6,53 @@ horizon of its task. Nothing after that step can change the verdict, so the epis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
-from typing import Protocol
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 
-from hpc_cpd.evaluation.episodes import EpisodeResult
+from hpc_cpd.settings import EvaluationSettings
 from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
 
 MOST_ROWS = 50
 """A policy call has at most so many rows, so that one wave plays the usual evaluations whole."""
 
 
-class Policy(Protocol):
-    """What is evaluated. `load_student` and `load_teacher` return one."""
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One evaluated episode.
 
-    def reset(self, task_id: str | None, num_envs: int) -> None:
-        """Forget the history of all rows."""
+    `total_reward` and `length` (steps) reach up to the first success, or to the end of the episode.
+    """
 
-    def act(self, observations: np.ndarray) -> np.ndarray:
-        """Map float32 [num_envs, obs] to float32 [num_envs, act] in [-1, 1]."""
+    episode: int
+    goal_index: int
+    success: bool
+    total_reward: float
+    steps_to_success: int | None
+    length: int
+
+
+def task_record(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """The entry of one task in an ``evaluation.json``. Means over nothing are null."""
+    steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
+    return {
+        "successes": sum(result.success for result in results),
+        "episodes": len(results),
+        "goals": len({result.goal_index for result in results}),
+        "mean_return": float(np.mean([result.total_reward for result in results])) if results else None,
+        "mean_steps_to_success": float(np.mean(steps)) if steps else None,
+    }
+
+
+def evaluation_json(stage: int, settings: EvaluationSettings, tasks: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What an ``evaluation.json`` holds, from the `task_record` of every task; `stage` is 0 for a teacher."""
+    return {"stage": stage, "episodes_per_task": settings.episodes, "seed": settings.seed, "tasks": dict(tasks)}
 
 
 def evaluate_policy(
@@ -51,22 +76,16 @@ def evaluate_policy(
     for an unknown task.
     """
     chosen = sorted(set(range(episodes) if indices is None else (int(index) for index in indices)))
-    if num_envs is None:
-        num_envs = min(max(1, episodes), MOST_ROWS)
+    num_envs = min(max(1, episodes), MOST_ROWS) if num_envs is None else num_envs
     if num_envs < 1 or episodes < 0:
         raise ValueError(f"num_envs must be at least 1 and episodes at least 0, got {num_envs} and {episodes}")
     if chosen and not 0 <= chosen[0] <= chosen[-1] < episodes:
         raise ValueError(f"episode numbers must lie in 0..{episodes - 1}, got {chosen[0]}..{chosen[-1]}")
-    waves: dict[int, list[int]] = {}
-    for episode in chosen:
-        waves.setdefault(episode // num_envs, []).append(episode)
+    waves = [np.array(list(wave)) for _, wave in groupby(chosen, lambda episode: episode // num_envs)]
     if not waves:
         return []
-    results: list[EpisodeResult] = []
-    with closing(make_batch(task_id, max(map(len, waves.values())), seed)) as envs:
-        for numbers in waves.values():
-            results += _play(policy, task_id, envs, np.array(numbers), num_envs)
-    return results
+    with closing(make_batch(task_id, max(map(len, waves)), seed)) as envs:
+        return [result for wave in waves for result in _play(policy, task_id, envs, wave, num_envs)]
 
 
 def _play(policy: Policy, task_id: str, envs: BatchEnv, episodes: np.ndarray, rows: int) -> list[EpisodeResult]:
@@ -95,14 +114,8 @@ def _play(policy: Policy, task_id: str, envs: BatchEnv, episodes: np.ndarray, ro
         success |= running & np.asarray(info["success"], dtype=bool)
         running &= ~(success | terminated | truncated)
         envs.halt(~running)
+    played = zip(*(column[:count].tolist() for column in (episodes, goals, success, total, length)), strict=True)
     return [
-        EpisodeResult(
-            episode=int(episodes[i]),
-            goal_index=int(goals[i]),
-            success=bool(success[i]),
-            total_reward=float(total[i]),
-            steps_to_success=int(length[i]) if success[i] else None,
-            length=int(length[i]),
-        )
-        for i in range(count)
+        EpisodeResult(episode, goal, won, reward, steps if won else None, steps)
+        for episode, goal, won, reward, steps in played
     ]

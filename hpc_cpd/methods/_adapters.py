@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,44 +14,29 @@ from hpc_cpd.student.moe.gate import Gate, seeded_generator
 from hpc_cpd.student.network import Student
 
 _UP, _DOWN = "_up", "_down"
+_FLAGS = ("allreduce", "group_name")  # what DeepSpeed knows an expert's parameters by (see moe/deepspeed.py)
 
 
+@dataclass(frozen=True)
 class Adapters:
-    """The low-rank adapters of every stage after the first: float32 [out, r] and [r, in], r = min(rank, out, in)."""
+    """The low-rank adapters of every stage after the first, as a student folder holds them.
 
-    def __init__(self, by_stage: Mapping[int, Mapping[str, Tensor]]) -> None:
-        """`by_stage`: for each stage its up and down matrices, by canonical name."""
-        self.by_stage = {stage: dict(adapters) for stage, adapters in by_stage.items()}
+    `tensors`: ``STAGE/WEIGHT_up`` float32 [out, r] and ``STAGE/WEIGHT_down`` [r, in], r = min(rank, out, in).
+    """
 
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Adapters:
-        """What `tensors` gave."""
-        by_stage: dict[int, dict[str, Tensor]] = {}
-        for key, tensor in tensors.items():
-            stage, name = key.split("/")
-            by_stage.setdefault(int(stage), {})[name] = tensor
-        return Adapters(by_stage)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As a student folder holds them."""
-        return {f"{stage}/{name}": t for stage, part in self.by_stage.items() for name, t in part.items()}
+    tensors: Mapping[str, Tensor]
 
     def state_of_stage(self, state: Mapping[str, Tensor], stage: int) -> dict[str, Tensor]:
         """The canonical state that a task of `stage` (from 1) acts with; `state` is that of stage 1.
 
         A stage that has no adapters, because it has not learnt yet, acts as stage 1 does.
         """
-        acting, adapters = dict(state), self.by_stage.get(stage, {})
-        for name, up in adapters.items():
-            if name.endswith(_UP):
-                weight = name.removesuffix(_UP)
-                acting[weight] = state[weight] + up @ adapters[weight + _DOWN]
+        acting = dict(state)
+        for name, weight in state.items():
+            key = f"{stage}/{name}"
+            if key + _UP in self.tensors:
+                acting[name] = weight + self.tensors[key + _UP] @ self.tensors[key + _DOWN]
         return acting
-
-
-def is_adapter(name: str) -> bool:
-    """Whether the parameter `name` of a student with adapters is part of one."""
-    return name.endswith((_UP, _DOWN))
 
 
 def add_adapters(student: Student, rank: int, seed: int, stage: int) -> None:
@@ -99,9 +85,6 @@ def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank
     down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=seeded_generator(seed, 4, stage, purpose))
     for suffix, values in ((_UP, torch.zeros(outputs, rank)), (_DOWN, down)):
         parameter = nn.Parameter(values.to(weight))
-        # what DeepSpeed knows an expert's parameters by (see moe/deepspeed.py)
-        for flag in ("allreduce", "group_name"):
-            if hasattr(weight, flag):
-                setattr(parameter, flag, getattr(weight, flag))
+        vars(parameter).update({flag: value for flag, value in vars(weight).items() if flag in _FLAGS})
         module.register_parameter(name + suffix, parameter)
     module.__class__ = kind  # in place: whoever holds the layer goes on holding it

@@ -32,19 +32,20 @@ def output_sensitivity(student: Student, samples: Samples) -> dict[str, Tensor]:
     """Importance of Memory Aware Synapses (arXiv 1711.09601): mean over samples of |d (squared norm of the action) /
     d parameter|. float32, shaped like the parameters.
     """
-    return _mean_over_samples(
-        student,
-        samples,
-        lambda action: action.square().sum(dim=0, keepdim=True),
-        lambda total, row: total.add_(row.abs()),
-    )
+
+    def squared_norm(action: Tensor) -> Tensor:
+        return action.square().sum(dim=0, keepdim=True)
+
+    return _mean_over_samples(student, samples, squared_norm, lambda total, row: total.add_(row.abs()))
+
+
+def all_alike(student: Student, samples: Samples) -> dict[str, Tensor]:
+    """One for every entry of every parameter, whatever the samples are."""
+    return {name: torch.ones_like(parameter) for name, parameter in student.named_parameters()}
 
 
 def _mean_over_samples(
-    student: Student,
-    samples: Samples,
-    of: Callable[[Tensor], Tensor],
-    add: Callable[[Tensor, Tensor], Tensor],
+    student: Student, samples: Samples, of: Callable[[Tensor], Tensor], add: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Tensor]:
     """`add` takes in the gradient of each number of `of`(action [act]) at each sample; divided by the samples' number.
 
@@ -59,13 +60,10 @@ def _mean_over_samples(
     gradients = vmap(jacrev(answer), in_dims=(None, 0, 0, 0))
     totals = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     count = len(samples[0])
-    each = student.shape.action_size * sum(parameter.numel() for parameter in parameters.values())
-    at_once = max(1, NUMBERS_AT_ONCE // each)
+    at_once = max(1, NUMBERS_AT_ONCE // (student.shape.action_size * sum(p.numel() for p in parameters.values())))
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels know no batch of gradients and would be called one by one
         for first in range(0, count, at_once):
-            found = gradients(parameters, *(part[first : first + at_once] for part in samples))
-            for name, rows in found.items():
+            for name, rows in gradients(parameters, *(part[first : first + at_once] for part in samples)).items():
                 for row in rows.flatten(0, 1):
                     add(totals[name], row)
-            del found
     return {name: total / max(1, count) for name, total in totals.items()}

@@ -31,22 +31,29 @@ class QuadraticMethod(Method):
     """Fine-tuning under a quadratic penalty. Keys of `importance` and `anchor` are canonical parameter names."""
 
     Settings: ClassVar[type[MethodSettings]] = QuadraticSettings
+    measured_by: ClassVar[str]
+    """The function of `_importance` that finds out what is important."""
+    decay: float = 1.0
+    """What a stage leaves of the importance before it."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.importance: dict[str, Tensor] = {}
-        self.anchor: dict[str, Tensor] = {}
-        self._on_device: dict[str, tuple[Tensor, Tensor]] = {}
+        self._on_device: dict[str, tuple[Tensor, Tensor]]
+        self.load_state_dict({})
 
     def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
         """The importance of every parameter of `student`, which holds all its experts; shaped like the parameters."""
-        raise NotImplementedError  # abstract: every regulariser measures another importance
+        from hpc_cpd.methods import _importance
 
-    def carried_on(
-        self, name: str, importance: Tensor, reached: Tensor
-    ) -> tuple[Tensor, Tensor]:  # from the second stage on
-        """(importance, anchor) of parameter `name` for the next stage, from those measured and reached now."""
-        return importance, reached
+        found: dict[str, Tensor] = getattr(_importance, self.measured_by)(student, samples)
+        return found
+
+    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
+        """(importance, anchor) of parameter `name` for the next stage, from those measured and reached now.
+
+        From the second stage on.
+        """
+        return self.decay * self.importance[name] + importance, reached
 
     def extra_loss(self, student: Student, batch: Any, gate: Tensor, share: float) -> Tensor | None:
         """Half the quadratic, scaled so that the mean over ranks of its gradient is the gradient of the whole."""
@@ -82,21 +89,15 @@ class QuadraticMethod(Method):
         for mean in found.values():
             torch.distributed.all_reduce(mean)
         first = not self.importance
-        carried = {
-            name: (mean, state[name]) if first else self.carried_on(name, mean, state[name])
-            for name, mean in found.items()
-        }
-        self.importance = {name: importance for name, (importance, _) in carried.items()}
-        self.anchor = {name: anchor for name, (_, anchor) in carried.items()}
+        for name, mean in found.items():
+            carried = (mean, state[name]) if first else self.carried_on(name, mean, state[name])
+            self.importance[name], self.anchor[name] = carried
         self._on_device = {}
         return state
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {
-            f"{word}/{name}": tensor
-            for word, tensors in (("importance", self.importance), ("anchor", self.anchor))
-            for name, tensor in tensors.items()
-        }
+        importance = {f"importance/{name}": tensor for name, tensor in self.importance.items()}
+        return importance | {f"anchor/{name}": tensor for name, tensor in self.anchor.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         self.importance, self.anchor = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -15,26 +15,21 @@ if TYPE_CHECKING:
 
     from hpc_cpd.trajectories.store import TrajectoryStore
 
-SELECTION = Choice("selections", "dpp")
+Selection = Annotated[PluginSettings, Choice("selections", "dpp")]
+BUDGET = "share of each task's steps that is kept, in whole episodes, one at least"
 
 
 class MemorySettings(Settings):
     """The replay memory."""
 
-    budget_fraction: float = Field(
-        0.05, gt=0, le=1, description="share of each task's steps that is kept, in whole episodes, one at least"
-    )
-    selection: Annotated[PluginSettings, SELECTION] = Field(
-        default_factory=SELECTION.defaults, description="which episodes are kept"
-    )
+    budget_fraction: float = Field(0.05, gt=0, le=1, description=BUDGET)
+    selection: Selection = Field("dpp", validate_default=True, description="which episodes are kept")
 
 
 class UniformMemorySettings(MemorySettings):
     """The replay memory of the baselines, chosen at random."""
 
-    selection: Annotated[PluginSettings, SELECTION] = Field(
-        default_factory=lambda: SELECTION.resolve("uniform"), description="which episodes are kept"
-    )
+    selection: Selection = Field("uniform", validate_default=True, description="which episodes are kept")
 
 
 class ReplaySettings(MethodSettings):
@@ -57,6 +52,14 @@ class ReplayMethod(Method):
     keeps_memory = True
     needs_new_and_old: ClassVar[bool] = False
     """Whether a batch of a later stage without new rows, or without remembered ones, makes no sense."""
+    asks_past_student: ClassVar[bool] = False
+    """Whether remembered steps ask for what the student before the stage did, not for the teachers' answers."""
+
+    @property
+    def self_distillation(self) -> tuple[float, float]:
+        """Of the rows about old tasks, the share that asks the past student at other observations than remembered ones;
+        of these, the share between two remembered states."""
+        return 0.0, 0.0
 
     def open_memory(self, stage: Stage) -> TrajectoryStore | None:
         from hpc_cpd.trajectories.memory import open_memory
@@ -68,37 +71,24 @@ class ReplayMethod(Method):
         from hpc_cpd.trajectories.memory import select_memory, write_memory
 
         memory: MemorySettings = self.settings.memory
+        budget, selection, seed = memory.budget_fraction, memory.selection, self.config.seed
         chosen = [
-            select_memory(
-                new,
-                task,
-                errors[new.task_episodes(task)],
-                memory.budget_fraction,
-                memory.selection,
-                self.config.seed,
-            )
-            for task in new.task_ids
+            select_memory(new, task, errors[new.task_episodes(task)], budget, selection, seed) for task in new.task_ids
         ]
-        facts: dict[str, Any] = {"stage": stage.number, "selection": memory.selection.model_dump()}
-        write_memory(stage.run.stage(stage.number) / "memory", chosen, **facts, budget_fraction=memory.budget_fraction)
+        facts = {"stage": stage.number, "selection": selection.model_dump(), "budget_fraction": budget}
+        write_memory(stage.run.stage(stage.number) / "memory", chosen, **facts)
 
     def rows(self, data: StageData, batch_size: int) -> list[Rows]:
-        rows = self.replay_rows(data, batch_size)
-        if self.needs_new_and_old and data.past is not None:
-            from hpc_cpd.methods._rows import counts
-
-            new, remembered = counts(rows)
-            if not new or not remembered:
-                raise UserError(
-                    f"stage {self.stage.number}: method {self.settings.name} needs new rows and remembered rows in "
-                    f"every batch, but of {batch_size} rows {new} are new and {remembered} are remembered; begin "
-                    "another run with a larger method.memory.budget_fraction, another method.replay_fraction or a "
-                    "larger distill.batch_size"
-                )
-        return rows
-
-    def replay_rows(self, data: StageData, batch_size: int) -> list[Rows]:
-        """The sources of the rows; a method overrides it to ask for more than remembered steps."""
         from hpc_cpd.methods._rows import with_replay
 
-        return with_replay(data, batch_size, self.settings.replay_fraction)
+        shares = self.settings.replay_fraction, *self.self_distillation
+        rows = with_replay(data, batch_size, *shares, self.asks_past_student)
+        new = sum(row.count for row in rows if row.of_new_tasks)
+        if self.needs_new_and_old and data.past is not None and not 0 < new < batch_size:
+            raise UserError(
+                f"stage {self.stage.number}: method {self.settings.name} needs new rows and remembered rows in every "
+                f"batch, but of {batch_size} rows {new} are new and {batch_size - new} are remembered; begin another "
+                "run with a larger method.memory.budget_fraction, another method.replay_fraction or a larger "
+                "distill.batch_size"
+            )
+        return rows

@@ -5,7 +5,7 @@ Every rank draws the rows of all ranks and reads only its own, so a batch does n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,18 +13,19 @@ from hpc_cpd.methods.base import Drawn, Rows, StageData
 from hpc_cpd.trajectories.store import TrajectoryStore
 
 
-class _RowsOfStore:
-    """Rows of one store, tasks drawn evenly or by their shares."""
+@dataclass
+class StoreRows:
+    """Steps of `store`, tasks drawn evenly or by their shares, with the teachers' answers or the past student's."""
 
-    of_new_tasks = False
-    asks_past_student = False
+    data: StageData
+    store: TrajectoryStore
+    count: int
+    of_new_tasks: bool = False
+    asks_past_student: bool = False
 
-    def __init__(self, data: StageData, store: TrajectoryStore, count: int) -> None:
-        self.data = data
-        self.store = store
-        self.count = count
-        self.shares = data.shares(store)
-        self.vectors = np.stack([data.task_vectors[task] for task in store.task_ids])
+    def __post_init__(self) -> None:
+        self.shares = self.data.shares(self.store)
+        self.vectors = np.stack([self.data.task_vectors[task] for task in self.store.task_ids])
 
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Drawn:
         return self._read(self._steps(rng)[rank::world_size])
@@ -39,45 +40,21 @@ class _RowsOfStore:
         return Drawn(windows["observations"], windows[self.data.target], windows["valid"], told, (self.store, steps))
 
 
-class NewRows(_RowsOfStore):
-    """Steps of the new tasks, for which the teachers' answers are known."""
-
-    of_new_tasks = True
-
-    def __init__(self, data: StageData, count: int) -> None:
-        super().__init__(data, data.new, count)
-
-
-class MemoryRows(_RowsOfStore):
-    """Remembered steps of old tasks, with the teacher's answer or that of the student before the stage."""
-
-    def __init__(self, data: StageData, memory: TrajectoryStore, count: int, asks_past_student: bool = False) -> None:
-        super().__init__(data, memory, count)
-        self.asks_past_student = asks_past_student
-
-
-class SelfDistillationRows(_RowsOfStore):
+class SelfDistillationRows(StoreRows):
     """New observations under the vector of an old task: what the past student would do there (arXiv 1606.09282)."""
 
-    asks_past_student = True
-
-    def __init__(self, data: StageData, old_vectors: np.ndarray, count: int) -> None:
-        super().__init__(data, data.new, count)
-        self.old_vectors = old_vectors
-
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Drawn:
-        drawn = super().draw(rng, rank, world_size)
-        told = rng.integers(len(self.old_vectors), size=self.count)[rank::world_size]
-        return drawn._replace(task_vectors=self.old_vectors[told])
+        assert self.data.past is not None
+        drawn, old_vectors = super().draw(rng, rank, world_size), np.stack(list(self.data.past.task_vectors.values()))
+        told = rng.integers(len(old_vectors), size=self.count)[rank::world_size]
+        return drawn._replace(task_vectors=old_vectors[told])
 
 
-class InterpolatedRows(_RowsOfStore):
+class InterpolatedRows(StoreRows):
     """Mixtures of two remembered histories of one task, as far on in their episodes: there the goals lie between.
 
     A memory of ten episodes knows ten goals of a task, but the past student knows what to do at those in between.
     """
-
-    asks_past_student = True
 
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Drawn:
         one = self._steps(rng)
@@ -89,33 +66,23 @@ class InterpolatedRows(_RowsOfStore):
 
 
 def with_replay(
-    data: StageData,
-    batch_size: int,
-    replay_fraction: float,
-    self_distillation_fraction: float = 0.0,
-    interpolation_fraction: float = 0.0,
-    asks_past_student: bool = False,
+    data: StageData, batch_size: int, replayed: float, distilled: float, between: float, asks_past_student: bool
 ) -> list[Rows]:
-    """New rows, and `replay_fraction` of the batch about old tasks, where anything is remembered.
+    """New rows, and the share `replayed` of the batch about old tasks, where anything is remembered.
 
-    Of the latter, `self_distillation_fraction` ask the student before this stage: at new observations under an old
-    task's vector and, `interpolation_fraction` of them, between two remembered states. The others are remembered steps,
-    which with `asks_past_student` ask it too (behavioural cloning of ClonEx-SAC, arXiv 2209.13900).
+    Of the latter, the share `distilled` asks the student before this stage: at new observations under an old task's
+    vector and, `between` of them, between two remembered states. The others are remembered steps, which with
+    `asks_past_student` ask it too (behavioural cloning of ClonEx-SAC, arXiv 2209.13900).
     """
     memory, past = data.memory, data.past
-    replayed = round(batch_size * replay_fraction) if memory is not None else 0
-    distilled = round(replayed * self_distillation_fraction) if past is not None else 0
-    between = round(distilled * interpolation_fraction)
-    rows: list[Rows] = [NewRows(data, batch_size - replayed)]
+    old = round(batch_size * replayed) if memory is not None else 0
+    asked = round(old * distilled) if past is not None else 0
+    mixed = round(asked * between)
+    rows: list[Rows] = [StoreRows(data, data.new, batch_size - old, of_new_tasks=True)]
     if memory is not None:
-        rows.append(MemoryRows(data, memory, replayed - distilled, asks_past_student and past is not None))
+        asks = asks_past_student and past is not None
+        rows.append(StoreRows(data, memory, old - asked, asks_past_student=asks))
         if past is not None:
-            rows.append(SelfDistillationRows(data, np.stack(list(past.task_vectors.values())), distilled - between))
-            rows.append(InterpolatedRows(data, memory, between))
+            rows.append(SelfDistillationRows(data, data.new, asked - mixed, asks_past_student=True))
+            rows.append(InterpolatedRows(data, memory, mixed, asks_past_student=True))
     return [row for row in rows if row.count]
-
-
-def counts(rows: Sequence[Rows]) -> tuple[int, int]:
-    """(rows of new tasks, remembered rows) in every batch."""
-    new = sum(row.count for row in rows if row.of_new_tasks)
-    return new, sum(row.count for row in rows if isinstance(row, MemoryRows))

@@ -49,24 +49,23 @@ class AGEM(ReplayMethod):
         if reference is None:
             return
         learning = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        gradients = [parameter.grad for parameter in learning]
         world_size = torch.distributed.get_world_size()
         sums = torch.zeros(2, dtype=torch.float64, device=reference[0].device)
-        for parameter, gradient, other in zip(learning, gradients, reference, strict=True):
+        for parameter, other in zip(learning, reference, strict=True):
             # what all ranks hold is counted on each of them, an expert on world / expert-parallel-size of them
             copies = world_size if getattr(parameter, "allreduce", True) else world_size // student.expert_parallel_size
             right = other.double().flatten()
-            if gradient is not None:
-                sums[0] += torch.dot(gradient.double().flatten(), right) / copies
+            if parameter.grad is not None:
+                sums[0] += torch.dot(parameter.grad.double().flatten(), right) / copies
             sums[1] += torch.dot(right, right) / copies
         torch.distributed.all_reduce(sums)
         product, square = sums.tolist()
         if not math.isfinite(square):
             raise FloatingPointError(f"the squared norm of the replay memory's gradient is {square}")
         if product < 0.0:
-            for gradient, other in zip(gradients, reference, strict=True):
-                if gradient is not None:
-                    gradient.sub_(other, alpha=product / square)
+            for parameter, other in zip(learning, reference, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.sub_(other, alpha=product / square)
 
 
 plugin = AGEM

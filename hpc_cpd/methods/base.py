@@ -205,9 +205,9 @@ class Method:
 
     def rows(self, data: StageData, batch_size: int) -> list[Rows]:
         """The sources of the rows of every batch, `batch_size` rows together. Raises UserError if it cannot be."""
-        from hpc_cpd.methods._rows import NewRows
+        from hpc_cpd.methods._rows import StoreRows
 
-        return [NewRows(data, batch_size)]
+        return [StoreRows(data, data.new, batch_size, of_new_tasks=True)]
 
     # ---- in each step
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from hpc_cpd.methods._replay import ReplayMethod, UniformReplaySettings
-from hpc_cpd.methods.base import Rows, StageData
 
 
 class ClonExSettings(UniformReplaySettings):
@@ -19,11 +18,7 @@ class ClonEx(ReplayMethod):
 
     Settings = ClonExSettings
     needs_new_and_old = True
-
-    def replay_rows(self, data: StageData, batch_size: int) -> list[Rows]:
-        from hpc_cpd.methods._rows import with_replay
-
-        return with_replay(data, batch_size, self.settings.replay_fraction, asks_past_student=True)
+    asks_past_student = True
 
 
 plugin = ClonEx

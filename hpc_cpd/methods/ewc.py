@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
-from hpc_cpd.methods.base import Samples
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from hpc_cpd.student.network import Student
 
 
 class EWCSettings(QuadraticSettings):
@@ -23,11 +20,7 @@ class EWC(QuadraticMethod):
     """Fisher information of the actions; the quadratics of all stages are added up."""
 
     Settings = EWCSettings
-
-    def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
-        from hpc_cpd.methods._importance import fisher_diagonal
-
-        return fisher_diagonal(student, samples)
+    measured_by = "fisher_diagonal"
 
     def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
         """The sum of two quadratics has the summed weights and the weighted mean of the anchors."""

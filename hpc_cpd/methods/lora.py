@@ -33,13 +33,12 @@ class LoRA(Method):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self._before: dict[str, Tensor] = {}  # the adapters of earlier stages
-        self._own: dict[str, Tensor] = {}  # those of this stage, once it has ended
+        self._kept: dict[str, Tensor] = {}  # ``STAGE/PARAMETER_up`` and ``_down`` of every stage that has ended
 
     def adapt(self, student: Student, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         if self.stage.number == 1:
             return state
-        from hpc_cpd.methods._adapters import add_adapters, is_adapter
+        from hpc_cpd.methods._adapters import add_adapters
 
         add_adapters(student, self.settings.rank, self.config.seed, self.stage.number)
         return {name: t.clone() for name, t in student.state_dict().items() if is_adapter(name)} | dict(state)
@@ -47,8 +46,6 @@ class LoRA(Method):
     def freeze(self, student: Student, phase: Phase, new_experts: Sequence[int]) -> Mapping[str, Tensor]:
         if self.stage.number == 1:
             return super().freeze(student, phase, new_experts)
-        from hpc_cpd.methods._adapters import is_adapter
-
         for parameters in (student.shared_parameters(), student.gate_parameters(), student.expert_parameters()):
             for name, parameter in parameters:
                 parameter.requires_grad_(is_adapter(name))
@@ -59,24 +56,25 @@ class LoRA(Method):
     ) -> Mapping[str, Tensor]:
         if self.stage.number == 1:
             return state
-        from hpc_cpd.methods._adapters import is_adapter
-
-        self._own = {name: tensor for name, tensor in state.items() if is_adapter(name)}
-        return {name: tensor for name, tensor in state.items() if name not in self._own}
+        self._kept |= {f"{self.stage.number}/{name}": tensor for name, tensor in state.items() if is_adapter(name)}
+        return {name: tensor for name, tensor in state.items() if not is_adapter(name)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``STAGE/PARAMETER_up`` and ``STAGE/PARAMETER_down`` of every stage that has ended."""
-        own = {f"{self.stage.number}/{name}": tensor for name, tensor in self._own.items()}
-        return {**self._before, **own}
+        return self._kept
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        self._before = dict(tensors)
+        self._kept = dict(tensors)
 
     @staticmethod
     def acting(tensors: Mapping[str, Tensor]) -> Any:
         from hpc_cpd.methods._adapters import Adapters
 
-        return Adapters.from_tensors(tensors)
+        return Adapters(tensors)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter `name` of a student with adapters is part of one."""
+    return name.endswith(("_up", "_down"))
 
 
 plugin = LoRA

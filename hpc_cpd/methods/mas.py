@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
-from hpc_cpd.methods.base import Samples
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hpc_cpd.student.network import Student
 
 
 class MASSettings(QuadraticSettings):
@@ -26,14 +20,7 @@ class MAS(QuadraticMethod):
     """Sensitivity of the actions' squared norm; the importances of all stages are added up."""
 
     Settings = MASSettings
-
-    def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
-        from hpc_cpd.methods._importance import output_sensitivity
-
-        return output_sensitivity(student, samples)
-
-    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        return self.importance[name] + importance, reached
+    measured_by = "output_sensitivity"
 
 
 plugin = MAS

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from hpc_cpd.methods._quadratic import QuadraticMethod, QuadraticSettings
-from hpc_cpd.methods.base import Samples
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hpc_cpd.student.network import Student
 
 
 class OnlineEWCSettings(QuadraticSettings):
@@ -26,14 +20,11 @@ class OnlineEWC(QuadraticMethod):
     """Fisher information of the actions; that of earlier stages decays."""
 
     Settings = OnlineEWCSettings
+    measured_by = "fisher_diagonal"
 
-    def measure(self, student: Student, samples: Samples) -> dict[str, Tensor]:
-        from hpc_cpd.methods._importance import fisher_diagonal
-
-        return fisher_diagonal(student, samples)
-
-    def carried_on(self, name: str, importance: Tensor, reached: Tensor) -> tuple[Tensor, Tensor]:
-        return self.settings.decay * self.importance[name] + importance, reached
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.decay = self.settings.decay
 
 
 plugin = OnlineEWC

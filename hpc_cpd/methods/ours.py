@@ -13,13 +13,15 @@ from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.methods._replay import ReplayMethod, ReplaySettings
-from hpc_cpd.methods.base import Phase, Rows, Stage, StageData
+from hpc_cpd.methods.base import Phase, Stage
 from hpc_cpd.settings import Settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from hpc_cpd.student.network import Student
+
+WITHOUT_GROWTH = "null: the experts of stage 1 serve every later stage"
 
 
 class GrowthSettings(Settings):
@@ -58,9 +60,7 @@ class OurSettings(ReplaySettings):
 
     name: Literal["ours"] = "ours"
     experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
-    growth: GrowthSettings | None = Field(
-        GrowthSettings(), description="null: the experts of stage 1 serve every later stage"
-    )
+    growth: GrowthSettings | None = Field(GrowthSettings(), description=WITHOUT_GROWTH)
     freeze_shared_layers: bool = Field(True, description="false: shared layers go on learning after stage 1")
     self_distillation: SelfDistillationSettings | None = Field(SelfDistillationSettings(), description="null: none")
     dagger: DaggerSettings | None = Field(None, description="null: no third phase")
@@ -109,12 +109,10 @@ class Ours(ReplayMethod):
             phases.append(Phase(3, dagger.steps, shared, False, old, dagger_episodes=dagger.episodes))
         return phases
 
-    def replay_rows(self, data: StageData, batch_size: int) -> list[Rows]:
-        from hpc_cpd.methods._rows import with_replay
-
+    @property
+    def self_distillation(self) -> tuple[float, float]:
         own = self.settings.self_distillation
-        fractions = (own.fraction, own.interpolation_fraction) if own else (0.0, 0.0)
-        return with_replay(data, batch_size, self.settings.replay_fraction, *fractions)
+        return (own.fraction, own.interpolation_fraction) if own else (0.0, 0.0)
 
     def extra_loss(self, student: Student, batch: Any, gate: Tensor, share: float) -> Tensor | None:
         """A hard gate learns from the error of the expert that it picked alone, and where a new expert has learnt to

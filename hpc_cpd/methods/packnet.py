@@ -8,6 +8,7 @@ share. Vectors (biases, layer norms, gate biases) belong to stage 1. The student
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from hpc_cpd.errors import UserError
@@ -27,12 +28,14 @@ class PackNetSettings(MethodSettings):
     name: Literal["packnet"] = "packnet"
 
 
+@dataclass(frozen=True)
 class PackNetMasks:
-    """The stage that owns each entry of each matrix."""
+    """The stage that owns each entry of each matrix: uint8 by canonical name, the shape of the matrix; 0: still free.
 
-    def __init__(self, owners: Mapping[str, Tensor]) -> None:
-        """`owners`: uint8 by canonical name, the shape of the matrix; 0: still free."""
-        self.owners = dict(owners)
+    Empty until a student is there.
+    """
+
+    owners: Mapping[str, Tensor]
 
     @staticmethod
     def of_nobody(state: Mapping[str, Tensor]) -> PackNetMasks:
@@ -45,10 +48,9 @@ class PackNetMasks:
         """The canonical state that a task of `stage` (from 1) acts with; `state` is that of the newest stage."""
         import torch
 
-        acting = dict(state)
-        for name, owner in self.owners.items():
-            acting[name] = torch.where((owner >= 1) & (owner <= stage), state[name], 0.0)
-        return acting
+        return dict(state) | {
+            name: torch.where((owner >= 1) & (owner <= stage), state[name], 0.0) for name, owner in self.owners.items()
+        }
 
     def pruned(self, state: Mapping[str, Tensor], stage: int, stages: int) -> tuple[PackNetMasks, dict[str, Tensor]]:
         """Give `stage` (from 1, of `stages`) its share of what is free; (the masks then, the state then).
@@ -79,7 +81,7 @@ class PackNet(Method):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.masks: PackNetMasks | None = None  # None: every matrix is free
+        self.masks = PackNetMasks({})
 
     def check(self, stages: int) -> None:
         if self.config.distill.phase1_steps == 0:
@@ -94,7 +96,7 @@ class PackNet(Method):
             )
 
     def adapt(self, student: Student, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        if self.masks is None:
+        if not self.masks.owners:
             self.masks = PackNetMasks.of_nobody(state)
         return state
 
@@ -102,24 +104,20 @@ class PackNet(Method):
         for parameters in (student.shared_parameters(), student.gate_parameters(), student.expert_parameters()):
             for _, parameter in parameters:
                 parameter.requires_grad_(self.stage.number == 1 or parameter.dim() > 1)
-        assert self.masks is not None
-        if phase.number == 1:
-            return {name: owner > 0 for name, owner in self.masks.owners.items()}
-        return {name: owner != self.stage.number for name, owner in self.masks.owners.items()}
+        owned = self.masks.owners.items()
+        return {name: owner > 0 if phase.number == 1 else owner != self.stage.number for name, owner in owned}
 
     def end_phase(self, phase: Phase, student: Student, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        if phase.number != 1:
-            return state
-        assert self.masks is not None
-        self.masks, state = self.masks.pruned(state, self.stage.number, len(self.stage.plan))
-        student.load_canonical(state)
+        if phase.number == 1:
+            self.masks, state = self.masks.pruned(state, self.stage.number, len(self.stage.plan))
+            student.load_canonical(state)
         return state
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {} if self.masks is None else dict(self.masks.owners)
+        return dict(self.masks.owners)
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
-        self.masks = PackNetMasks(tensors) if tensors else None
+        self.masks = PackNetMasks(tensors)
 
     @staticmethod
     def acting(tensors: Mapping[str, Tensor]) -> Any:

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from hpc_cpd.methods._replay import MemorySettings
-from hpc_cpd.methods.ours import GrowthSettings, Ours, OurSettings, SelfDistillationSettings
+from hpc_cpd.methods._replay import BUDGET, MemorySettings
+from hpc_cpd.methods.ours import WITHOUT_GROWTH, GrowthSettings, Ours, OurSettings, SelfDistillationSettings
 
 
 class PaperGrowthSettings(GrowthSettings):
@@ -23,18 +23,14 @@ class PaperGrowthSettings(GrowthSettings):
 class PaperMemorySettings(MemorySettings):
     """Below 10% of the data."""
 
-    budget_fraction: float = Field(
-        0.095, gt=0, le=1, description="share of each task's steps that is kept, in whole episodes, one at least"
-    )
+    budget_fraction: float = Field(0.095, gt=0, le=1, description=BUDGET)
 
 
 class PaperSettings(OurSettings):
     """As ours, but phase 2 trains old experts too, 9.5% of the data are kept, and all replay asks the teachers."""
 
     name: Literal["paper"] = "paper"  # type: ignore[assignment]
-    growth: PaperGrowthSettings | None = Field(
-        PaperGrowthSettings(), description="null: the experts of stage 1 serve every later stage"
-    )
+    growth: PaperGrowthSettings | None = Field(PaperGrowthSettings(), description=WITHOUT_GROWTH)
     memory: PaperMemorySettings = PaperMemorySettings()
     self_distillation: SelfDistillationSettings | None = Field(None, description="null: none")
 

@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,6 @@ from hpc_cpd.run.publish import guards
 HEARTBEAT_SECONDS = 10.0
 STALE_SECONDS = 60.0
 # Every other duration follows from these two: a look every 1/20 heartbeat, and never fewer than 2.5 heartbeats of them.
-_LOOKS_PER_HEARTBEAT = 20
-_MIN_HEARTBEATS = 2.5
 
 _held: set[str] = set()  # tokens of this process: its own process id says nothing about them
 
@@ -42,6 +40,7 @@ class _Seen:
     owner: Mapping[str, Any]
 
 
+@dataclass(eq=False)
 class Lock:
     """One owner for one folder; the lock of an owner that is gone is taken over.
 
@@ -52,41 +51,32 @@ class Lock:
     That leaves the instant between the look and the rename, which no file system can close.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        what: str,
-        *,
-        wait_seconds: float = 0.0,
-        on_lost: Callable[[], object] | None = None,
-        stop: Callable[[], bool] | None = None,
-        also: Sequence[Path] = (),
-    ) -> None:
-        """`what` names the work in messages.
+    folder: Path
+    what: str
+    """The work, as messages name it."""
+    _: KW_ONLY
+    wait_seconds: float = 0.0
+    """How long to wait for an owner that is known to be alive."""
+    on_lost: Callable[[], object] = lambda: None
+    """Called once, in the heartbeat's thread, when the lock turns out to be another's."""
+    stop: Callable[[], bool] = lambda: False
+    """Ends the waiting with StopRequested when it becomes true."""
+    also: Sequence[Path] = ()
+    """Further folders that the lock speaks for."""
+    lost: bool = field(default=False, init=False)
 
-        `wait_seconds`: how long to wait for an owner that is known to be alive.
-        `on_lost`: called once, in the heartbeat's thread, when the lock turns out to be another's.
-        `stop`: ends the waiting with StopRequested when it becomes true.
-        `also`: further folders that the lock speaks for.
-        """
-        self.path = (folder / "lock.json").absolute()
-        self._gate = self.path.with_name(".lock.takeover")
-        self.what = what
+    def __post_init__(self) -> None:
+        self.path = (self.folder / "lock.json").absolute()
         self.token = secrets.token_hex(8)
-        self.lost = False
-        self._wait_seconds = wait_seconds
-        self._on_lost = on_lost
-        self._stop_waiting = stop
-        self._also = tuple(also)
-        self._covered: list[Path] = []
+        self._gate = self.path.with_name(".lock.takeover")
         self._announced = False
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._left = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
 
     def __enter__(self) -> Lock:
         """Raises UserError naming the owner when another live process holds the lock."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._covered = [Path(os.path.realpath(folder)) for folder in (self.path.parent, *self._also)]
+        self._covered = [Path(os.path.realpath(folder)) for folder in (self.path.parent, *self.also)]
         began = time.monotonic()
         _held.add(self.token)
         try:
@@ -96,14 +86,12 @@ class Lock:
             _held.discard(self.token)
             raise
         guards.append(self._check)
-        self._thread = threading.Thread(target=self._beat, name="lock heartbeat", daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._left.set()
+        self._thread.join()
         with suppress(ValueError):
             guards.remove(self._check)
         patience = time.monotonic() + HEARTBEAT_SECONDS / 10
@@ -141,9 +129,9 @@ class Lock:
         fenced = _outranks(this_job(), seen.owner)
         # Only a lower bound of the watching comes from clocks, so a wrong one costs time and never the owner.
         age = max(0.0, (now_ns - seen.mtime_ns) / 1e9)
-        shortest = _MIN_HEARTBEATS * HEARTBEAT_SECONDS
+        shortest = 2.5 * HEARTBEAT_SECONDS
         needed = max(STALE_SECONDS - age, shortest)
-        pause = HEARTBEAT_SECONDS / _LOOKS_PER_HEARTBEAT
+        pause = HEARTBEAT_SECONDS / 20
         quiet, blocked, looked, beaten = 0.0, 0.0, time.monotonic(), False
         while True:
             process = lives_here(seen.owner)
@@ -154,17 +142,17 @@ class Lock:
                 self._gate.unlink(missing_ok=True)  # whoever shut it is dead: it takes moments
                 blocked = 0.0
             waited = time.monotonic() - began
-            if not over and (process or beaten) and waited >= self._wait_seconds:
+            if not over and (process or beaten) and waited >= self.wait_seconds:
                 raise UserError(
                     f"{self.what} is being worked on by {_words(seen.owner)} ({self.path}); "
                     "wait for it, or stop it and try again"
                 )
-            if self._stop_waiting is not None and self._stop_waiting():
+            if self.stop():
                 raise StopRequested(f"{self.what} was not begun; {_words(seen.owner)} still holds {self.path}")
             if waited > HEARTBEAT_SECONDS / 10 and not self._announced:
                 self._announced = True
                 left = shortest - blocked if over else 0.0 if process else needed - quiet
-                limit = max(self._wait_seconds - waited, left)
+                limit = max(self.wait_seconds - waited, left)
                 text = f"waiting for {_words(seen.owner)}, which holds {self.path}, for at most {limit:.0f} s"
                 print(text, file=sys.stderr, flush=True)
             time.sleep(pause)
@@ -222,12 +210,11 @@ class Lock:
             raise LockLost(f"{self.what} was taken over by {_words(seen.owner)} ({self.path}); {consequence}")
 
     def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+        while not self._left.wait(HEARTBEAT_SECONDS):
             try:
                 self._hold("this process writes nothing there any more", touch=True)
             except LockLost:
-                if self._on_lost is not None:
-                    self._on_lost()
+                self.on_lost()
                 return
             except OSError:
                 continue  # the file server is away; it may come back
@@ -241,12 +228,9 @@ def _look(path: Path, touch: str | None = None) -> _Seen | None:
     """
     try:
         with open(path, "rb") as file:
-            try:
-                owner = json.loads(file.read())
-            except ValueError:
-                owner = {}
-            if not isinstance(owner, dict):
-                owner = {}
+            owner: dict[str, Any] = {}
+            with suppress(ValueError, TypeError):  # damaged
+                owner |= json.loads(file.read())
             if touch is not None and owner.get("token") == touch:
                 os.utime(file.fileno())  # no time given: the file server's own
             return _Seen(os.fstat(file.fileno()).st_mtime_ns, owner)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,7 @@ class MetricsLog:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a metrics file, in order; an absent file has none."""
-    lines = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            try:
-                lines.append(json.loads(text))
-            except ValueError:
-                break
+    lines: list[dict[str, Any]] = []
+    with suppress(FileNotFoundError, ValueError):
+        lines.extend(map(json.loads, path.read_text().splitlines()))  # up to the first that is cut short
     return lines

@@ -24,32 +24,12 @@ class Run:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-
-    @property
-    def config_file(self) -> Path:
-        return self.folder / "config.yaml"
-
-    @property
-    def provenance_file(self) -> Path:
-        return self.folder / "provenance.json"
-
-    @property
-    def report(self) -> Path:
-        return self.folder / "report"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    @property
-    def stop_file(self) -> Path:
-        """While it exists, every job of the run saves and leaves, and no other starts."""
-        return self.folder / "STOP"
-
-    @property
-    def save_file(self) -> Path:
-        """Whoever touches it makes every job of the run save at its next step."""
-        return self.folder / "SAVE"
+        self.config_file = self.folder / "config.yaml"
+        self.provenance_file = self.folder / "provenance.json"
+        self.report = self.folder / "report"
+        self.logs = self.folder / "logs"
+        self.stop_file = self.folder / "STOP"  # while it exists, every job saves and leaves, and no other starts
+        self.save_file = self.folder / "SAVE"  # whoever touches it makes every job save at its next step
 
     def teacher(self, task_id: str) -> Path:
         return self.folder / "teachers" / task_id
@@ -85,8 +65,7 @@ class Run:
         """
         old = self.config()
         stream = {"stream": config.stream if longer else old.stream}
-        changed = changed_keys(old.model_copy(update=stream), config)
-        if changed:
+        if changed := changed_keys(old.model_copy(update=stream), config):
             raise UserError(
                 f"{self.folder} was made with other settings: {'; '.join(changed)}. "
                 "Choose another --run, or take them back"

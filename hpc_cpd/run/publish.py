@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,8 @@ def ask_guards(target: Path) -> None:
         guard(target)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Make the bytes of `path` durable."""
+def _sync(path: Path) -> None:
+    """Make the bytes of a file durable, or the renames inside a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -61,7 +52,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    _sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -105,21 +96,15 @@ def publish_folder(temporary: Path, target: Path) -> None:
 
     Raises LockLost, leaving what was.
     """
-    for path in sorted(temporary.rglob("*")):
-        if path.is_file():
-            sync_file(path)
-        else:
-            sync_folder(path)
-    sync_folder(temporary)
+    for path in (*temporary.rglob("*"), temporary):
+        _sync(path)
     ask_guards(target)
-    if target.exists():
-        old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    with suppress(FileNotFoundError):
         os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.rename(temporary, target)
-    sync_folder(target.parent)
+    os.rename(temporary, target)
+    shutil.rmtree(old, ignore_errors=True)
+    _sync(target.parent)
 
 
 def mark_done(folder: Path, summary: Mapping[str, Any]) -> None:
@@ -136,13 +121,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_done(folder: Path) -> dict[str, Any]:
-    """What `mark_done` wrote. Raises UserError when the folder is not published."""
-    if not is_done(folder):
-        raise UserError(f"{folder} is not finished (it has no {DONE} file)")
-    summary = read_json(folder / DONE)
-    if not isinstance(summary, dict):
-        raise UserError(f"{folder / DONE} is damaged: expected a JSON object")
-    return summary

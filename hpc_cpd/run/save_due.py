@@ -8,24 +8,20 @@ from hpc_cpd.run.paths import Run
 
 
 class SaveDue:
-    """When to save: every so many seconds, and when somebody touches the run's file SAVE."""
-
-    LOOK_EVERY_SECONDS = 1.0
+    """When to save: every so many seconds, and when somebody touches the run's file SAVE, looked at every second."""
 
     def __init__(self, run: Run, every_seconds: float) -> None:
         self.every_seconds = every_seconds
         self._file = run.save_file
-        self._touched = self._touch()
-        self._saved_at = self._looked_at = time.monotonic()
+        self._looked_at = time.monotonic()
+        self.saved()
 
     def __call__(self) -> bool:
         now = time.monotonic()
-        if now - self._saved_at >= self.every_seconds:
-            return True
-        if now - self._looked_at < self.LOOK_EVERY_SECONDS:
+        if now - self._saved_at < self.every_seconds and now - self._looked_at < 1.0:
             return False
         self._looked_at = now
-        return self._touch() != self._touched
+        return now - self._saved_at >= self.every_seconds or self._touch() != self._touched
 
     def saved(self) -> None:
         """Begin to count anew."""

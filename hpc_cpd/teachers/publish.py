@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
-from hpc_cpd.evaluation.rollouts import evaluate_policy
+from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluate_policy, evaluation_json, task_record
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done, write_json
 from hpc_cpd.tasks.policy import Policy

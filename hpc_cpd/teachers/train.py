@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hpc_cpd import plugins
 from hpc_cpd.distributed.mpi import CheckpointBoundary
-from hpc_cpd.evaluation.episodes import task_record
+from hpc_cpd.evaluation.rollouts import task_record
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.metrics_log import MetricsLog
 from hpc_cpd.run.paths import Run

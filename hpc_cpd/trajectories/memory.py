@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd import plugins
-from hpc_cpd.run.publish import atomic_folder, is_done, load_done, mark_done, write_json
+from hpc_cpd.run.publish import DONE, atomic_folder, is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.selection.base import Candidates, trajectory_features
@@ -124,7 +124,7 @@ def open_memory(folders: Sequence[str | Path], in_memory_gigabytes: float | None
 
     Raises UserError like `open_trajectories`.
     """
-    if any(not is_done(Path(folder)) or load_done(Path(folder))["steps"] for folder in folders):
+    if any(not is_done(Path(folder)) or read_json(Path(folder) / DONE)["steps"] for folder in folders):
         return open_trajectories(folders, in_memory_gigabytes=in_memory_gigabytes)
     return None
 

@@ -130,7 +130,7 @@ def main() -> int:
         words = ["method=a_gem", "distill.load_balancing_coefficient=0", "distill.warmup_steps=0"]
         method = WatchedMethod(load_config(None, words))
         engine = Watched(student, method.config.distill, 1, method)
-        _step(engine, Phase(1, 1), 0, WholeBatches(case), method, "test")  # type: ignore[arg-type]
+        _step(engine, Phase(1, 1), 0, WholeBatches(case), "test")  # type: ignore[arg-type]
         after = gather_state(student)
         parts = {name: everywhere(tensors) for name, tensors in seen.items()}
         parts["update"] = {name: after[name] - before[name] for name in after}

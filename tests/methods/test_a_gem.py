@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hpc_cpd.config import load_config
-from hpc_cpd.distill.losses import action_mean_error
 from hpc_cpd.errors import UserError
+from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import method_of
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hpc_cpd.distill.finalize import _predictions
-from hpc_cpd.distill.losses import action_mean_error
+from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import Stage, method_of
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run

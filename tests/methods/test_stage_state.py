@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.methods._adapters import Adapters, add_adapters, is_adapter
+from hpc_cpd.methods._adapters import Adapters, add_adapters
+from hpc_cpd.methods.lora import is_adapter
 from hpc_cpd.methods.packnet import PackNetMasks
 from hpc_cpd.student.embeddings.one_hot import OneHotSettings
 from hpc_cpd.student.method_state import MethodState
@@ -37,6 +38,10 @@ def random_adapters(student: Student, rank: int = 2) -> dict[str, Tensor]:
             if name.endswith("_up"):
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(len(name)))
     return {name: tensor.clone() for name, tensor in student.state_dict().items() if is_adapter(name)}
+
+
+def of_stage_two(adapters: dict[str, Tensor]) -> Adapters:
+    return Adapters({f"2/{name}": tensor for name, tensor in adapters.items()})
 
 
 def publish(folder: Path, state: dict[str, Tensor], method_state: MethodState | None) -> None:
@@ -82,7 +87,7 @@ def test_a_student_with_new_adapters_does_what_it_did_and_with_learnt_ones_what_
         assert torch.equal(student(*inputs())[0], plain(*inputs())[0])
         student = new_student(top_k)
         learnt = random_adapters(student)
-        plain.load_canonical(Adapters({2: learnt}).state_of_stage(state, 2))
+        plain.load_canonical(of_stage_two(learnt).state_of_stage(state, 2))
         ours, theirs = student(*inputs()), plain(*inputs())
         assert not torch.allclose(ours[0], new_student(top_k)(*inputs())[0], atol=1e-2)
     torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-5)
@@ -117,10 +122,10 @@ def test_a_published_student_acts_with_the_weights_of_the_tasks_stage(tmp_path: 
         owners, after = PackNetMasks.of_nobody(state).pruned(state, 1, 3)
         refilled = {name: torch.where(after[name] == 0, state[name], after[name]) for name in state}
         acting, state = owners.pruned(refilled, 2, 3)
-        kept = acting.owners
+        kept = dict(acting.owners)
     else:
-        acting = Adapters({2: random_adapters(new_student())})
-        kept = acting.tensors()
+        acting = of_stage_two(random_adapters(new_student()))
+        kept = dict(acting.tensors)
     publish(tmp_path / "student", state, MethodState(method, kept))
     found = load_student_parts(tmp_path / "student").method_state
     assert found is not None and found.method == method and found.tensors.keys() == kept.keys()

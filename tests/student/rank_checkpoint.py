@@ -13,7 +13,7 @@ import torch
 from torch import distributed as dist
 
 from hpc_cpd.cluster.worker import leave
-from hpc_cpd.distill.optimizer_state import read_moments, write_moments
+from hpc_cpd.distill.engine import read_moments, write_moments
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint

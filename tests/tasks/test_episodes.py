@@ -1,6 +1,6 @@
 """The form of an evaluation on disk."""
 
-from hpc_cpd.evaluation.episodes import EpisodeResult, evaluation_json, task_record
+from hpc_cpd.evaluation.rollouts import EpisodeResult, evaluation_json, task_record
 from hpc_cpd.settings import EvaluationSettings
 
 
