@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,19 +34,29 @@ def generator(seed: int, task_id: str, purpose: str, *indices: int) -> np.random
 
 
 class TrainingEnvironments:
-    """`count` environments to learn a task in, whose goals depend on the seed and the number of the round."""
+    """`count` environments to learn a task in, whose goals depend on the seed and the number of the round.
 
-    def __init__(self, task_id: str, seed: int, count: int) -> None:
-        self.task_id, self.seed, self.count = task_id, seed, count
-        self._goal_set = -1
+    `purpose` keeps their goals apart from those of other work; they change every `rounds_per_goal_set` rounds.
+    """
+
+    def __init__(
+        self,
+        task_id: str,
+        seed: int,
+        count: int,
+        purpose: str = "goals",
+        rounds_per_goal_set: int = ROUNDS_PER_GOAL_SET,
+    ) -> None:
+        self.task_id, self.seed, self.count, self.purpose = task_id, seed, count, purpose
+        self.rounds_per_goal_set, self._goal_set = rounds_per_goal_set, -1
         self._envs: BatchEnv | None = None
 
     def of_round(self, number: int) -> BatchEnv:
         """The environments of round `number`. Reset them: what was played before must not matter."""
-        goal_set = number // ROUNDS_PER_GOAL_SET
+        goal_set = number // self.rounds_per_goal_set
         if self._envs is None or goal_set != self._goal_set:
             self.close()
-            goals = int(generator(self.seed, self.task_id, "goals", goal_set).integers(2**31))
+            goals = int(generator(self.seed, self.task_id, self.purpose, goal_set).integers(2**31))
             self._envs, self._goal_set = make_batch(self.task_id, self.count, goals), goal_set
         return self._envs
 
@@ -93,31 +104,28 @@ def play_block(
             one.reset(plan.task_id, BLOCK)
     lengths = np.zeros(BLOCK, np.int64)
     succeeded_at = np.full(BLOCK, -1)
-    seen, means, executed, rewards, success = [], [], [], [], []
+    steps: list[tuple[Any, ...]] = []
     for step in range(horizon):
         if not active.any():
             break
         mean = policy.act(observations)
         action = np.clip(mean + noise[step], -1.0, 1.0)
-        seen.append(observations)
-        means.append(mean if teacher is None else teacher.act(observations))
-        executed.append(action)
-        observations, reward, terminated, truncated, info = envs.step(action)
-        rewards.append(reward)
-        success.append(info["success"])
+        target = mean if teacher is None else teacher.act(observations)
+        following, reward, terminated, truncated, info = envs.step(action)
+        floats = (np.asarray(values, np.float32) for values in (observations, action, target, reward))
+        steps.append((*floats, info["success"]))
+        observations = following
         lengths += active
         succeeded_at[active & info["success"] & (succeeded_at < 0)] = step
         ended = terminated | truncated
         ended |= (succeeded_at >= 0) & (step - succeeded_at >= plan.steps_after_success)
         active &= ~ended
         envs.halt(~active)
+    names = ("observations", "actions", "teacher_mean", "rewards", "success")
+    columns: dict[str, Any] = dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
     return [
         Episode(
-            observations=np.array([rows[row] for rows in seen[: lengths[row]]], np.float32),
-            actions=np.array([rows[row] for rows in executed[: lengths[row]]], np.float32),
-            teacher_mean=np.array([rows[row] for rows in means[: lengths[row]]], np.float32),
-            rewards=np.array([rows[row] for rows in rewards[: lengths[row]]], np.float32),
-            success=np.array([rows[row] for rows in success[: lengths[row]]], np.bool_),
+            **{name: column[: lengths[row], row].copy() for name, column in columns.items()},
             final_observation=observations[row].copy(),  # it stood still there since its own end
             goal_index=int(goal_index[row]),
             index=number,

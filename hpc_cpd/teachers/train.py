@@ -23,7 +23,7 @@ from hpc_cpd.run.metrics_log import MetricsLog
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.teachers.algorithms.base import Learner, TeacherContext
-from hpc_cpd.teachers.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hpc_cpd.teachers.checkpoint import load_checkpoint, save_checkpoint
 from hpc_cpd.teachers.policy import save_teacher
 from hpc_cpd.teachers.publish import evaluate_on_all_ranks, publish_teacher
 from hpc_cpd.teachers.sources.train import TrainSettings
@@ -94,14 +94,16 @@ class _Training:
             self.communicator.broadcast(tensors.values())
             self.policy.set_tensors(tensors)
         else:
-            self.state = _State(**{name: found.state[name] for name in asdict(self.state)})
+            tensors, state = found
+            self.state = _State(**{name: state[name] for name in asdict(self.state)})
             self.saved = {"policy": {}, "learner": {}, "start": {}, "best": {}}
-            for name, tensor in found.tensors.items():
+            for name, tensor in tensors.items():
                 group, _, rest = name.partition("/")
                 self.saved[group][rest] = tensor
             self.policy.set_tensors(self.saved["policy"])
-            self.learner.load_state_dict(self.saved["learner"], found.state["learner"])
+            self.learner.load_state_dict(self.saved["learner"], state["learner"])
             self.best = self.saved["best"]
+            self._began -= self.state.seconds
             self._tell(f"goes on after step {self.state.step}")
         if self.communicator.rank == 0:
             self.log = MetricsLog(self.folder / "metrics.jsonl", self.state.step)
@@ -166,17 +168,17 @@ class _Training:
             "environment_version": self.context.task.environment_version,
             "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
         }
-        successes = publish_teacher(
+        publish_teacher(
             self.run,
             self.policy,
             self.context,
             lambda folder: save_teacher(folder, self.policy, provenance, teachers.algorithm.name),
+            "published",
+            self._began,
             environment_steps=self.state.environment_steps,
-            seconds=self._seconds,
             while_training=self.state.evaluations,
         )
         self.communicator.on_root(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
-        self._tell(f"published, success {successes} after {self._seconds():.0f} s", last=True)
 
     def _consider(self, goals: int = 1) -> None:
         """Evaluate the policy as it stands, and remember it if it is better than every one before."""
@@ -197,19 +199,13 @@ class _Training:
 
     def _tell(self, text: str, last: bool = False, loss: float | None = None) -> None:
         """Say `text`, and where the training is."""
-        state, work = self.state, self.pretraining
-        if state.started:
-            name = self.config.teachers.algorithm.name
-            self.progress.update(text, last, name, state.round, self.learner.rounds, loss)
-        else:
-            self.progress.update(text, last, "start", state.start_step, None if work is None else work.steps, loss)
+        state, steps = self.state, None if self.pretraining is None else self.pretraining.steps
+        improving = (self.config.teachers.algorithm.name, state.round, self.learner.rounds)
+        self.progress.update(text, last, *(improving if state.started else ("start", state.start_step, steps)), loss)
 
     def _log(self, **values: Any) -> None:
         if self.log is not None:
             self.log.append(self.state.step, environment_steps=self.state.environment_steps, **values)
-
-    def _seconds(self) -> float:
-        return self.state.seconds + time.monotonic() - self._began
 
     def _save(self) -> None:
         def write() -> None:
@@ -217,8 +213,8 @@ class _Training:
             start = {} if self.pretraining is None else self.pretraining.state_dict()
             groups = {"policy": self.policy.tensors(), "learner": learner, "start": start, "best": self.best}
             tensors = {f"{group}/{name}": x for group, named in groups.items() for name, x in named.items()}
-            state = {**asdict(self.state), "learner": plain, "seconds": self._seconds()}
-            save_checkpoint(self.folder / "checkpoints", self.state.step, Checkpoint(tensors, state))
+            state = {**asdict(self.state), "learner": plain, "seconds": time.monotonic() - self._began}
+            save_checkpoint(self.folder / "checkpoints", self.state.step, tensors, state)
 
         self.communicator.on_root(write)
 

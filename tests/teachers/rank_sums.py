@@ -35,7 +35,6 @@ def main(out: str, ranks: int) -> None:
         np.zeros_like(ended),
         ended,
         finals[columns],
-        len(mine),
         0,
         0.0,
     )

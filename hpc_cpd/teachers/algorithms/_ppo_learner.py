@@ -36,17 +36,11 @@ class PPOLearner:
         self.settings, self.hints = settings, hints
         self.seed, self.communicator = context.seed, context.communicator
         self.rounds = settings.iterations
+        sizes = flat_size(task.observation_space), flat_size(task.action_space), settings.hidden
+        weights = generator(self.seed, task.task_id, "weights")
         self.policy = TeacherPolicy(
-            task.task_id,
-            flat_size(task.observation_space),
-            flat_size(task.action_space),
-            settings.hidden,
-            hints.activation,
-            hints.initial_log_std,
-            generator(self.seed, task.task_id, "weights"),
-            hints.smallest_std,
+            task.task_id, *sizes, hints.activation, hints.initial_log_std, weights, smallest_std=hints.smallest_std
         )
-        self.learning_rate = settings.learning_rate
         actor = [*self.policy.actor.parameters(), self.policy.log_std]
         groups = [
             {"params": actor, "lr": hints.policy_learning_rate or settings.learning_rate},
@@ -63,33 +57,27 @@ class PPOLearner:
         return self._rollout(number)
 
     def update(self, number: int, experience: Rollout) -> RoundResult:
+        settings, both = self.settings, number >= self.hints.critic_only_rounds
         measured = update(
-            self.policy,
-            self.optimizer,
-            experience,
-            self.settings,
-            self.seed,
-            number,
-            self.communicator,
-            train_actor=number >= self.hints.critic_only_rounds,
+            self.policy, self.optimizer, experience, settings, self.seed, number, self.communicator, train_actor=both
         )
         if not self.hints.freeze_normaliser:
             update_normaliser(self.policy, experience.observations, self.communicator)
         if self.hints.desired_kl is not None:
-            self._set_learning_rate(
-                adapted_learning_rate(self.learning_rate, measured["kl_met"], self.hints.desired_kl)
-            )
-        mine = [experience.mean_return * len(self._numbers), experience.successes, experience.episodes]
+            learning_rate = self.optimizer.param_groups[-1]["lr"]
+            self._set_learning_rate(adapted_learning_rate(learning_rate, measured["kl_met"], self.hints.desired_kl))
+        mine = [experience.mean_return * len(self._numbers), experience.successes, experience.ended.sum()]
         sums = self.communicator.sum(np.array(mine, np.float64))
         measured |= {
-            "mean_return": float(sums[0] / self.settings.num_envs),
+            "mean_return": float(sums[0] / settings.num_envs),
             "success": float(sums[1] / sums[2]),
             "std": float(self.policy.log_std.detach().exp().mean()),
         }
-        return RoundResult(self.settings.num_envs * self.settings.rollout_steps, measured)
+        return RoundResult(settings.num_envs * settings.rollout_steps, measured)
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return adam_tensors(self.optimizer, self.policy), {"learning_rate": self.learning_rate}
+        learning_rate = self.optimizer.param_groups[-1]["lr"]
+        return adam_tensors(self.optimizer, self.policy), {"learning_rate": learning_rate}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         restore_adam(self.optimizer, self.policy, tensors)
@@ -106,6 +94,5 @@ class PPOLearner:
         return collect_rollout(envs, self.policy, self.settings, self.seed, draws, self._numbers.start, steps)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
-        self.learning_rate = learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
