@@ -23,7 +23,6 @@ from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, w
 SCHEMA_VERSION = 2
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
-_KEPT = 2
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -32,7 +31,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], stat
         write_bytes(temporary / TENSORS, save({name: x.detach().clone().contiguous() for name, x in tensors.items()}))
         digest = sha256(temporary / TENSORS)
         write_json(temporary / STATE, {"schema_version": SCHEMA_VERSION, "sha256": digest, **state})
-    for old in _checkpoints(folder)[:-_KEPT]:
+    for old in _checkpoints(folder)[:-2]:
         shutil.rmtree(old)
 
 

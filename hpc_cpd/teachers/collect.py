@@ -58,15 +58,9 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
         tell(f"recorded {kept}/{settings.episodes} episodes", step=kept)
         boundary(close)
 
-    kept, played = keep_successes(
-        settings.episodes,
-        settings.episodes * settings.max_attempts_factor,
-        settings.success_only,
-        lambda block: play_block(envs, policy, plan, block),
-        keep,
-        stored,
-        communicator,
-    )
+    wanted, play = settings.episodes, partial(play_block, envs, policy, plan)
+    limit = wanted * settings.max_attempts_factor
+    kept, played = keep_successes(wanted, limit, settings.success_only, play, keep, stored, communicator)
     if kept == 0:
         raise UserError(
             f"the teacher of {task_id} never succeeded in {played} episodes, so there is nothing to learn from; "
@@ -77,12 +71,12 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     communicator.any(False)  # every rank has closed its shards
 
     def publish() -> None:
-        counts = {"wanted": settings.episodes, "attempts": played, "complete": kept == settings.episodes}
+        counts = {"wanted": wanted, "attempts": played, "complete": kept == wanted}
         manifest = write_manifest(folder, teacher_sha256=teacher, seed=config.seed, **counts)
         mark_done(folder, {key: manifest[key] for key in ("episodes", "steps", "success", "attempts", "complete")})
 
     communicator.on_root(publish)
-    tell(f"published {kept} of {settings.episodes} episodes from {played} that were played", last=True, step=kept)
+    tell(f"published {kept} of {wanted} episodes from {played} that were played", last=True, step=kept)
 
 
 def _stored(run: Run, task_id: str, teacher: str, seed: int) -> set[int]:

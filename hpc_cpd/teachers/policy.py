@@ -28,9 +28,6 @@ SCHEMA_VERSIONS = (1, 2)
 WEIGHTS = "policy.safetensors"
 DESCRIPTION = "policy.json"
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
-_NORMALISED_LIMIT = 10.0
-SMALLEST_STD = 1e-3
-"""A coordinate that never moved must not be blown up by its rounding noise."""
 _DESCRIBED = ("observation_size", "action_size", "hidden", "activation", "smallest_std")
 """What a policy is made with, besides its task; smallest_std is new since the first teachers of the zoo."""
 ZOO_PREFIX = "zoo:"
@@ -57,11 +54,12 @@ class TeacherPolicy(nn.Module):
         activation: str = "tanh",
         log_std: float = 0.0,
         rng: np.random.Generator | None = None,
-        smallest_std: float = SMALLEST_STD,
+        smallest_std: float = 1e-3,
     ) -> None:
         """Orthogonal weights drawn from `rng` (None: a fixed seed); `activation` is a key of ACTIVATIONS.
 
-        `smallest_std`: of a coordinate that varies less, the normaliser takes this for its standard deviation.
+        `smallest_std`: of a coordinate that varies less, the normaliser takes this for its standard deviation. One
+        that never moved must not be blown up by its rounding noise.
         """
         super().__init__()
         self.task_id, self.observation_size, self.action_size = task_id, observation_size, action_size
@@ -73,16 +71,12 @@ class TeacherPolicy(nn.Module):
         self.actor = _network([observation_size, *hidden, action_size], activation, 0.01, drawn)
         self.critic = _network([observation_size, *hidden, 1], activation, 1.0, drawn)
         self.log_std = nn.Parameter(torch.full((action_size,), float(log_std)))
-        self.register_buffer("normaliser_mean", torch.zeros(observation_size, dtype=torch.float64))
-        self.register_buffer("normaliser_var", torch.ones(observation_size, dtype=torch.float64))
-        self.register_buffer("normaliser_count", torch.zeros((), dtype=torch.float64))
-        self._cache_normaliser()
+        self.set_normaliser(np.zeros(observation_size), np.ones(observation_size), 0)
 
     def set_normaliser(self, mean: NDArray[np.float64], var: NDArray[np.float64], count: float) -> None:
         """Replace the statistics: `mean`, `var` float64 [obs], `count` samples."""
-        self.normaliser_mean = torch.tensor(mean, dtype=torch.float64)
-        self.normaliser_var = torch.tensor(var, dtype=torch.float64)
-        self.normaliser_count = torch.tensor(count, dtype=torch.float64)
+        for name, value in (("mean", mean), ("var", var), ("count", count)):
+            self.register_buffer(f"normaliser_{name}", torch.tensor(value, dtype=torch.float64))
         self._cache_normaliser()
 
     @classmethod
@@ -109,7 +103,7 @@ class TeacherPolicy(nn.Module):
 
     def normalise(self, observations: Tensor) -> Tensor:
         """float32 [..., obs] -> float32 [..., obs], zero mean and unit variance at most, limited to +-10."""
-        return ((observations - self._shift) * self._scale).clamp(-_NORMALISED_LIMIT, _NORMALISED_LIMIT)
+        return ((observations - self._shift) * self._scale).clamp(-10.0, 10.0)
 
     def action_mean(self, observations: Tensor) -> Tensor:
         """float32 [..., obs] -> float32 [..., act]; not clipped."""

@@ -21,8 +21,8 @@ def evaluate_on_all_ranks(policy: Policy, context: TeacherContext, episodes: int
     communicator = context.communicator
     mine = range(communicator.rank, episodes, communicator.size)
     results = evaluate_policy(policy, context.task.task_id, episodes, seed, mine)
-    gathered = [result for rank in communicator.gather(results) for result in rank]
-    return sorted(gathered, key=lambda result: result.episode)
+    gathered = communicator.gather(results)
+    return sorted((result for of_rank in gathered for result in of_rank), key=lambda result: result.episode)
 
 
 def publish_teacher(
@@ -32,15 +32,13 @@ def publish_teacher(
     write_policy: Callable[[Path], None] | None,
     how: str,
     began: float,
-    *,
-    environment_steps: int = 0,
     while_training: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Evaluate `policy` and write its folder in `run`, DONE last; all ranks call it together.
 
     `write_policy` writes it into the folder, on rank 0; None: it stands there already. `how` it came about is told
-    (such as ``published``). `environment_steps` and `began` (by `time.monotonic`): what it cost; `while_training`: its
-    evaluations on the way.
+    (such as ``published``), `began` when (by `time.monotonic`). `while_training`: its evaluations on the way, the last
+    one after its last environment step.
     """
     task_id, settings = context.task.task_id, run.config().evaluation
     folder = run.teacher(task_id)
@@ -53,7 +51,8 @@ def publish_teacher(
         evaluation = evaluation_json(0, settings, {task_id: record})
         write_json(folder / "evaluation.json", {**evaluation, "while_training": list(while_training)})
         seconds = time.monotonic() - began
-        cost = {"environment_steps": environment_steps, "seconds": round(seconds, 1)}
+        steps = while_training[-1]["environment_steps"] if while_training else 0
+        cost = {"environment_steps": steps, "seconds": round(seconds, 1)}
         mark_done(folder, {"task_id": task_id, "success": successes / episodes, **cost})
         said = f"{how}, success {successes}/{episodes} after {seconds:.0f} s"
         Progress(f"teacher {task_id}", folder=folder).update(said, last=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.algorithms._ppo_update import (
+from hpc_cpd.teachers.algorithms._ppo import (
     LARGEST_LEARNING_RATE,
     SMALLEST_LEARNING_RATE,
     _prepare,

@@ -46,7 +46,7 @@ class PPO:
         require_one_each("teachers.algorithm.num_envs", settings.num_envs, ranks)
 
     def learner(self, settings: PPOSettings, hints: Hints, context: TeacherContext) -> Learner:
-        from hpc_cpd.teachers.algorithms._ppo_learner import PPOLearner
+        from hpc_cpd.teachers.algorithms._ppo import PPOLearner
 
         return PPOLearner(settings, hints, context)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,10 +50,7 @@ class Zoo:
         card, policy = _card(task), load_teacher(zoo_folder(task.skill))
         policy.task_id = task.task_id
         provenance = {**card["provenance"], "source": "zoo"}
-
-        def write(folder: Path) -> None:
-            save_teacher(folder, policy, provenance, card.get("algorithm", "ppo"))
-
+        write = partial(save_teacher, policy=policy, provenance=provenance, algorithm=card.get("algorithm", "ppo"))
         publish_teacher(run, policy, context, write, "taken from the zoo", began)
 
 
@@ -80,8 +78,7 @@ def add_to_zoo(zoo: Path, policy: TrainablePolicy, card: Mapping[str, Any]) -> N
 
 
 def _card(task: TaskSpec) -> dict[str, Any]:
-    card: dict[str, Any] = read_json(zoo_folder(task.skill) / "policy.json")
-    return card
+    return dict(read_json(zoo_folder(task.skill) / "policy.json"))
 
 
 plugin = Zoo()

@@ -35,7 +35,6 @@ from hpc_cpd.trajectories.store import verify_folder
 
 STEPS_AFTER_SUCCESS = 15
 """A clone must learn to hold still at the goal, not to finish the episode."""
-MAX_EPISODES_FACTOR = 4
 BLOCKS_PER_GOAL_SET = 6
 """48 episodes: a seed has 50 goals, and a clone of more goals generalises better to others."""
 
@@ -96,8 +95,8 @@ class Cloning:
         draws = generator(self.context.seed, self.policy.task_id, "clone", number)
         rows = draws.integers(len(self._observations), size=settings.batch_size)
         mine = torch.tensor(rows[self._part.start : self._part.stop])
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * (0.5 * (1.0 + math.cos(math.pi * number / self.steps)))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * number / self.steps))
+        self._optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine
         self._optimizer.zero_grad(set_to_none=True)
         errors = bounded_errors(self.policy.action_mean(self._observations[mine]), self._targets[mine])
         loss = errors.square().sum() * (1.0 / (settings.batch_size * self._targets.shape[1]))
@@ -124,20 +123,17 @@ def record_demonstrations(
     policy = ScriptedPolicy(task.skill)
     plan = EpisodePlan(seed, task.task_id, "demonstration", settings.action_noise, STEPS_AFTER_SUCCESS)
     mine: list[Episode] = []
-    kept, played = keep_successes(
-        settings.episodes,
-        settings.episodes * MAX_EPISODES_FACTOR,
-        True,
-        lambda block: play_block(environments.of_round(block), policy, plan, block),
-        lambda episodes, _: mine.extend(episodes),
-        (),
-        communicator,
-    )
+
+    def play(block: int) -> list[Episode]:
+        return play_block(environments.of_round(block), policy, plan, block)
+
+    wanted = settings.episodes
+    kept, played = keep_successes(wanted, 4 * wanted, True, play, lambda new, _: mine.extend(new), (), communicator)
     environments.close()
-    if kept < settings.episodes:
+    if kept < wanted:
         raise UserError(
-            f"the scripted policy of {task.task_id} succeeded in {kept} of {played} episodes, but "
-            f"{settings.episodes} demonstrations were asked for; lower teachers.start.action_noise"
+            f"the scripted policy of {task.task_id} succeeded in {kept} of {played} episodes, but {wanted} "
+            "demonstrations were asked for; lower teachers.start.action_noise"
         )
     return _as_samples([episode for episodes in communicator.gather(mine) for episode in episodes])
 

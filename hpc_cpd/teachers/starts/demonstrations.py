@@ -56,13 +56,9 @@ class Demonstrations:
         require_one_each("teachers.start.batch_size", settings.batch_size, ranks)
 
     def hints(self, settings: DemonstrationsSettings) -> Hints:
-        return Hints(
-            initial_log_std=settings.initial_log_std,
-            activation="relu",  # measured: it clones better than tanh
-            policy_learning_rate=settings.policy_learning_rate,
-            critic_only_rounds=settings.critic_only_rounds,
-            freeze_normaliser=True,  # a moving normaliser would move the cloned policy
-        )
+        chosen = settings.model_dump(include={"initial_log_std", "policy_learning_rate", "critic_only_rounds"})
+        # measured: ReLU clones better than tanh; a moving normaliser would move the cloned policy
+        return Hints(**chosen, activation="relu", freeze_normaliser=True)
 
     def pretraining(self, settings: DemonstrationsSettings, policy: Any, context: TeacherContext) -> Pretraining:
         from hpc_cpd.teachers.starts._cloning import Cloning

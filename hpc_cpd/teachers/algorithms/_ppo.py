@@ -1,4 +1,4 @@
-"""One round of PPO: what a rollout holds, the losses, the gradient steps, and the statistics of the observations.
+"""The training of one PPO teacher: rollouts, losses, gradient steps, and the statistics of the observations.
 
 Every iteration starts from fresh episodes whose goals and noise are pure functions of (seed, task,
 iteration, environment number), so a resumed run needs no state of the simulator.
@@ -6,6 +6,7 @@ iteration, environment number), so a resumed run needs no state of the simulator
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NamedTuple
@@ -16,15 +17,88 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.optimizers import Adam
 from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.spaces import flat_size
+from hpc_cpd.teachers.algorithms.base import Hints, RoundResult, TeacherContext
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
+from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, generator
+from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, TrainingEnvironments, generator
 
+NORMALISER_STEPS = 100
+"""Steps of the untrained policy that give the normaliser its first statistics."""
 SMALLEST_LEARNING_RATE, LARGEST_LEARNING_RATE = 5e-5, 3e-3
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+
+
+class PPOLearner:
+    """See `hpc_cpd.teachers.algorithms.base.Learner`."""
+
+    def __init__(self, settings: PPOSettings, hints: Hints, context: TeacherContext) -> None:
+        task = context.task
+        self.settings, self.hints = settings, hints
+        self.seed, self.communicator = context.seed, context.communicator
+        self.rounds = settings.iterations
+        sizes = flat_size(task.observation_space), flat_size(task.action_space), settings.hidden
+        weights = generator(self.seed, task.task_id, "weights")
+        self.policy = TeacherPolicy(
+            task.task_id, *sizes, hints.activation, hints.initial_log_std, weights, smallest_std=hints.smallest_std
+        )
+        actor, critic = [*self.policy.actor.parameters(), self.policy.log_std], [*self.policy.critic.parameters()]
+        rate = settings.learning_rate
+        groups = [{"params": actor, "lr": hints.policy_learning_rate or rate}, {"params": critic, "lr": rate}]
+        self.optimizer: torch.optim.Optimizer = Adam(groups, eps=1e-5, fused=True)  # all weights in one pass
+        self._numbers = self.communicator.local_range(settings.num_envs)
+        self._environments = TrainingEnvironments(task.task_id, self.seed, len(self._numbers))
+
+    def collect(self, number: int) -> Rollout:
+        if number == 0 and not self.hints.freeze_normaliser:
+            first = self._rollout(0, NORMALISER_STEPS)
+            update_normaliser(self.policy, first.observations, self.communicator)
+        return self._rollout(number)
+
+    def update(self, number: int, experience: Rollout) -> RoundResult:
+        settings, both = self.settings, number >= self.hints.critic_only_rounds
+        measured = update(
+            self.policy, self.optimizer, experience, settings, self.seed, number, self.communicator, train_actor=both
+        )
+        if not self.hints.freeze_normaliser:
+            update_normaliser(self.policy, experience.observations, self.communicator)
+        if self.hints.desired_kl is not None:
+            learning_rate = self.optimizer.param_groups[-1]["lr"]
+            self._set_learning_rate(adapted_learning_rate(learning_rate, measured["kl_met"], self.hints.desired_kl))
+        mine = [experience.mean_return * len(self._numbers), experience.successes, experience.ended.sum()]
+        sums = self.communicator.sum(np.array(mine, np.float64))
+        measured |= {
+            "mean_return": float(sums[0] / settings.num_envs),
+            "success": float(sums[1] / sums[2]),
+            "std": float(self.policy.log_std.detach().exp().mean()),
+        }
+        return RoundResult(settings.num_envs * settings.rollout_steps, measured)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return adam_tensors(self.optimizer, self.policy), {"learning_rate": self.optimizer.param_groups[-1]["lr"]}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        restore_adam(self.optimizer, self.policy, tensors)
+        if self.hints.desired_kl is not None:
+            self._set_learning_rate(state["learning_rate"])
+
+    def close(self) -> None:
+        self._environments.close()
+
+    def _rollout(self, number: int, steps: int | None = None) -> Rollout:
+        """The rollout of round `number`; with `steps`, the one before the first round."""
+        envs = self._environments.of_round(number)
+        draws = 1 + number if steps is None else 0
+        return collect_rollout(envs, self.policy, self.settings, self.seed, draws, self._numbers.start, steps)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
 
 
 @dataclass
@@ -91,16 +165,8 @@ def collect_rollout(
         if over.any() and not last:
             observations, _ = envs.reset(options={"reset_mask": over, "goal_index": goals(over)})
     seen, acted, rewards, terminations, ends = (np.array(column) for column in zip(*rows, strict=True))
-    return Rollout(
-        observations=seen,
-        actions=acted,
-        rewards=rewards * np.float32(settings.reward_scale),
-        terminated=terminations,
-        ended=ends,
-        final_observations=np.concatenate(finals),
-        successes=successes,
-        mean_return=float(rewards.sum(axis=0, dtype=np.float64).mean()),
-    )
+    scaled, mean_return = rewards * np.float32(settings.reward_scale), rewards.sum(axis=0, dtype=np.float64).mean()
+    return Rollout(seen, acted, scaled, terminations, ends, np.concatenate(finals), successes, float(mean_return))
 
 
 def generalised_advantages(
@@ -282,18 +348,10 @@ def _prepare(
         final_values = policy.value(torch.tensor(rollout.final_observations)).numpy().astype(np.float64)
     with torch.no_grad():
         log_probs = policy.log_prob(policy.actor(inputs), actions)
-    next_values = np.zeros(shape)
-    next_values[:-1] = values[1:]
-    next_values[rollout.ended] = final_values
-    advantages = generalised_advantages(
-        rollout.rewards.astype(np.float64),
-        values,
-        next_values,
-        rollout.terminated,
-        rollout.ended,
-        settings.discount,
-        settings.gae_lambda,
-    )
+    next_values = np.roll(values, -1, axis=0)
+    next_values[rollout.ended] = final_values  # all of the last step among them
+    rewards, ends = rollout.rewards.astype(np.float64), (rollout.terminated, rollout.ended)
+    advantages = generalised_advantages(rewards, values, next_values, *ends, settings.discount, settings.gae_lambda)
     returns = advantages + values
     sums = communicator.sum(np.array([advantages.size, advantages.sum(), returns.sum()], np.float64))
     mean, mean_return = sums[1] / sums[0], sums[2] / sums[0]
