@@ -45,7 +45,7 @@ KINDS = {
     "tasks": Kind("task family", "stream.tasks", "hpc_cpd.tasks.families", "hpc_cpd.tasks", "", ("describe", "make")),
     "methods": Kind("method", "method", "hpc_cpd.methods", "hpc_cpd.methods"),
     "selections": Kind("selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections"),
-    "algorithms": Kind("algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
+    "algorithms": Kind("teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
     "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
     "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),
     "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", _PARTS, "tokenizer.", _PART),

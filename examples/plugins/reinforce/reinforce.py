@@ -63,7 +63,8 @@ class ReinforceLearner:
         self.settings, self.task, self.seed, self.ranks = settings, context.task, context.seed, context.communicator
         self.rounds = settings.rounds
         self.std = float(np.exp(hints.initial_log_std))  # what the start advises
-        self.policy = LinearPolicy(self.task.task_id, self.task.observation_size, self.task.action_size)
+        sizes = [space.shape[0] for space in (self.task.observation_space, self.task.action_space)]
+        self.policy = LinearPolicy(self.task.task_id, *sizes)
         self.numbers = self.ranks.local_range(settings.num_envs)  # this rank's environments among those of all
         self.environments = TrainingEnvironments(self.task.task_id, self.seed, len(self.numbers))
 
@@ -76,7 +77,7 @@ class ReinforceLearner:
         observations, _ = envs.reset(options={"goal_index": goals})
         steps = []
         while envs.active.any():
-            noise = np.array([rng.standard_normal(self.task.action_size) for rng in draws], np.float32)
+            noise = np.array([rng.standard_normal(self.policy.out_features) for rng in draws], np.float32)
             actions = self.policy.act(observations) + self.std * noise
             following, rewards, _, _, info = envs.step(actions)
             steps.append((observations, actions, rewards, info["active"], info["success"]))
