@@ -30,8 +30,13 @@ from hpc_cpd.evaluation.rollouts import evaluate_policy
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.teachers.algorithms._ppo_learner import NORMALISER_STEPS
-from hpc_cpd.teachers.algorithms._ppo_update import adapted_learning_rate, collect_rollout, update, update_normaliser
+from hpc_cpd.teachers.algorithms._ppo import (
+    NORMALISER_STEPS,
+    adapted_learning_rate,
+    collect_rollout,
+    update,
+    update_normaliser,
+)
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.rollouts import generator

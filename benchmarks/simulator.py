@@ -43,7 +43,7 @@ from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.families.metaworld import NAMES
 from hpc_cpd.tasks.metaworld.batch import _STATE, MetaWorldBatch
 from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.scripted import ScriptedPolicy
+from hpc_cpd.teachers.starts._cloning import ScriptedPolicy
 
 SEED, NOISE, PIECE = 1, 0.2, 5
 FRAMES = 5

@@ -23,8 +23,8 @@ from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.tasks.families.metaworld import NAMES
 from hpc_cpd.tasks.registry import resolve_tasks, run_plan
 from hpc_cpd.teachers.policy import load_teacher
-from hpc_cpd.teachers.scripted import ScriptedPolicy
 from hpc_cpd.teachers.sources.zoo import ZOO, add_to_zoo
+from hpc_cpd.teachers.starts._cloning import ScriptedPolicy
 
 DOCS = Path(__file__).parents[1] / "docs"
 EPISODES, SEED = 50, 10_000

@@ -48,7 +48,7 @@ KINDS = {
     "selections": Kind(
         "selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections", "", ("Settings", "order")
     ),
-    "algorithms": Kind("algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
+    "algorithms": Kind("teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
     "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
     "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),
     "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", _PARTS, "tokenizer.", _PART),

@@ -6,11 +6,9 @@ stands: whenever the power fails, a whole checkpoint is there.
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,41 +23,28 @@ from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, w
 SCHEMA_VERSION = 2
 TENSORS = "tensors.safetensors"
 STATE = "state.json"
-_NAME = re.compile(r"\d{10}")
-_KEPT = 2
 
 
-@dataclass
-class Checkpoint:
-    """`tensors` by name, and `state`, plain JSON values."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-
-
-def save_checkpoint(folder: Path, step: int, checkpoint: Checkpoint) -> None:
-    """Write ``folder/STEP`` and remove all but the newest two."""
-    target = folder / f"{step:010d}"
-    with atomic_folder(target) as temporary:
-        tensors = {name: value.detach().clone().contiguous() for name, value in checkpoint.tensors.items()}
-        write_bytes(temporary / TENSORS, save(tensors))
-        state = {"schema_version": SCHEMA_VERSION, "sha256": sha256(temporary / TENSORS), **checkpoint.state}
-        write_json(temporary / STATE, state)
-    for old in _checkpoints(folder)[:-_KEPT]:
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Write `tensors` and `state` (plain JSON values) to ``folder/STEP`` and remove all but the newest two."""
+    with atomic_folder(folder / f"{step:010d}") as temporary:
+        write_bytes(temporary / TENSORS, save({name: x.detach().clone().contiguous() for name, x in tensors.items()}))
+        digest = sha256(temporary / TENSORS)
+        write_json(temporary / STATE, {"schema_version": SCHEMA_VERSION, "sha256": digest, **state})
+    for old in _checkpoints(folder)[:-2]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; a damaged one is reported and passed over. None: there is none."""
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """Tensors and state of the newest whole checkpoint; a damaged one is reported and passed over. None: none."""
     for path in reversed(_checkpoints(folder)):
         try:
             state = read_json(path / STATE)
             if state.get("schema_version") != SCHEMA_VERSION:
                 raise UserError(f"it has schema_version {state.get('schema_version')}, not {SCHEMA_VERSION}")
-            data = (path / TENSORS).read_bytes()
             if sha256(path / TENSORS) != state["sha256"]:
                 raise UserError("its weights are damaged")
-            return Checkpoint(load(data), state)
+            return load((path / TENSORS).read_bytes()), state
         except (UserError, OSError, SafetensorError, AttributeError, KeyError) as error:
             print(f"warning: {path} is passed over: {error}", file=sys.stderr, flush=True)
     return None
@@ -76,13 +61,10 @@ def adam_tensors(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[st
 
 def restore_adam(optimizer: torch.optim.Optimizer, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Give a fresh Adam the moments that `adam_tensors` took."""
-    parameters = dict(module.named_parameters())
     for key, value in tensors.items():
         name, _, moment = key.rpartition("/")
-        optimizer.state[parameters[name]][moment] = value.clone()
+        optimizer.state[module.get_parameter(name)][moment] = value.clone()
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+    return sorted(folder.glob("[0-9]" * 10))

@@ -12,8 +12,7 @@ from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, sha256
 from hpc_cpd.run.save_due import SaveDue
-from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.registry import make_batch
+from hpc_cpd.tasks.registry import describe, make_batch
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, keep_successes, play_block
 from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
 from hpc_cpd.trajectories.schema import Episode, Origin
@@ -27,86 +26,57 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     after the shards that are closed. Raises StopRequested after closing the shards when `stop()` is true on
     any rank, and UserError: no teacher, shards of another teacher, or no success in all episodes.
     """
-    folder = run.trajectories(task_id)
+    folder, config = run.trajectories(task_id), run.config()
     if communicator.on_root(lambda: is_done(folder)):
         return
-    config = run.config()
-    settings = config.trajectories
+    settings, spec = config.trajectories, describe(task_id)
     policy = run_on_all_ranks(communicator, lambda: load_any_teacher(run.teacher(task_id)))
     teacher = communicator.on_root(lambda: sha256(weights_of(run.teacher(task_id))))
     stored = communicator.on_root(lambda: _stored(run, task_id, teacher, config.seed))
     envs = make_batch(task_id, BLOCK, config.seed)
-    shards = _Shards(envs, run, communicator, teacher)
+    origin = Origin(task_id, teacher, config.seed, spec.reward_version, spec.environment_version)
+    held: list[Episode] = []
     due = SaveDue(run, config.checkpoint_every_seconds)
     boundary = CheckpointBoundary(communicator, stop, due, f"the trajectories of {task_id}")
     progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
     tell = partial(progress.update, phase="recording", total=settings.episodes)
     plan = EpisodePlan(config.seed, task_id, "trajectory", settings.action_noise, settings.steps_after_success)
 
-    def keep(episodes: list[Episode], kept: int) -> None:
-        shards.add(episodes)
-        tell(f"recorded {kept}/{settings.episodes} episodes", step=kept)
-        boundary(shards.close)
+    def close() -> None:
+        """Write what this rank holds as one shard."""
+        if held:
+            shard = ShardWriter(folder, communicator.rank, next_part(folder, communicator.rank), origin)
+            for episode in held:
+                shard.add(episode)
+            shard.close()
+            held.clear()
 
-    kept, played = keep_successes(
-        settings.episodes,
-        settings.episodes * settings.max_attempts_factor,
-        settings.success_only,
-        lambda block: play_block(envs, policy, plan, block),
-        keep,
-        stored,
-        communicator,
-    )
+    def keep(episodes: list[Episode], kept: int) -> None:
+        held.extend(episodes)
+        if len(held) >= settings.episodes_per_shard:  # a block never spans two shards: all of it is on disk, or nothing
+            close()
+        tell(f"recorded {kept}/{settings.episodes} episodes", step=kept)
+        boundary(close)
+
+    wanted, play = settings.episodes, partial(play_block, envs, policy, plan)
+    limit = wanted * settings.max_attempts_factor
+    kept, played = keep_successes(wanted, limit, settings.success_only, play, keep, stored, communicator)
     if kept == 0:
         raise UserError(
             f"the teacher of {task_id} never succeeded in {played} episodes, so there is nothing to learn from; "
             "train it longer (teachers.algorithm) or set trajectories.success_only=false, in another run (--run), "
             "or do without the task (--allow-missing)"
         )
-    shards.close()
+    close()
     communicator.any(False)  # every rank has closed its shards
 
     def publish() -> None:
-        manifest = write_manifest(
-            folder,
-            teacher_sha256=teacher,
-            seed=config.seed,
-            wanted=settings.episodes,
-            attempts=played,
-            complete=kept == settings.episodes,
-        )
+        counts = {"wanted": wanted, "attempts": played, "complete": kept == wanted}
+        manifest = write_manifest(folder, teacher_sha256=teacher, seed=config.seed, **counts)
         mark_done(folder, {key: manifest[key] for key in ("episodes", "steps", "success", "attempts", "complete")})
 
     communicator.on_root(publish)
-    tell(f"published {kept} of {settings.episodes} episodes from {played} that were played", last=True, step=kept)
-
-
-class _Shards:
-    """This rank's open shard; closed when full, and whenever work may stop."""
-
-    def __init__(self, envs: BatchEnv, run: Run, communicator: Communicator, teacher: str) -> None:
-        config = run.config()
-        self.folder = run.trajectories(envs.task.task_id)
-        self.rank = communicator.rank
-        self.episodes_per_shard = config.trajectories.episodes_per_shard
-        task = envs.task
-        origin = Origin(task.task_id, teacher, config.seed, task.reward_version, task.environment_version)
-        self._make = lambda part: ShardWriter(self.folder, self.rank, part, origin)
-        self._writer: ShardWriter | None = None
-
-    def add(self, episodes: list[Episode]) -> None:
-        """Take the kept episodes of one block. A block never spans two shards: all of it is on disk, or nothing."""
-        for episode in episodes:
-            if self._writer is None:
-                self._writer = self._make(next_part(self.folder, self.rank))
-            self._writer.add(episode)
-        if self._writer is not None and len(self._writer) >= self.episodes_per_shard:
-            self.close()
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+    tell(f"published {kept} of {wanted} episodes from {played} that were played", last=True, step=kept)
 
 
 def _stored(run: Run, task_id: str, teacher: str, seed: int) -> set[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,6 @@ SCHEMA_VERSIONS = (1, 2)
 WEIGHTS = "policy.safetensors"
 DESCRIPTION = "policy.json"
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU}
-_NORMALISED_LIMIT = 10.0
-SMALLEST_STD = 1e-3
-"""A coordinate that never moved must not be blown up by its rounding noise."""
 _DESCRIBED = ("observation_size", "action_size", "hidden", "activation", "smallest_std")
 """What a policy is made with, besides its task; smallest_std is new since the first teachers of the zoo."""
 ZOO_PREFIX = "zoo:"
@@ -56,37 +54,29 @@ class TeacherPolicy(nn.Module):
         activation: str = "tanh",
         log_std: float = 0.0,
         rng: np.random.Generator | None = None,
-        smallest_std: float = SMALLEST_STD,
+        smallest_std: float = 1e-3,
     ) -> None:
         """Orthogonal weights drawn from `rng` (None: a fixed seed); `activation` is a key of ACTIVATIONS.
 
-        `smallest_std`: of a coordinate that varies less, the normaliser takes this for its standard deviation.
+        `smallest_std`: of a coordinate that varies less, the normaliser takes this for its standard deviation. One
+        that never moved must not be blown up by its rounding noise.
         """
         super().__init__()
-        self.task_id = task_id
-        self.observation_size = observation_size
-        self.action_size = action_size
-        self.hidden = tuple(hidden)
-        self.activation = activation
-        self.smallest_std = smallest_std
+        self.task_id, self.observation_size, self.action_size = task_id, observation_size, action_size
+        self.hidden, self.activation, self.smallest_std = tuple(hidden), activation, smallest_std
         drawn = torch.Generator().manual_seed(int((rng or np.random.default_rng(0)).integers(2**62)))
         self.provenance: dict[str, Any] = {}
         """Where a loaded teacher comes from."""
         self.has_critic = True
-        self.actor = _network(observation_size, self.hidden, action_size, activation, 0.01, drawn)
-        self.critic = _network(observation_size, self.hidden, 1, activation, 1.0, drawn)
+        self.actor = _network([observation_size, *hidden, action_size], activation, 0.01, drawn)
+        self.critic = _network([observation_size, *hidden, 1], activation, 1.0, drawn)
         self.log_std = nn.Parameter(torch.full((action_size,), float(log_std)))
-        self.register_buffer("normaliser_mean", torch.zeros(observation_size, dtype=torch.float64))
-        self.register_buffer("normaliser_var", torch.ones(observation_size, dtype=torch.float64))
-        self.register_buffer("normaliser_count", torch.zeros((), dtype=torch.float64))
-        self._shift = torch.zeros(observation_size)
-        self._scale = torch.ones(observation_size)
+        self.set_normaliser(np.zeros(observation_size), np.ones(observation_size), 0)
 
     def set_normaliser(self, mean: NDArray[np.float64], var: NDArray[np.float64], count: float) -> None:
         """Replace the statistics: `mean`, `var` float64 [obs], `count` samples."""
-        self.normaliser_mean = torch.tensor(mean, dtype=torch.float64)
-        self.normaliser_var = torch.tensor(var, dtype=torch.float64)
-        self.normaliser_count = torch.tensor(count, dtype=torch.float64)
+        for name, value in (("mean", mean), ("var", var), ("count", count)):
+            self.register_buffer(f"normaliser_{name}", torch.tensor(value, dtype=torch.float64))
         self._cache_normaliser()
 
     @classmethod
@@ -113,7 +103,7 @@ class TeacherPolicy(nn.Module):
 
     def normalise(self, observations: Tensor) -> Tensor:
         """float32 [..., obs] -> float32 [..., obs], zero mean and unit variance at most, limited to +-10."""
-        return ((observations - self._shift) * self._scale).clamp(-_NORMALISED_LIMIT, _NORMALISED_LIMIT)
+        return ((observations - self._shift) * self._scale).clamp(-10.0, 10.0)
 
     def action_mean(self, observations: Tensor) -> Tensor:
         """float32 [..., obs] -> float32 [..., act]; not clipped."""
@@ -157,11 +147,7 @@ class TeacherPolicy(nn.Module):
 
 
 def save_teacher(
-    folder: Path,
-    policy: TrainablePolicy,
-    provenance: Mapping[str, Any],
-    algorithm: str = "ppo",
-    small: bool = False,
+    folder: Path, policy: TrainablePolicy, provenance: Mapping[str, Any], algorithm: str = "ppo", small: bool = False
 ) -> None:
     """Write policy.safetensors, then policy.json (`algorithm`, description, `provenance`, the weights' SHA-256).
 
@@ -170,11 +156,8 @@ def save_teacher(
     description, tensors = policy.description(), policy.tensors()
     if small:
         description["critic"] = False
-        tensors = {
-            name: value.half() if value.dtype == torch.float32 else value
-            for name, value in tensors.items()
-            if not name.startswith("critic.")
-        }
+        acting = {name: x for name, x in tensors.items() if not name.startswith("critic.")}
+        tensors = {name: x.half() if x.dtype == torch.float32 else x for name, x in acting.items()}
     write_bytes(folder / WEIGHTS, save(tensors))
     about = {"schema_version": SCHEMA_VERSIONS[-1], "algorithm": algorithm, "task_id": policy.task_id}
     digest = {"sha256": sha256(folder / WEIGHTS), "provenance": dict(provenance)}
@@ -220,25 +203,13 @@ def load_teacher(folder: str | Path) -> Any:
     return policy
 
 
-def _network(
-    inputs: int,
-    hidden: Sequence[int],
-    outputs: int,
-    activation: str,
-    output_gain: float,
-    drawn: torch.Generator,
-) -> nn.Sequential:
-    """A perceptron with orthogonal weights and zero biases."""
+def _network(sizes: Sequence[int], activation: str, output_gain: float, drawn: torch.Generator) -> nn.Sequential:
+    """A perceptron with layers of `sizes`, inputs and outputs included: orthogonal weights and zero biases."""
+    hidden_gain = 5.0 / 3.0 if activation == "tanh" else math.sqrt(2.0)  # keeps the variance of what passes through
     layers: list[nn.Module] = []
-    gain = 5.0 / 3.0 if activation == "tanh" else math.sqrt(2.0)  # keeps the variance of what passes through
-    for width in hidden:
-        layers += [_linear(inputs, width, gain, drawn), ACTIVATIONS[activation]()]
-        inputs = width
-    return nn.Sequential(*layers, _linear(inputs, outputs, output_gain, drawn))
-
-
-def _linear(inputs: int, outputs: int, gain: float, drawn: torch.Generator) -> nn.Linear:
-    layer = empty_linear(inputs, outputs)
-    nn.init.orthogonal_(layer.weight, gain, generator=drawn)
-    nn.init.zeros_(layer.bias)
-    return layer
+    for number, (inputs, outputs) in enumerate(itertools.pairwise(sizes), start=2):
+        layer = empty_linear(inputs, outputs)
+        nn.init.orthogonal_(layer.weight, output_gain if number == len(sizes) else hidden_gain, generator=drawn)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])

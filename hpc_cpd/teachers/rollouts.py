@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,8 +23,6 @@ from hpc_cpd.trajectories.schema import Episode
 
 BLOCK = 8
 UNBOUNDED_GOALS = 2**31
-ROUNDS_PER_GOAL_SET = 20
-"""A seed has 50 goals; training moves on to those of another seed, so that it learns the task and not its goals."""
 
 
 def generator(seed: int, task_id: str, purpose: str, *indices: int) -> np.random.Generator:
@@ -33,19 +32,23 @@ def generator(seed: int, task_id: str, purpose: str, *indices: int) -> np.random
 
 
 class TrainingEnvironments:
-    """`count` environments to learn a task in, whose goals depend on the seed and the number of the round."""
+    """`count` environments to learn a task in, whose goals depend on the seed and the number of the round.
 
-    def __init__(self, task_id: str, seed: int, count: int) -> None:
-        self.task_id, self.seed, self.count = task_id, seed, count
+    A seed has 50 goals; after so many `rounds` training moves on to those of another seed, so that it learns the task
+    and not its goals. `purpose` keeps the goals apart from those of other work.
+    """
+
+    def __init__(self, task_id: str, seed: int, count: int, purpose: str = "goals", rounds: int = 20) -> None:
+        self.task_id, self.seed, self.count, self.purpose, self.rounds = task_id, seed, count, purpose, rounds
         self._goal_set = -1
         self._envs: BatchEnv | None = None
 
     def of_round(self, number: int) -> BatchEnv:
         """The environments of round `number`. Reset them: what was played before must not matter."""
-        goal_set = number // ROUNDS_PER_GOAL_SET
+        goal_set = number // self.rounds
         if self._envs is None or goal_set != self._goal_set:
             self.close()
-            goals = int(generator(self.seed, self.task_id, "goals", goal_set).integers(2**31))
+            goals = int(generator(self.seed, self.task_id, self.purpose, goal_set).integers(2**31))
             self._envs, self._goal_set = make_batch(self.task_id, self.count, goals), goal_set
         return self._envs
 
@@ -87,37 +90,30 @@ def play_block(
         noise[:, row] = level * rng.standard_normal(noise[:, row].shape)
 
     observations, _ = envs.reset(options={"goal_index": goal_index})
-    active = np.ones(BLOCK, np.bool_)
     for one in (policy, teacher):
         if one is not None:
             one.reset(plan.task_id, BLOCK)
-    lengths = np.zeros(BLOCK, np.int64)
-    succeeded_at = np.full(BLOCK, -1)
-    seen, means, executed, rewards, success = [], [], [], [], []
-    for step in range(horizon):
-        if not active.any():
-            break
+    active, lengths, succeeded_at = np.ones(BLOCK, np.bool_), np.zeros(BLOCK, np.int64), np.full(BLOCK, -1)
+    steps: list[tuple[Any, ...]] = []
+    while active.any():
+        step = len(steps)
         mean = policy.act(observations)
         action = np.clip(mean + noise[step], -1.0, 1.0)
-        seen.append(observations)
-        means.append(mean if teacher is None else teacher.act(observations))
-        executed.append(action)
-        observations, reward, terminated, truncated, info = envs.step(action)
-        rewards.append(reward)
-        success.append(info["success"])
+        target = mean if teacher is None else teacher.act(observations)
+        following, reward, terminated, truncated, info = envs.step(action)
+        floats = (np.asarray(values, np.float32) for values in (observations, action, target, reward))
+        steps.append((*floats, info["success"]))
+        observations = following
         lengths += active
         succeeded_at[active & info["success"] & (succeeded_at < 0)] = step
-        ended = terminated | truncated
-        ended |= (succeeded_at >= 0) & (step - succeeded_at >= plan.steps_after_success)
-        active &= ~ended
+        finished = (succeeded_at >= 0) & (step - succeeded_at >= plan.steps_after_success)
+        active &= ~(terminated | truncated | finished)
         envs.halt(~active)
+    names = ("observations", "actions", "teacher_mean", "rewards", "success")
+    columns: dict[str, Any] = dict(zip(names, map(np.array, zip(*steps, strict=True)), strict=True))
     return [
         Episode(
-            observations=np.array([rows[row] for rows in seen[: lengths[row]]], np.float32),
-            actions=np.array([rows[row] for rows in executed[: lengths[row]]], np.float32),
-            teacher_mean=np.array([rows[row] for rows in means[: lengths[row]]], np.float32),
-            rewards=np.array([rows[row] for rows in rewards[: lengths[row]]], np.float32),
-            success=np.array([rows[row] for rows in success[: lengths[row]]], np.bool_),
+            **{name: column[: lengths[row], row].copy() for name, column in columns.items()},
             final_observation=observations[row].copy(),  # it stood still there since its own end
             goal_index=int(goal_index[row]),
             index=number,
@@ -144,7 +140,7 @@ def keep_successes(
 
     Returns how many were kept, and how many episodes had to be played for them.
     """
-    kept, last = 0, 0
+    kept = 0
     for first in range(0, -(-limit // BLOCK), communicator.size):
         block = first + communicator.rank
         numbers = [number for number in range(block * BLOCK, (block + 1) * BLOCK) if number < limit]
@@ -159,8 +155,5 @@ def keep_successes(
         if any(anything for anything, _ in rounds):
             keep([played[number] for number in chosen if number in played], kept)
         if kept == wanted:
-            last = chosen[-1] + 1
-            break
-    else:
-        last = limit
-    return kept, last
+            return kept, chosen[-1] + 1
+    return kept, limit

@@ -6,10 +6,10 @@ killed goes on from its last checkpoint and leaves the same bits.
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -23,14 +23,11 @@ from hpc_cpd.run.metrics_log import MetricsLog
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.teachers.algorithms.base import Learner, TeacherContext
-from hpc_cpd.teachers.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from hpc_cpd.teachers.checkpoint import load_checkpoint, save_checkpoint
 from hpc_cpd.teachers.policy import save_teacher
 from hpc_cpd.teachers.publish import evaluate_on_all_ranks, publish_teacher
 from hpc_cpd.teachers.sources.train import TrainSettings
 from hpc_cpd.teachers.starts.base import Pretraining, Start
-
-START_STEPS_BETWEEN_BOUNDARIES = 20
-START_LOG_EVERY = 50
 
 
 def train_teacher(settings: TrainSettings, run: Run, context: TeacherContext, stop: Callable[[], bool]) -> None:
@@ -72,8 +69,7 @@ class _Training:
         self.folder, teachers = run.teacher(task_id), self.config.teachers
         self.start_plugin: Start = plugins.load("starts", teachers.start.name)
         algorithm = plugins.load("algorithms", teachers.algorithm.name)
-        hints = self.start_plugin.hints(teachers.start)
-        self.learner: Learner = algorithm.learner(teachers.algorithm, hints, context)
+        self.learner: Learner = algorithm.learner(teachers.algorithm, self.start_plugin.hints(teachers.start), context)
         self.policy = self.learner.policy
         self.pretraining: Pretraining | None = None
         due = SaveDue(run, self.config.checkpoint_every_seconds)
@@ -94,14 +90,16 @@ class _Training:
             self.communicator.broadcast(tensors.values())
             self.policy.set_tensors(tensors)
         else:
-            self.state = _State(**{name: found.state[name] for name in asdict(self.state)})
+            tensors, state = found
+            self.state = _State(**{name: state[name] for name in asdict(self.state)})
             self.saved = {"policy": {}, "learner": {}, "start": {}, "best": {}}
-            for name, tensor in found.tensors.items():
+            for name, tensor in tensors.items():
                 group, _, rest = name.partition("/")
                 self.saved[group][rest] = tensor
             self.policy.set_tensors(self.saved["policy"])
-            self.learner.load_state_dict(self.saved["learner"], found.state["learner"])
+            self.learner.load_state_dict(self.saved["learner"], state["learner"])
             self.best = self.saved["best"]
+            self._began -= self.state.seconds
             self._tell(f"goes on after step {self.state.step}")
         if self.communicator.rank == 0:
             self.log = MetricsLog(self.folder / "metrics.jsonl", self.state.step)
@@ -123,7 +121,7 @@ class _Training:
             state.start_step += 1
             state.step += 1
             last = state.start_step == work.steps
-            if state.start_step % START_LOG_EVERY == 0 or last:
+            if state.start_step % 50 == 0 or last:
                 self._log(phase="start", loss=loss)
                 self._tell(f"start {state.start_step}/{work.steps}, loss {loss:.4f}", loss=loss)
             if last:
@@ -131,7 +129,7 @@ class _Training:
                 self._consider()
                 if state.streak == 1:  # it may be good already: other goals say so before rounds are spent on it
                     self._consider(goals=2)
-            if state.start_step % START_STEPS_BETWEEN_BOUNDARIES == 0 or last:
+            if state.start_step % 20 == 0 or last:
                 self.boundary(self._save)
 
     def improve(self) -> None:
@@ -166,17 +164,9 @@ class _Training:
             "environment_version": self.context.task.environment_version,
             "versions": {name: metadata.version(name) for name in ("torch", "numpy")},
         }
-        successes = publish_teacher(
-            self.run,
-            self.policy,
-            self.context,
-            lambda folder: save_teacher(folder, self.policy, provenance, teachers.algorithm.name),
-            environment_steps=self.state.environment_steps,
-            seconds=self._seconds,
-            while_training=self.state.evaluations,
-        )
-        self.communicator.on_root(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
-        self._tell(f"published, success {successes} after {self._seconds():.0f} s", last=True)
+        write = partial(save_teacher, policy=self.policy, provenance=provenance, algorithm=teachers.algorithm.name)
+        evaluations = self.state.evaluations
+        publish_teacher(self.run, self.policy, self.context, write, "published", self._began, evaluations)
 
     def _consider(self, goals: int = 1) -> None:
         """Evaluate the policy as it stands, and remember it if it is better than every one before."""
@@ -197,30 +187,21 @@ class _Training:
 
     def _tell(self, text: str, last: bool = False, loss: float | None = None) -> None:
         """Say `text`, and where the training is."""
-        state, work = self.state, self.pretraining
-        if state.started:
-            name = self.config.teachers.algorithm.name
-            self.progress.update(text, last, name, state.round, self.learner.rounds, loss)
-        else:
-            self.progress.update(text, last, "start", state.start_step, None if work is None else work.steps, loss)
+        state, steps = self.state, None if self.pretraining is None else self.pretraining.steps
+        improving = (self.config.teachers.algorithm.name, state.round, self.learner.rounds)
+        self.progress.update(text, last, *(improving if state.started else ("start", state.start_step, steps)), loss)
 
     def _log(self, **values: Any) -> None:
         if self.log is not None:
             self.log.append(self.state.step, environment_steps=self.state.environment_steps, **values)
 
-    def _seconds(self) -> float:
-        return self.state.seconds + time.monotonic() - self._began
-
     def _save(self) -> None:
-        def write() -> None:
-            learner, plain = self.learner.state_dict()
-            start = {} if self.pretraining is None else self.pretraining.state_dict()
-            groups = {"policy": self.policy.tensors(), "learner": learner, "start": start, "best": self.best}
-            tensors = {f"{group}/{name}": x for group, named in groups.items() for name, x in named.items()}
-            state = {**asdict(self.state), "learner": plain, "seconds": self._seconds()}
-            save_checkpoint(self.folder / "checkpoints", self.state.step, Checkpoint(tensors, state))
-
-        self.communicator.on_root(write)
+        learner, plain = self.learner.state_dict()
+        start = {} if self.pretraining is None else self.pretraining.state_dict()
+        groups = {"policy": self.policy.tensors(), "learner": learner, "start": start, "best": self.best}
+        tensors = {f"{group}/{name}": x for group, named in groups.items() for name, x in named.items()}
+        state = {**asdict(self.state), "learner": plain, "seconds": time.monotonic() - self._began}
+        self.communicator.on_root(lambda: save_checkpoint(self.folder / "checkpoints", self.state.step, tensors, state))
 
 
 def _score(record: dict[str, Any]) -> tuple[float, float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from hpc_cpd.distributed.mpi import open_communicator
-from hpc_cpd.teachers.algorithms._ppo_update import Rollout, update, update_normaliser
+from hpc_cpd.teachers.algorithms._ppo import Rollout, update, update_normaliser
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.policy import TeacherPolicy
 
@@ -35,7 +35,6 @@ def main(out: str, ranks: int) -> None:
         np.zeros_like(ended),
         ended,
         finals[columns],
-        len(mine),
         0,
         0.0,
     )

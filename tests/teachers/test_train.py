@@ -223,7 +223,8 @@ def test_a_clone_can_be_made_of_a_users_trajectories(tmp_path: Path, undisturbed
     writer.close()
     given = f"teachers.start.folder={tmp_path / 'given'}"
     steps = ("teachers.start.gradient_steps=600", "teachers.start.batch_size=4")
-    run = tiny_run(tmp_path / "run", given, "teachers.algorithm.iterations=0", *steps)
+    words = ("teachers.algorithm.iterations=0", "trajectories.success_only=false")
+    run = tiny_run(tmp_path / "run", given, *words, *steps)
     _train(run, PENDULUM)
     acted = load_teacher(run.teacher(PENDULUM)).act(seen)  # batches of 4, so each must have drawn other samples
     assert np.abs(acted - target).mean() < 0.1

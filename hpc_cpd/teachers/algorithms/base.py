@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.tasks.policy import Policy
@@ -81,7 +82,10 @@ class Learner(Protocol):
     (`hpc_cpd.teachers.rollouts.generator`): then a training that was killed goes on to the same bits.
     """
 
-    policy: TrainablePolicy
+    @property
+    def policy(self) -> TrainablePolicy:
+        """What it trains."""
+
     rounds: int
     """How many rounds there are at most; 0 publishes the policy as the start left it."""
 
@@ -120,3 +124,9 @@ class Algorithm(Protocol):
 
         Raises KeyError, TypeError, ValueError or RuntimeError when they do not fit.
         """
+
+
+def require_one_each(key: str, value: int, ranks: int) -> None:
+    """Raise UserError when the setting `key` has a `value` that cannot give each of `ranks` at least one."""
+    if value < ranks:
+        raise UserError(f"{key} is {value}, but there are {ranks} ranks; give each at least one")

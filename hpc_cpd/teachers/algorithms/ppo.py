@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
 
-from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.tasks.families.base import TaskSpec
-from hpc_cpd.teachers.algorithms.base import Hints, TeacherContext
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from hpc_cpd.teachers.algorithms._ppo_learner import PPOLearner
-    from hpc_cpd.teachers.policy import TeacherPolicy
+from hpc_cpd.tasks.policy import Policy
+from hpc_cpd.teachers.algorithms.base import Hints, Learner, TeacherContext, require_one_each
 
 
 class PPOSettings(PluginSettings):
@@ -49,18 +43,14 @@ class PPO:
     can_clone = True
 
     def check(self, settings: PPOSettings, task: TaskSpec, ranks: int) -> None:
-        if settings.num_envs < ranks:
-            raise UserError(
-                f"teachers.algorithm.num_envs is {settings.num_envs}, but there are {ranks} ranks; give each at least "
-                "one"
-            )
+        require_one_each("teachers.algorithm.num_envs", settings.num_envs, ranks)
 
-    def learner(self, settings: PPOSettings, hints: Hints, context: TeacherContext) -> PPOLearner:
-        from hpc_cpd.teachers.algorithms._ppo_learner import PPOLearner
+    def learner(self, settings: PPOSettings, hints: Hints, context: TeacherContext) -> Learner:
+        from hpc_cpd.teachers.algorithms._ppo import PPOLearner
 
         return PPOLearner(settings, hints, context)
 
-    def load_policy(self, description: Mapping[str, object], tensors: Mapping[str, Tensor]) -> TeacherPolicy:
+    def load_policy(self, description: Mapping[str, Any], tensors: Mapping[str, Any]) -> Policy:
         from hpc_cpd.teachers.policy import TeacherPolicy
 
         return TeacherPolicy.from_description(description, tensors)

@@ -40,7 +40,7 @@ def check_teachers(config: Config, tasks: Iterable[str], ranks: int | None = Non
     """
     source: Source = plugins.load("sources", config.teachers.source.name)
     for task in map(describe, tasks):
-        if config.trajectories.success_only and not getattr(task, "has_success", True):
+        if config.trajectories.success_only and not task.has_success:
             raise UserError(
                 f"{task.task_id} never reports a success, so no trajectory of it would be kept; set "
                 "trajectories.success_only=false"
@@ -55,10 +55,9 @@ def make_teacher(run: Run, task_id: str, communicator: Communicator, stop: Calla
     the source cannot make it.
     """
     folder = run.teacher(task_id)
-    if communicator.on_root(lambda: is_done(folder)):
-        communicator.on_root(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
-        return
-    config = run.config()
-    check_teachers(config, [task_id], communicator.size)
-    source: Source = plugins.load("sources", config.teachers.source.name)
-    source.make(config.teachers.source, run, TeacherContext(describe(task_id), config.seed, communicator), stop)
+    if not communicator.on_root(lambda: is_done(folder)):
+        config = run.config()
+        check_teachers(config, [task_id], communicator.size)
+        source: Source = plugins.load("sources", config.teachers.source.name)
+        source.make(config.teachers.source, run, TeacherContext(describe(task_id), config.seed, communicator), stop)
+    communicator.on_root(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))

@@ -16,7 +16,6 @@ from pydantic import Field
 
 from hpc_cpd.distributed.outcome import run_on_all_ranks
 from hpc_cpd.errors import UserError
-from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import atomic_folder, read_json
 from hpc_cpd.settings import Config, PluginSettings
@@ -58,19 +57,16 @@ class StudentSource:
         from hpc_cpd.student.policy import load_student
         from hpc_cpd.teachers.publish import publish_teacher
 
-        began, task_id, communicator = time.monotonic(), context.task.task_id, context.communicator
-        folder = run.teacher(task_id)
-        progress = Progress(f"teacher {task_id}", enabled=communicator.rank == 0, folder=folder)
+        began, folder = time.monotonic(), run.teacher(context.task.task_id) / STUDENT_FOLDER
 
         def copy() -> None:
             load_student(settings.folder)  # a damaged one is not copied
-            with atomic_folder(folder / STUDENT_FOLDER) as temporary:
+            with atomic_folder(folder) as temporary:
                 shutil.copytree(settings.folder, temporary, dirs_exist_ok=True)
 
-        communicator.on_root(copy)
-        policy = run_on_all_ranks(communicator, lambda: load_student(folder / STUDENT_FOLDER))
-        successes = publish_teacher(run, policy, context, None, seconds=lambda: time.monotonic() - began)
-        progress.update(f"taken from the student {settings.folder}, success {successes}", last=True)
+        context.communicator.on_root(copy)
+        policy = run_on_all_ranks(context.communicator, lambda: load_student(folder))
+        publish_teacher(run, policy, context, None, f"taken from the student {settings.folder}", began)
 
 
 def load_any_teacher(folder: Path) -> Policy:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import atomic_folder, is_done, mark_done, read_json
 from hpc_cpd.settings import Config, PluginSettings
 from hpc_cpd.tasks.families.base import TaskSpec
-from hpc_cpd.teachers.algorithms.base import TeacherContext
-
-if TYPE_CHECKING:
-    from hpc_cpd.teachers.policy import TeacherPolicy
+from hpc_cpd.teachers.algorithms.base import TeacherContext, TrainablePolicy
 
 ZOO = Path(__file__).parents[2] / "zoo"
 
@@ -50,17 +47,11 @@ class Zoo:
         from hpc_cpd.teachers.publish import publish_teacher
 
         began, task = time.monotonic(), context.task
-        here = context.communicator.rank == 0
-        progress = Progress(f"teacher {task.task_id}", enabled=here, folder=run.teacher(task.task_id))
         card, policy = _card(task), load_teacher(zoo_folder(task.skill))
         policy.task_id = task.task_id
         provenance = {**card["provenance"], "source": "zoo"}
-
-        def write(folder: Path) -> None:
-            save_teacher(folder, policy, provenance, card.get("algorithm", "ppo"))
-
-        successes = publish_teacher(run, policy, context, write, seconds=lambda: time.monotonic() - began)
-        progress.update(f"taken from the zoo, success {successes}", last=True)
+        write = partial(save_teacher, policy=policy, provenance=provenance, algorithm=card.get("algorithm", "ppo"))
+        publish_teacher(run, policy, context, write, "taken from the zoo", began)
 
 
 def zoo_folder(task_id: str) -> Path:
@@ -77,7 +68,7 @@ def zoo_folder(task_id: str) -> Path:
     return folder
 
 
-def add_to_zoo(zoo: Path, policy: TeacherPolicy, card: Mapping[str, Any]) -> None:
+def add_to_zoo(zoo: Path, policy: TrainablePolicy, card: Mapping[str, Any]) -> None:
     """Write `policy` to ``zoo/TASK`` in the small form, replacing one that is there; `card` becomes its provenance."""
     from hpc_cpd.teachers.policy import save_teacher
 
@@ -87,8 +78,7 @@ def add_to_zoo(zoo: Path, policy: TeacherPolicy, card: Mapping[str, Any]) -> Non
 
 
 def _card(task: TaskSpec) -> dict[str, Any]:
-    card: dict[str, Any] = read_json(zoo_folder(task.skill) / "policy.json")
-    return card
+    return dict(read_json(zoo_folder(task.skill) / "policy.json"))
 
 
 plugin = Zoo()

@@ -7,11 +7,10 @@ clone recover from its own errors (DART, arXiv 1703.09327).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,37 +22,51 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.losses import bounded_errors
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.run.publish import is_done
-from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.registry import TaskSpec, make_batch
+from hpc_cpd.tasks.registry import TaskSpec
 from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
-from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, generator, keep_successes, play_block
-from hpc_cpd.teachers.scripted import ScriptedPolicy
+from hpc_cpd.teachers.policy import TeacherPolicy
+from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, TrainingEnvironments, generator, keep_successes, play_block
+from hpc_cpd.teachers.starts.demonstrations import SCRIPTED, DemonstrationsSettings
 from hpc_cpd.trajectories.schema import Episode
 from hpc_cpd.trajectories.shard import closed_shards, read_shard
 from hpc_cpd.trajectories.store import verify_folder
 
-if TYPE_CHECKING:
-    from hpc_cpd.teachers.policy import TeacherPolicy
-    from hpc_cpd.teachers.starts.demonstrations import DemonstrationsSettings
-
 STEPS_AFTER_SUCCESS = 15
 """A clone must learn to hold still at the goal, not to finish the episode."""
-MAX_EPISODES_FACTOR = 4
 BLOCKS_PER_GOAL_SET = 6
 """48 episodes: a seed has 50 goals, and a clone of more goals generalises better to others."""
 
 
-@dataclass
-class Demonstrations:
-    """Samples to clone, in the order of their episodes."""
+class Samples(NamedTuple):
+    """What is cloned, in the order of the episodes."""
 
     observations: NDArray[np.float32]
     """[samples, obs]"""
     targets: NDArray[np.float32]
     """[samples, act], clean actions in [-1, 1]"""
-    episodes: int
+
+
+class ScriptedPolicy:
+    """The scripted Meta-World policy (`metaworld.policies`) of one task, ``metaworld/NAME``, one per environment."""
+
+    def __init__(self, task_id: str) -> None:
+        self._name = task_id.removeprefix(SCRIPTED)
+        self._policies: list[Any] = []
+
+    def reset(self, task_id: str | None, num_envs: int) -> None:
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self._policies = [ENV_POLICY_MAP[self._name]() for _ in range(num_envs)]
+
+    def act(self, observations: NDArray[np.float32]) -> NDArray[np.float32]:
+        """float32 [num_envs, obs] -> float32 [num_envs, act], clipped to [-1, 1]."""
+        exact = observations.astype(np.float64)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # each policy remarks that its gains are high: the clip below sees to that
+            actions = [policy.get_action(row) for policy, row in zip(self._policies, exact, strict=True)]
+        return np.clip(np.array(actions, np.float32), -1.0, 1.0)
 
 
 class Cloning:
@@ -65,29 +78,30 @@ class Cloning:
     def __init__(self, settings: DemonstrationsSettings, policy: TeacherPolicy, context: TeacherContext) -> None:
         self.settings, self.policy, self.context = settings, policy, context
         self.steps = settings.gradient_steps
-        if settings.folder is not None:
-            data = read_demonstrations(context.task, Path(settings.folder), context.communicator)
+        if settings.folder is None:
+            samples = record_demonstrations(context.task, settings, context.seed, context.communicator)
         else:
-            data = record_demonstrations(context.task, settings, context.seed, context.communicator)
-        self._data, self._observations, self._targets = data, *map(torch.tensor, (data.observations, data.targets))
+            folder = Path(settings.folder) / context.task.task_id
+            samples = context.communicator.on_root(lambda: read_demonstrations(context.task, folder))
+        self._observations, self._targets = map(torch.tensor, samples)
         self._part = context.communicator.local_range(settings.batch_size)
         self._optimizer = Adam(policy.actor.parameters(), eps=1e-5, fused=True)
 
     def step(self, number: int) -> float:
-        settings, task = self.settings, self.context.task
+        settings, communicator = self.settings, self.context.communicator
         if number == 0:
-            samples = self._data.observations.astype(np.float64)
-            self.policy.set_normaliser(samples.mean(axis=0), samples.var(axis=0), len(samples))
-        draws = generator(self.context.seed, task.task_id, "clone", number)
+            seen = self._observations.numpy().astype(np.float64)
+            self.policy.set_normaliser(seen.mean(axis=0), seen.var(axis=0), len(seen))
+        draws = generator(self.context.seed, self.policy.task_id, "clone", number)
         rows = draws.integers(len(self._observations), size=settings.batch_size)
         mine = torch.tensor(rows[self._part.start : self._part.stop])
-        for group in self._optimizer.param_groups:
-            group["lr"] = settings.learning_rate * (0.5 * (1.0 + math.cos(math.pi * number / self.steps)))
+        cosine = 0.5 * (1.0 + math.cos(math.pi * number / self.steps))
+        self._optimizer.param_groups[0]["lr"] = settings.learning_rate * cosine
         self._optimizer.zero_grad(set_to_none=True)
         errors = bounded_errors(self.policy.action_mean(self._observations[mine]), self._targets[mine])
-        loss = errors.square().sum() * (1.0 / (settings.batch_size * flat_size(task.action_space)))
+        loss = errors.square().sum() * (1.0 / (settings.batch_size * self._targets.shape[1]))
         loss.backward()
-        summed = self.context.communicator.sum_gradients(list(self.policy.actor.parameters()), [loss])[0]
+        summed = communicator.sum_gradients(list(self.policy.actor.parameters()), [loss])[0]
         self._optimizer.step()
         return summed
 
@@ -100,71 +114,55 @@ class Cloning:
 
 def record_demonstrations(
     task: TaskSpec, settings: DemonstrationsSettings, seed: int, communicator: Communicator
-) -> Demonstrations:
+) -> Samples:
     """Record `settings.episodes` successful episodes of the scripted policy, the same on every rank.
 
     Raises UserError when the scripted policy hardly ever succeeds.
     """
-
-    @lru_cache(maxsize=1)
-    def environments(goal_set: int) -> BatchEnv:
-        goal_seed = int(generator(seed, task.task_id, "demonstrated goals", goal_set).integers(2**31))
-        return make_batch(task.task_id, BLOCK, goal_seed)
-
+    environments = TrainingEnvironments(task.task_id, seed, BLOCK, "demonstrated goals", BLOCKS_PER_GOAL_SET)
     policy = ScriptedPolicy(task.skill)
     plan = EpisodePlan(seed, task.task_id, "demonstration", settings.action_noise, STEPS_AFTER_SUCCESS)
     mine: list[Episode] = []
-    kept, played = keep_successes(
-        settings.episodes,
-        settings.episodes * MAX_EPISODES_FACTOR,
-        True,
-        lambda block: play_block(environments(block // BLOCKS_PER_GOAL_SET), policy, plan, block),
-        lambda episodes, _: mine.extend(episodes),
-        (),
-        communicator,
-    )
-    if kept < settings.episodes:
+
+    def play(block: int) -> list[Episode]:
+        return play_block(environments.of_round(block), policy, plan, block)
+
+    wanted = settings.episodes
+    kept, played = keep_successes(wanted, 4 * wanted, True, play, lambda new, _: mine.extend(new), (), communicator)
+    environments.close()
+    if kept < wanted:
         raise UserError(
-            f"the scripted policy of {task.task_id} succeeded in {kept} of {played} episodes, but "
-            f"{settings.episodes} demonstrations were asked for; lower teachers.start.action_noise"
+            f"the scripted policy of {task.task_id} succeeded in {kept} of {played} episodes, but {wanted} "
+            "demonstrations were asked for; lower teachers.start.action_noise"
         )
     return _as_samples([episode for episodes in communicator.gather(mine) for episode in episodes])
 
 
-def read_demonstrations(task: TaskSpec, folder: Path, communicator: Communicator) -> Demonstrations:
-    """Read the trajectories under ``folder/TASK`` to clone, the same on every rank.
+def read_demonstrations(task: TaskSpec, folder: Path) -> Samples:
+    """Read the trajectories of `task` in `folder` to clone.
 
     Raises UserError: no shards there, or broken ones, or sizes that are not those of the task.
     """
-
-    def read() -> Demonstrations:
-        shards = closed_shards(folder / task.task_id)
-        if not shards:
-            raise UserError(
-                f"{folder / task.task_id} holds no trajectories (shard-*.h5) to clone; set "
-                "teachers.start.folder to a folder that holds TASK folders of shards"
-            )
-        if is_done(folder / task.task_id):
-            problems = verify_folder(folder / task.task_id)
-            if problems:
-                raise UserError(problems[0])
-        samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
-        found = (samples.observations.shape[-1], samples.targets.shape[-1])
-        wanted = (flat_size(task.observation_space), flat_size(task.action_space))
-        if found != wanted:
-            raise UserError(
-                f"the trajectories in {folder / task.task_id} have (observation, action) sizes {found}, but "
-                f"{task.task_id} has {wanted}; record them with this version"
-            )
-        return samples
-
-    return communicator.on_root(read)
+    shards = closed_shards(folder)
+    if not shards:
+        raise UserError(
+            f"{folder} holds no trajectories (shard-*.h5) to clone; set teachers.start.folder to a folder that holds "
+            "TASK folders of shards"
+        )
+    if is_done(folder) and (problems := verify_folder(folder)):
+        raise UserError(problems[0])
+    samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
+    found = tuple(values.shape[-1] for values in samples)
+    wanted = (flat_size(task.observation_space), flat_size(task.action_space))
+    if found != wanted:
+        raise UserError(
+            f"the trajectories in {folder} have (observation, action) sizes {found}, but {task.task_id} has {wanted}; "
+            "record them with this version"
+        )
+    return samples
 
 
-def _as_samples(episodes: list[Episode]) -> Demonstrations:
+def _as_samples(episodes: list[Episode]) -> Samples:
     ordered = sorted(episodes, key=lambda episode: episode.index)
-    return Demonstrations(
-        observations=np.concatenate([episode.observations for episode in ordered]),
-        targets=np.clip(np.concatenate([episode.teacher_mean for episode in ordered]), -1.0, 1.0),
-        episodes=len(ordered),
-    )
+    targets = np.concatenate([episode.teacher_mean for episode in ordered])
+    return Samples(np.concatenate([episode.observations for episode in ordered]), np.clip(targets, -1.0, 1.0))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.tasks.families.base import TaskSpec
-from hpc_cpd.teachers.algorithms.base import Algorithm, Hints, TeacherContext
-from hpc_cpd.teachers.scripted import has_script
+from hpc_cpd.teachers.algorithms.base import Algorithm, Hints, TeacherContext, require_one_each
+from hpc_cpd.teachers.starts.base import Pretraining
 
-if TYPE_CHECKING:
-    from hpc_cpd.teachers.starts._cloning import Cloning
+SCRIPTED = "metaworld/"
+"""The tasks that come with a scripted policy begin with it."""
 
 
 class DemonstrationsSettings(PluginSettings):
@@ -48,27 +48,19 @@ class Demonstrations:
                 "teachers.algorithm names one whose policy cannot be cloned from demonstrations; set "
                 "teachers.start=scratch"
             )
-        if settings.folder is None and not has_script(task.task_id):
+        if settings.folder is None and not task.task_id.startswith(SCRIPTED):
             raise UserError(
                 f"there is no scripted policy for {task.task_id}, so its teacher cannot start from demonstrations; set "
                 "teachers.start=scratch, or teachers.start.folder to a folder of trajectories to clone"
             )
-        if settings.batch_size < ranks:
-            raise UserError(
-                f"teachers.start.batch_size is {settings.batch_size}, but there are {ranks} ranks; give each at least "
-                "one"
-            )
+        require_one_each("teachers.start.batch_size", settings.batch_size, ranks)
 
     def hints(self, settings: DemonstrationsSettings) -> Hints:
-        return Hints(
-            initial_log_std=settings.initial_log_std,
-            activation="relu",  # measured: it clones better than tanh
-            policy_learning_rate=settings.policy_learning_rate,
-            critic_only_rounds=settings.critic_only_rounds,
-            freeze_normaliser=True,  # a moving normaliser would move the cloned policy
-        )
+        chosen = settings.model_dump(include={"initial_log_std", "policy_learning_rate", "critic_only_rounds"})
+        # measured: ReLU clones better than tanh; a moving normaliser would move the cloned policy
+        return Hints(**chosen, activation="relu", freeze_normaliser=True)
 
-    def pretraining(self, settings: DemonstrationsSettings, policy: Any, context: TeacherContext) -> Cloning:
+    def pretraining(self, settings: DemonstrationsSettings, policy: Any, context: TeacherContext) -> Pretraining:
         from hpc_cpd.teachers.starts._cloning import Cloning
 
         return Cloning(settings, policy, context)

@@ -1,4 +1,4 @@
-"""One round of PPO: what a rollout holds, the losses, the gradient steps, and the statistics of the observations.
+"""The training of one PPO teacher: rollouts, losses, gradient steps, and the statistics of the observations.
 
 Every iteration starts from fresh episodes whose goals and noise are pure functions of (seed, task,
 iteration, environment number), so a resumed run needs no state of the simulator.
@@ -6,9 +6,10 @@ iteration, environment number), so a resumed run needs no state of the simulator
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,16 +17,88 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.optimizers import Adam
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.spaces import flat_size
+from hpc_cpd.teachers.algorithms.base import Hints, RoundResult, TeacherContext
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
+from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, generator
+from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, TrainingEnvironments, generator
 
+NORMALISER_STEPS = 100
+"""Steps of the untrained policy that give the normaliser its first statistics."""
 SMALLEST_LEARNING_RATE, LARGEST_LEARNING_RATE = 5e-5, 3e-3
 
 Floats = NDArray[np.float32]
 Flags = NDArray[np.bool_]
+
+
+class PPOLearner:
+    """See `hpc_cpd.teachers.algorithms.base.Learner`."""
+
+    def __init__(self, settings: PPOSettings, hints: Hints, context: TeacherContext) -> None:
+        task = context.task
+        self.settings, self.hints = settings, hints
+        self.seed, self.communicator = context.seed, context.communicator
+        self.rounds = settings.iterations
+        sizes = flat_size(task.observation_space), flat_size(task.action_space), settings.hidden
+        weights = generator(self.seed, task.task_id, "weights")
+        self.policy = TeacherPolicy(
+            task.task_id, *sizes, hints.activation, hints.initial_log_std, weights, smallest_std=hints.smallest_std
+        )
+        actor, critic = [*self.policy.actor.parameters(), self.policy.log_std], [*self.policy.critic.parameters()]
+        rate = settings.learning_rate
+        groups = [{"params": actor, "lr": hints.policy_learning_rate or rate}, {"params": critic, "lr": rate}]
+        self.optimizer: torch.optim.Optimizer = Adam(groups, eps=1e-5, fused=True)  # all weights in one pass
+        self._numbers = self.communicator.local_range(settings.num_envs)
+        self._environments = TrainingEnvironments(task.task_id, self.seed, len(self._numbers))
+
+    def collect(self, number: int) -> Rollout:
+        if number == 0 and not self.hints.freeze_normaliser:
+            first = self._rollout(0, NORMALISER_STEPS)
+            update_normaliser(self.policy, first.observations, self.communicator)
+        return self._rollout(number)
+
+    def update(self, number: int, experience: Rollout) -> RoundResult:
+        settings, both = self.settings, number >= self.hints.critic_only_rounds
+        measured = update(
+            self.policy, self.optimizer, experience, settings, self.seed, number, self.communicator, train_actor=both
+        )
+        if not self.hints.freeze_normaliser:
+            update_normaliser(self.policy, experience.observations, self.communicator)
+        if self.hints.desired_kl is not None:
+            learning_rate = self.optimizer.param_groups[-1]["lr"]
+            self._set_learning_rate(adapted_learning_rate(learning_rate, measured["kl_met"], self.hints.desired_kl))
+        mine = [experience.mean_return * len(self._numbers), experience.successes, experience.ended.sum()]
+        sums = self.communicator.sum(np.array(mine, np.float64))
+        measured |= {
+            "mean_return": float(sums[0] / settings.num_envs),
+            "success": float(sums[1] / sums[2]),
+            "std": float(self.policy.log_std.detach().exp().mean()),
+        }
+        return RoundResult(settings.num_envs * settings.rollout_steps, measured)
+
+    def state_dict(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return adam_tensors(self.optimizer, self.policy), {"learning_rate": self.optimizer.param_groups[-1]["lr"]}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        restore_adam(self.optimizer, self.policy, tensors)
+        if self.hints.desired_kl is not None:
+            self._set_learning_rate(state["learning_rate"])
+
+    def close(self) -> None:
+        self._environments.close()
+
+    def _rollout(self, number: int, steps: int | None = None) -> Rollout:
+        """The rollout of round `number`; with `steps`, the one before the first round."""
+        envs = self._environments.of_round(number)
+        draws = 1 + number if steps is None else 0
+        return collect_rollout(envs, self.policy, self.settings, self.seed, draws, self._numbers.start, steps)
+
+    def _set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
 
 
 @dataclass
@@ -44,9 +117,8 @@ class Rollout:
     """[T, N]: terminated, truncated, or the last step of the rollout"""
     final_observations: Floats
     """[E, obs], E = ended.sum(), in the order of np.argwhere(ended): where those episodes stood"""
-    episodes: int
     successes: int
-    """whole or started episodes, and those with the success flag at any step"""
+    """episodes, whole or begun, with the success flag at any step"""
     mean_return: float
     """mean unscaled reward per environment and rollout"""
 
@@ -66,53 +138,35 @@ def collect_rollout(
     `first_environment` is the number of the first of these environments among those of all ranks.
     """
     steps = settings.rollout_steps if steps is None else steps
-    count, task = envs.num_envs, envs.task
-    limit = envs.num_goals or UNBOUNDED_GOALS
-    draws = [generator(seed, task.task_id, "rollout", iteration, first_environment + env) for env in range(count)]
-    noise = np.stack([rng.standard_normal((steps, flat_size(task.action_space))) for rng in draws], axis=1).astype(
-        np.float32
-    )
+    count, limit = envs.num_envs, envs.num_goals or UNBOUNDED_GOALS
+    draws = [generator(seed, policy.task_id, "rollout", iteration, first_environment + env) for env in range(count)]
+    drawn = [rng.standard_normal((steps, policy.action_size)) for rng in draws]
+    noise = np.stack(drawn, axis=1).astype(np.float32)
     std = policy.log_std.detach().exp().numpy().copy()
 
     def goals(mask: Flags) -> NDArray[np.int64]:
         return np.array([rng.integers(limit) if new else 0 for rng, new in zip(draws, mask, strict=True)])
 
-    seen = np.zeros((steps, count, flat_size(task.observation_space)), np.float32)
-    actions = np.zeros((steps, count, flat_size(task.action_space)), np.float32)
-    rewards = np.zeros((steps, count), np.float32)
-    terminated = np.zeros((steps, count), np.bool_)
-    ended = np.zeros((steps, count), np.bool_)
+    rows: list[tuple[Any, ...]] = []
     finals: list[Floats] = []
-    episodes, successes = count, 0
-    succeeded = np.zeros(count, np.bool_)
+    successes, succeeded = 0, np.zeros(count, np.bool_)
     observations, _ = envs.reset(options={"goal_index": goals(np.ones(count, np.bool_))})
     for step in range(steps):
-        mean = policy.action_mean(torch.from_numpy(observations)).numpy()
-        seen[step] = observations
-        actions[step] = mean + std * noise[step]
-        observations, reward, terminated[step], truncated, info = envs.step(actions[step])
-        rewards[step] = reward
+        actions = policy.action_mean(torch.from_numpy(observations)).numpy() + std * noise[step]
+        following, reward, terminated, truncated, info = envs.step(actions)
+        last, over = step + 1 == steps, terminated | truncated
+        ended = over | last
+        rows.append((observations, actions, reward.astype(np.float32), terminated, ended))
+        finals.append(following[ended])
         succeeded |= info["success"]
-        over = terminated[step] | truncated
-        ended[step] = over if step + 1 < steps else True
-        if ended[step].any():
-            finals.extend(observations[env].copy() for env in np.flatnonzero(ended[step]))
-            successes += int(succeeded[ended[step]].sum())
-        if over.any() and step + 1 < steps:
-            episodes += int(over.sum())
-            succeeded[over] = False
+        successes += int(succeeded[ended].sum())
+        succeeded[ended] = False
+        observations = following
+        if over.any() and not last:
             observations, _ = envs.reset(options={"reset_mask": over, "goal_index": goals(over)})
-    return Rollout(
-        observations=seen,
-        actions=actions,
-        rewards=rewards * np.float32(settings.reward_scale),
-        terminated=terminated,
-        ended=ended,
-        final_observations=np.array(finals, np.float32).reshape(-1, flat_size(task.observation_space)),
-        episodes=episodes,
-        successes=successes,
-        mean_return=float(rewards.sum(axis=0, dtype=np.float64).mean()),
-    )
+    seen, acted, rewards, terminations, ends = (np.array(column) for column in zip(*rows, strict=True))
+    scaled, mean_return = rewards * np.float32(settings.reward_scale), rewards.sum(axis=0, dtype=np.float64).mean()
+    return Rollout(seen, acted, scaled, terminations, ends, np.concatenate(finals), successes, float(mean_return))
 
 
 def generalised_advantages(
@@ -130,12 +184,10 @@ def generalised_advantages(
     future; a truncated one has, so its last step still counts `next_values`. No advantage flows over
     an end of either kind.
     """
-    advantages = np.zeros_like(values)
-    following = np.zeros(values.shape[1])
+    deltas = rewards + discount * np.where(terminated, 0.0, next_values) - values
+    advantages, following = np.zeros_like(values), np.zeros(values.shape[1])
     for step in reversed(range(len(values))):
-        future = np.where(terminated[step], 0.0, next_values[step])
-        delta = rewards[step] + discount * future - values[step]
-        following = delta + discount * gae_lambda * np.where(ended[step], 0.0, following)
+        following = deltas[step] + discount * gae_lambda * np.where(ended[step], 0.0, following)
         advantages[step] = following
     return advantages
 
@@ -182,34 +234,30 @@ def update(
     ended the round), policy_steps (gradient steps of the policy), and explained_variance of the critic before the
     round. The same on every rank.
     """
-    samples = _prepare(policy, rollout, settings, communicator)
+    samples, explained_variance = _prepare(policy, rollout, settings, communicator)
     actor = [*policy.actor.parameters(), policy.log_std]
     critic = list(policy.critic.parameters())
     count = len(samples.returns)
     counts = communicator.gather(count)
-    totals = np.zeros(3)
-    policy_steps, value_steps = 0, 0
+    totals, policy_steps, value_steps = np.zeros(3), 0, 0
     met: list[float] = []
     for epoch in range(settings.epochs):
         order = generator(seed, policy.task_id, "minibatches", iteration, epoch, communicator.rank).permutation(count)
         shuffled = samples.take(torch.tensor(order))
         for part in range(settings.minibatches):
-            begin, end = (count * (part + shift) // settings.minibatches for shift in (0, 1))
-            whole = sum(
-                n * (part + 1) // settings.minibatches - n * part // settings.minibatches for n in counts
-            )  # samples of all ranks in this gradient step
+            shares = [[n * (part + end) // settings.minibatches for end in (0, 1)] for n in counts]  # one of each rank
+            whole = sum(end - begin for begin, end in shares)
             if whole == 0:
                 continue
-            batch = shuffled.take(slice(begin, end))
+            batch = shuffled.take(slice(*shares[communicator.rank]))
             optimizer.zero_grad(set_to_none=True)
             value_loss = 0.5 * (policy.critic(batch.normalised).squeeze(-1) - batch.returns).square().sum() / whole
             policy_loss, kl = torch.zeros(()), torch.zeros(())
             loss = settings.value_coefficient * value_loss
             if train_actor:
                 log_probs = policy.log_prob(policy.actor(batch.normalised), batch.actions)
-                policy_loss = (
-                    clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, settings.clip_range).sum() / whole
-                )
+                losses = clipped_policy_loss(log_probs, batch.log_probs, batch.advantages, settings.clip_range)
+                policy_loss = losses.sum() / whole
                 kl = divergence(log_probs, batch.log_probs).sum() / whole
                 share_of_entropy = settings.entropy_coefficient * len(batch.returns) / whole
                 loss = loss + policy_loss - share_of_entropy * policy.entropy()
@@ -234,7 +282,7 @@ def update(
         "kl": float(totals[2] / max(policy_steps, 1)),
         "kl_met": float(np.mean(met)) if met else 0.0,
         "policy_steps": policy_steps,
-        "explained_variance": samples.explained_variance,
+        "explained_variance": explained_variance,
     }
 
 
@@ -274,8 +322,7 @@ def update_normaliser(policy: TeacherPolicy, observations: Floats, communicator:
     policy.set_normaliser(*found)
 
 
-@dataclass
-class _Samples:
+class _Samples(NamedTuple):
     """A rollout as flat tensors [B, ...]."""
 
     normalised: Tensor
@@ -284,55 +331,33 @@ class _Samples:
     log_probs: Tensor
     advantages: Tensor
     returns: Tensor
-    explained_variance: float
-    """of the critic before the round"""
 
     def take(self, rows: Tensor | slice) -> _Samples:
-        return _Samples(
-            self.normalised[rows],
-            self.actions[rows],
-            self.log_probs[rows],
-            self.advantages[rows],
-            self.returns[rows],
-            self.explained_variance,
-        )
+        return _Samples(*(column[rows] for column in self))
 
 
-def _prepare(policy: TeacherPolicy, rollout: Rollout, settings: PPOSettings, communicator: Communicator) -> _Samples:
-    """Values, advantages (normalised over all ranks), returns and log densities of a rollout."""
+def _prepare(
+    policy: TeacherPolicy, rollout: Rollout, settings: PPOSettings, communicator: Communicator
+) -> tuple[_Samples, float]:
+    """Advantages (normalised over all ranks), returns and log densities, and the explained variance of the critic."""
     shape = rollout.rewards.shape
-    observations = torch.tensor(rollout.observations.reshape(-1, rollout.observations.shape[-1]))
-    actions = torch.tensor(rollout.actions.reshape(-1, rollout.actions.shape[-1]))
+    observations, actions = (torch.tensor(values).flatten(0, 1) for values in (rollout.observations, rollout.actions))
     inputs = policy.normalise(observations)
     with torch.inference_mode():
         values = policy.critic(inputs).squeeze(-1).numpy().astype(np.float64).reshape(shape)
         final_values = policy.value(torch.tensor(rollout.final_observations)).numpy().astype(np.float64)
     with torch.no_grad():
         log_probs = policy.log_prob(policy.actor(inputs), actions)
-    next_values = np.zeros(shape)
-    next_values[:-1] = values[1:]
-    next_values[rollout.ended] = final_values
-    advantages = generalised_advantages(
-        rollout.rewards.astype(np.float64),
-        values,
-        next_values,
-        rollout.terminated,
-        rollout.ended,
-        settings.discount,
-        settings.gae_lambda,
-    )
+    next_values = np.roll(values, -1, axis=0)
+    next_values[rollout.ended] = final_values  # all of the last step among them
+    rewards, ends = rollout.rewards.astype(np.float64), (rollout.terminated, rollout.ended)
+    advantages = generalised_advantages(rewards, values, next_values, *ends, settings.discount, settings.gae_lambda)
     returns = advantages + values
     sums = communicator.sum(np.array([advantages.size, advantages.sum(), returns.sum()], np.float64))
     mean, mean_return = sums[1] / sums[0], sums[2] / sums[0]
-    squares = communicator.sum(
-        np.array([((advantages - mean) ** 2).sum(), ((returns - mean_return) ** 2).sum(), (advantages**2).sum()])
-    )
+    squared = [((advantages - mean) ** 2).sum(), ((returns - mean_return) ** 2).sum(), (advantages**2).sum()]
+    squares = communicator.sum(np.array(squared))
     normalised = (advantages - mean) / (np.sqrt(squares[0] / sums[0]) + 1e-8)
-    return _Samples(
-        inputs,
-        actions,
-        log_probs,
-        torch.tensor(normalised.reshape(-1), dtype=torch.float32),
-        torch.tensor(returns.reshape(-1), dtype=torch.float32),
-        float(1.0 - squares[2] / squares[1]) if squares[1] > 0 else 0.0,
-    )
+    targets = (torch.tensor(values.reshape(-1), dtype=torch.float32) for values in (normalised, returns))
+    explained_variance = float(1.0 - squares[2] / squares[1]) if squares[1] > 0 else 0.0
+    return _Samples(inputs, actions, log_probs, *targets), explained_variance
