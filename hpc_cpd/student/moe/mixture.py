@@ -58,7 +58,7 @@ class Mixture(nn.Module):
         self.output_size = output_size
         self.ids = ids
         self.expert_parallel_size = expert_parallel_size
-        self.expert_parallel_rank = _rank() % expert_parallel_size
+        self.expert_parallel_rank = this_rank() % expert_parallel_size
         self.owners = np.array([global_id % expert_parallel_size for global_id in ids])
         self.gate = Gate(input_size, experts_by_stage, top_k, initial_gate_bias, seed)
         self.experts = nn.ModuleDict(
@@ -135,7 +135,7 @@ class Mixture(nn.Module):
     def _peers(self, table: Tensor) -> np.ndarray:
         """Rows of `table` of the ranks that share one set of experts with this one, this rank's group order."""
         if self.expert_parallel_size == 1:
-            return table[_rank() if len(table) > 1 else 0].numpy()[None]
+            return table[this_rank() if len(table) > 1 else 0].numpy()[None]
         return table[dist.get_process_group_ranks(self._group)].numpy()
 
     def _load_balancing_loss(self, routing: Routing, table: Tensor) -> Tensor:
@@ -207,5 +207,6 @@ class Mixture(nn.Module):
         return tied
 
 
-def _rank() -> int:
+def this_rank() -> int:
+    """The number of this process among the ranks; 0 where it is alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
