@@ -38,18 +38,18 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     if previous is None:
         shape = StudentShape.from_settings(
             config.student,
-            new.observations.shape[1],
-            new.actions.shape[1],
-            len(next(iter(vectors.values()))),
-            method.initial_gate_bias,
+            observation_size=new.observations.shape[1],
+            action_size=new.actions.shape[1],
+            task_vector_size=len(next(iter(vectors.values()))),
+            initial_gate_bias=method.initial_gate_bias,
         )
         student = Student(shape, [list(range(born))], 1, config.seed)
-        student.set_normaliser(*normaliser)
+        student.tokenizer.set_normaliser(*normaliser)
         experts, state = student.experts_by_stage, _state_of(student)
     elif born:
         shape, first = previous.shape, sum(map(len, previous.experts_by_stage))
         new_ids = list(range(first, first + born))
-        student = grown(previous.state, shape, previous.experts_by_stage, new_ids, 1, config.seed)
+        student = grown(previous.state, shape, previous.experts_by_stage, new_ids, config.seed)
         experts, state = [*previous.experts_by_stage, new_ids], _state_of(student)
     else:
         shape, experts, state = previous.shape, previous.experts_by_stage, dict(previous.state)

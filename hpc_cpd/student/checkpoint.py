@@ -38,7 +38,8 @@ INDEX_FILE = "index.json"
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 AGAIN = "delete its folder and run the command that makes it again"
-Moments = Mapping[str, Mapping[str, Tensor]]
+Tensors = Mapping[str, Tensor]
+Moments = Mapping[str, Tensors]
 """Parameter name -> MOMENTS: AdamW's state of the parameters that this rank holds and that learn."""
 
 
@@ -54,12 +55,7 @@ class PendingCheckpoint:
     """A checkpoint whose files are being written by a thread of every rank, while training goes on."""
 
     def __init__(
-        self,
-        folder: Path,
-        student: Student,
-        moments: Moments,
-        position: Mapping[str, Any],
-        method_state: Mapping[str, Tensor] | None = None,
+        self, folder: Path, student: Student, moments: Moments, position: Mapping[str, Any], method_state: Tensors
     ) -> None:
         """Copy `student`, its optimizer's `moments`, `position` (plain JSON) and the method's state; begin to write.
 
@@ -74,7 +70,7 @@ class PendingCheckpoint:
             "experts_by_stage": student.experts_by_stage,
             "position": dict(position),
         }
-        files = _files_of(student, moments, method_state or {})
+        files = _files_of(student, moments, method_state)
         writer = ThreadPoolExecutor(1, "checkpoint")
         self._written = writer.submit(_write_tensors, self._temporary, files)
         writer.shutdown(wait=False)
@@ -123,14 +119,14 @@ def gather_state(student: Student) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
-def gather_method_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_method_state(tensors: Tensors) -> dict[str, Tensor]:
     """A method's state on the CPU, with what belongs to the experts of all ranks, on every rank. A collective."""
     mine = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
     spread = {key: tensor for key, tensor in mine.items() if expert_of(_parameter_of(key)) is not None}
     return dict(sorted((mine | {key: tensor for part in gather(spread) for key, tensor in part.items()}).items()))
 
 
-def of_this_rank(tensors: Mapping[str, Tensor], expert_parallel_size: int) -> dict[str, Tensor]:
+def of_this_rank(tensors: Tensors, expert_parallel_size: int) -> dict[str, Tensor]:
     """A method's state without what belongs to experts that live on other ranks."""
     experts = {key: expert_of(_parameter_of(key)) for key in tensors}
     elsewhere = {key for key, e in experts.items() if e is not None and (e - this_rank()) % expert_parallel_size}
@@ -147,7 +143,7 @@ def _file_of(name: str) -> str:
     return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
 
 
-def _files_of(student: Student, moments: Moments, method_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _files_of(student: Student, moments: Moments, method_state: Tensors) -> dict[str, dict[str, Tensor]]:
     """Copies of what this rank has to write: dense things on rank 0, experts in the first group that holds them."""
     found = [(name, name, tensor) for name, tensor in student.state_dict().items()]
     found += [(name, f"{name}|{key}", value) for name, _, _ in found for key, value in moments.get(name, {}).items()]
@@ -159,7 +155,7 @@ def _files_of(student: Student, moments: Moments, method_state: Mapping[str, Ten
     return files
 
 
-def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+def _write_tensors(folder: Path, files: Mapping[str, Tensors]) -> dict[str, str]:
     """Write in the format of safetensors and fsync; return each file's SHA-256.
 
     Piece by piece: safetensors' own `save` copies everything twice, and no other thread runs meanwhile.
@@ -167,21 +163,20 @@ def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> d
     hashes = {}
     for name, tensors in files.items():
         digest = hashlib.sha256()
-        with open(folder / name, "xb", buffering=0) as file:
-            for piece in _pieces(tensors):
-                left = memoryview(piece)
-                try:
-                    while left:
-                        left = left[file.write(left) :]  # one call takes 2 GB at most, and less on a disk nearly full
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(folder / name)) from None
-                digest.update(piece)
-            os.fsync(file.fileno())
+        try:
+            with open(folder / name, "xb") as file:
+                for piece in _pieces(tensors):
+                    file.write(piece)
+                    digest.update(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
         hashes[name] = digest.hexdigest()
     return hashes
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: the length of the header, the header, the contiguous CPU tensors."""
     header: dict[str, Any] = {}
     end = 0

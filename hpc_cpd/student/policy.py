@@ -133,18 +133,11 @@ class StudentPolicy(Policy):
         method = self._method = parts.method_state
         # an object that gives the state that a stage's tasks act with, or None
         self._weights_of_stages: Any = method and plugins.load("methods", method.method).acting(method.tensors)
-        if self._weights_of_stages is not None:
-            self._state = parts.state
-            stages = enumerate(parts.metadata["tasks_by_stage"], start=1)
-            self._stages = {task: stage for stage, tasks in stages for task in tasks}
-            self._stage = 0  # whose weights are in place: nobody's
+        self._state = parts.state
+        self._stage = 0  # whose weights are in place: nobody's
         embedding = plugins.load("embeddings", parts.task_embedding.name)
         self.inference = embedding.inference(parts.task_embedding, parts, self._device)
         self._rows = 0
-
-    @property
-    def num_experts(self) -> int:
-        return sum(map(len, self.experts_by_stage))
 
     @property
     def task_ids(self) -> list[str]:
@@ -189,7 +182,8 @@ class StudentPolicy(Policy):
         """
         if self._weights_of_stages is None:
             return
-        stages = {self._stages[task] for task in task_ids}
+        wanted = set(task_ids)
+        stages = {n for n, tasks in enumerate(self.metadata["tasks_by_stage"], start=1) if wanted.intersection(tasks)}
         if len(stages) != 1:
             raise ValueError(f"tasks of the stages {sorted(stages)} do not act with the same weights")
         (stage,) = stages

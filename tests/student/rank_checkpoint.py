@@ -55,7 +55,7 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     for step in range(position["step"], wish["steps"]):
         if wish.get("save") and step == wish["save_at"]:
             found = read_moments(student, optimizer, zero)
-            PendingCheckpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1}).publish()
+            PendingCheckpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1}, {}).publish()
         observations, tasks, valid, override, target = make_batch(WINDOWS + step, shape.history, shape)
         own = slice(rank * len(valid) // world_size, (rank + 1) * len(valid) // world_size)
         actions, balance, _ = engine(observations[own], tasks[own], valid[own], override[own])
@@ -81,7 +81,7 @@ def fail_on_last_rank(wish: dict[str, Any]) -> list[Any]:
     raised: tuple[str, int | None, str] | None = None
     try:
         if wish["mode"] == "full disk":
-            PendingCheckpoint(Path(wish["save"]), student, {}, {"step": 0}).publish()
+            PendingCheckpoint(Path(wish["save"]), student, {}, {"step": 0}, {}).publish()
         else:
             load_checkpoint(Path(wish["load"]), student)
     except Exception as error:

@@ -38,7 +38,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     """
     folder = tmp_path_factory.mktemp("two_ranks")
     PendingCheckpoint(
-        folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, for_training=False), {}, {"step": 0}
+        folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, for_training=False), {}, {"step": 0}, {}
     ).publish()
     with open(folder / "damaged" / "mixture-0-expert-0001.safetensors", "r+b") as file:
         file.seek(200)
@@ -81,7 +81,7 @@ def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_los
 
 def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
     alone = make_student(small_shape(0, **DEEP), EXPERTS, for_training=False)
-    PendingCheckpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1}).publish()
+    PendingCheckpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1}, {}).publish()
     first, second = (
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "alone", two_ranks[0] / "first")
     )
@@ -112,7 +112,7 @@ def test_a_rank_that_cannot_read_stops_all_ranks(two_ranks: tuple[Path, list[Any
 
 def saved(folder: Path) -> tuple[Path, Student]:
     student = make_student(small_shape(0), [[0, 1], [2]], for_training=False)
-    PendingCheckpoint(folder / "one", student, {}, {"step": 7, "phase": 2}).publish()
+    PendingCheckpoint(folder / "one", student, {}, {"step": 7, "phase": 2}, {}).publish()
     return folder / "one", student
 
 
