@@ -52,7 +52,7 @@ KINDS = {
     "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", _PARTS, "tokenizer.", _PART),
     "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", _PARTS, "backbone.", _PART),
     "heads": Kind("head", "student.head", f"{_STUDENT}.heads", _PARTS, "head.", _PART),
-    "embeddings": Kind("embedding", "student.task_embedding", f"{_STUDENT}.embeddings", _PARTS, "embedding."),
+    "embeddings": Kind("task embedding", "student.task_embedding", f"{_STUDENT}.embeddings", _PARTS, "embedding."),
     "schedulers": Kind("scheduler", "cluster.scheduler", "hpc_cpd.cluster.schedulers", "hpc_cpd.schedulers"),
 }
 

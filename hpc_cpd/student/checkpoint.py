@@ -103,9 +103,8 @@ def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Mom
 def gather_state(student: Student) -> dict[str, Tensor]:
     """The canonical state on the CPU, complete on every rank. A collective when the experts are spread over ranks."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    if student.expert_parallel_size == 1:
-        return dict(sorted(state.items()))
-    layout = gather([(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None])
+    mine = [(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None]
+    layout = gather(mine) if student.expert_parallel_size > 1 else []
     device = next(student.parameters()).device
     for owner, names in enumerate(layout[: student.expert_parallel_size]):
         if names:

@@ -91,15 +91,10 @@ class Student(nn.Module):
 
             kind = MixtureOfExperts
         seen = self.tokenizer.seen_size if shape.experts_see_observation else 0
+        inputs = shape.width + seen + shape.task_vector_size
+        seeds = [np.random.SeedSequence([seed, 3, n]).generate_state(1)[0] for n in range(self.backbone.mixtures)]
         self.mixtures = nn.ModuleList(
-            kind(
-                shape,
-                shape.width + seen + shape.task_vector_size,
-                self.experts_by_stage,
-                expert_parallel_size,
-                seed=int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0]),
-            )
-            for number in range(self.backbone.mixtures)
+            kind(shape, inputs, self.experts_by_stage, expert_parallel_size, int(seed)) for seed in seeds
         )
 
     def forward(

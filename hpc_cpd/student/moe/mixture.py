@@ -42,12 +42,7 @@ class Mixture(nn.Module):
     """
 
     def __init__(
-        self,
-        shape: StudentShape,
-        inputs: int,
-        experts_by_stage: list[list[int]],
-        expert_parallel_size: int,
-        seed: int,
+        self, shape: StudentShape, inputs: int, experts_by_stage: list[list[int]], expert_parallel_size: int, seed: int
     ) -> None:
         """`experts_by_stage`: global ids in ascending order over the stages, at least one.
 
