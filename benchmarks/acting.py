@@ -36,6 +36,12 @@ from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
 
 OBSERVATION, ACTION, VECTOR, EXPERTS = 39, 4, 32, 25
+DIMENSIONS = {
+    "observation_size": OBSERVATION,
+    "action_size": ACTION,
+    "task_vector_size": VECTOR,
+    "initial_gate_bias": -5.0,
+}
 SIZES = {
     "default": StudentSettings(),
     "default, history 32": StudentSettings(history=32),
@@ -55,7 +61,7 @@ TARGET = 10.0
 
 
 def make_policy(settings: StudentSettings) -> StudentPolicy:
-    shape = StudentShape.from_settings(settings, OBSERVATION, ACTION, VECTOR, -5.0)
+    shape = StudentShape.from_settings(settings, **DIMENSIONS)
     experts = [list(range(EXPERTS))]
     state = Student(shape, experts, for_training=False).state_dict()
     vector = np.ones(shape.task_vector_size, np.float32) / shape.task_vector_size**0.5

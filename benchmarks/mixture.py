@@ -100,10 +100,20 @@ def make_tokens(count: int, width: int, routing: str, rank: int) -> Tensor:
 
 def make_ours(width: int, hidden: int, experts: int, k: int, routing: str, ranks: int) -> Any:
     from hpc_cpd.student.moe.deepspeed import MixtureOfExperts
+    from hpc_cpd.student.network import StudentShape
 
     old = -(-experts // 2) if routing == "newborn" else experts
     stages = [list(range(old)), list(range(old, experts))]
-    layer = MixtureOfExperts(width, width, hidden, stages, ranks, k, BIRTH_BIAS, 0).train()
+    shape = StudentShape(
+        width=width,
+        expert_hidden=hidden,
+        top_k=k,
+        initial_gate_bias=BIRTH_BIAS,
+        observation_size=1,
+        action_size=1,
+        task_vector_size=1,
+    )
+    layer = MixtureOfExperts(shape, width, stages, ranks, 0).train()
     layer.set_deepspeed_parallelism()  # type: ignore[operator]
     with torch.no_grad():
         for number, stage in enumerate(layer.gate.stages):

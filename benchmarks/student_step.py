@@ -48,6 +48,12 @@ from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.network import Student, StudentShape
 
 OBSERVATION, ACTION, VECTOR, EXPERTS = 39, 4, 32, 10
+DIMENSIONS = {
+    "observation_size": OBSERVATION,
+    "action_size": ACTION,
+    "task_vector_size": VECTOR,
+    "initial_gate_bias": -5.0,
+}
 SIZES = {
     "default": StudentSettings(),
     "default, top-2": StudentSettings(top_k=2),
@@ -69,7 +75,7 @@ class Contender:
 
 
 def shape_of(settings: StudentSettings) -> StudentShape:
-    return StudentShape.from_settings(settings, OBSERVATION, ACTION, VECTOR, -5.0)
+    return StudentShape.from_settings(settings, **DIMENSIONS)
 
 
 def make_batches(settings: StudentSettings, rank: int, world_size: int, count: int) -> list[Batch]:

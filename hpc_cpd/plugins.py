@@ -40,21 +40,19 @@ class Kind:
 
 
 _TEACHERS, _STUDENT, _PARTS, _PART = "hpc_cpd.teachers", "hpc_cpd.student", "hpc_cpd.students", ("Settings", "build")
-_SELECTIONS, _LEARNER = "hpc_cpd.trajectories.selection", ("Settings", "learner")
+_SELECTIONS, _ORDER, _LEARNER = "hpc_cpd.trajectories.selection", ("Settings", "order"), ("Settings", "learner")
 _FAMILIES, _FAMILY = "hpc_cpd.tasks.families", ("names", "describe", "make")
 KINDS = {
     "tasks": Kind("task family", "stream.tasks", _FAMILIES, "hpc_cpd.tasks", "", _FAMILY),
     "methods": Kind("method", "method", "hpc_cpd.methods", "hpc_cpd.methods"),
-    "selections": Kind(
-        "selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections", "", ("Settings", "order")
-    ),
+    "selections": Kind("selection", "method.memory.selection", _SELECTIONS, "hpc_cpd.selections", "", _ORDER),
     "algorithms": Kind("teacher algorithm", "teachers.algorithm", f"{_TEACHERS}.algorithms", _TEACHERS, "", _LEARNER),
     "starts": Kind("teacher's start", "teachers.start", f"{_TEACHERS}.starts", "hpc_cpd.teacher_starts"),
     "sources": Kind("source of teachers", "teachers.source", f"{_TEACHERS}.sources", "hpc_cpd.teacher_sources"),
     "tokenizers": Kind("tokenizer", "student.tokenizer", f"{_STUDENT}.tokenizers", _PARTS, "tokenizer.", _PART),
     "backbones": Kind("backbone", "student.backbone", f"{_STUDENT}.backbones", _PARTS, "backbone.", _PART),
     "heads": Kind("head", "student.head", f"{_STUDENT}.heads", _PARTS, "head.", _PART),
-    "embeddings": Kind("embedding", "student.task_embedding", f"{_STUDENT}.embeddings", _PARTS, "embedding."),
+    "embeddings": Kind("task embedding", "student.task_embedding", f"{_STUDENT}.embeddings", _PARTS, "embedding."),
     "schedulers": Kind("scheduler", "cluster.scheduler", "hpc_cpd.cluster.schedulers", "hpc_cpd.schedulers"),
 }
 
@@ -99,7 +97,9 @@ def load(kind: str, name: str) -> Any:
     else:
         point = installed(kind).get(name)
         if point is None:
-            raise UserError(f"{about.key}: there is no {about.word} '{name}'; {hint(name, names(kind))}{_known(kind)}")
+            known = names(kind)
+            told = f"{hint(name, known)}known: {', '.join(known) or 'none'}"
+            raise UserError(f"{about.key}: there is no {about.word} '{name}'; {told}")
         where = point.value
         try:
             plugin = point.load()
@@ -129,7 +129,3 @@ def hint(word: str, known: Iterable[str], prefix: str = "", cutoffs: Sequence[fl
         if near := difflib.get_close_matches(str(word).lower(), list(spelled), n=1, cutoff=cutoff):
             return f"did you mean '{prefix}{spelled[near[0]]}'? "
     return ""
-
-
-def _known(kind: str) -> str:
-    return f"known: {', '.join(names(kind)) or 'none'}"

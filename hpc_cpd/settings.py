@@ -145,14 +145,6 @@ class TrajectorySettings(Settings):
     episodes_per_shard: int = Field(25, ge=1, description="a shard is closed and renamed after this many episodes")
 
 
-_TOKENIZER, _BACKBONE, _HEAD = (
-    Choice("tokenizers", "linear"),
-    Choice("backbones", "transformer"),
-    Choice("heads", "linear"),
-)
-_TASK_EMBEDDING = Choice("embeddings", "contrastive")
-
-
 class NetworkSettings(Settings):
     """The parts and sizes of a student that stay as they are in all its stages."""
 
@@ -160,23 +152,20 @@ class NetworkSettings(Settings):
     history: int = Field(4, ge=1, description="observations that an action may depend on, the newest included")
     expert_hidden: int = Field(256, ge=1, description="hidden width of an expert")
     shared_expert_hidden: int = Field(
-        0,
-        ge=0,
-        description="hidden width of an expert per mixture that serves every task and is frozen with the "
-        "backbone; 0: none",
+        0, ge=0, description="hidden width of an expert per mixture, frozen with the backbone, for all tasks; 0: none"
     )
     experts_see_observation: bool = Field(
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    tokenizer: Annotated[PluginSettings, _TOKENIZER] = Field(
-        default_factory=_TOKENIZER.defaults, description="makes a token of an observation"
+    tokenizer: Annotated[PluginSettings, Choice("tokenizers", "linear")] = Field(
+        "linear", validate_default=True, description="makes a token of an observation"
     )
-    backbone: Annotated[PluginSettings, _BACKBONE] = Field(
-        default_factory=_BACKBONE.defaults, description="makes features of the tokens of a history"
+    backbone: Annotated[PluginSettings, Choice("backbones", "transformer")] = Field(
+        "transformer", validate_default=True, description="makes features of the tokens of a history"
     )
-    head: Annotated[PluginSettings, _HEAD] = Field(
-        default_factory=_HEAD.defaults, description="makes an action of the features"
+    head: Annotated[PluginSettings, Choice("heads", "linear")] = Field(
+        "linear", validate_default=True, description="makes an action of the features"
     )
 
     @model_validator(mode="after")
@@ -189,8 +178,8 @@ class NetworkSettings(Settings):
 class StudentSettings(NetworkSettings):
     """The generalist: tokenizer, backbone, mixtures of experts that grow, head."""
 
-    task_embedding: Annotated[PluginSettings, _TASK_EMBEDDING] = Field(
-        default_factory=_TASK_EMBEDDING.defaults, description="gives every task its vector"
+    task_embedding: Annotated[PluginSettings, Choice("embeddings", "contrastive")] = Field(
+        "contrastive", validate_default=True, description="gives every task its vector"
     )
 
 
@@ -258,14 +247,15 @@ class ClusterSettings(Settings):
     """Where jobs run, and how often they are tried again."""
 
     scheduler: Annotated[PluginSettings, Choice("schedulers", "slurm")] = Field(
-        default_factory=lambda: Choice("schedulers", "slurm").resolve({}),
+        "slurm",
+        validate_default=True,
         description="what jobs are submitted to, and what its site wants to be told",
         json_schema_extra=RESUMABLE,
     )
     max_retries: int = Field(
         2,
         ge=0,
-        description="times a failed teacher or stage is tried again without a human",
+        description="automatic retries of a failed teacher or stage",
         json_schema_extra=RESUMABLE,
     )
 

@@ -46,7 +46,7 @@ def routing_by_task(student_folder: Path, stores: list[TrajectoryStore]) -> dict
         for task in store.task_ids:
             steps = store.steps(task)
             drawn = np.random.default_rng(0).integers(steps.start, steps.stop, ROUTING_STEPS)
-            total = torch.zeros(policy.num_experts, dtype=torch.float64)
+            total = torch.zeros(sum(map(len, policy.experts_by_stage)), dtype=torch.float64)
             for windows, _, gate in _predictions(policy, store, drawn):
                 total += gate[torch.tensor(windows["valid"])].double().sum(dim=0)
             tasks[task] = (total / ROUTING_STEPS).tolist()

@@ -26,8 +26,8 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     previous = load_student_parts(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None
     if previous is None:
         mean, deviation = new.observation_statistics()
-        # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a floor
-        # such an input would explode (metres and radians, mostly).
+        # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a
+        # floor such an input would explode (metres and radians, mostly).
         normaliser = (mean, np.maximum(deviation, 0.05).astype(np.float32))
     else:
         normaliser = previous.normaliser()
@@ -37,14 +37,14 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
         sizes = new.observations.shape[1], new.actions.shape[1], len(next(iter(vectors.values())))
         shape = StudentShape.from_settings(config.student, *sizes, method.initial_gate_bias)
         student = Student(shape, [list(range(born))], 1, config.seed)
-        student.set_normaliser(*normaliser)
+        student.tokenizer.set_normaliser(*normaliser)
         parts = StudentParts({}, shape, [], {}, {}, config.student.task_embedding)
     else:
         parts = previous
         if born:
             first = sum(map(len, parts.experts_by_stage))
             new_ids = list(range(first, first + born))
-            student = grown(parts.state, parts.shape, parts.experts_by_stage, new_ids, 1, config.seed)
+            student = grown(parts.state, parts.shape, parts.experts_by_stage, new_ids, config.seed)
     if student is not None:
         state = {name: tensor.detach().clone() for name, tensor in student.state_dict().items()}
         parts = dataclasses.replace(parts, state=state, experts_by_stage=student.experts_by_stage)

@@ -33,8 +33,7 @@ from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, pha
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, read_json, write_json
-from hpc_cpd.student.checkpoint import gather_method_state, of_this_rank
-from hpc_cpd.student.method_state import MethodState
+from hpc_cpd.student.checkpoint import MethodState, gather_method_state, of_this_rank
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.policy import Policy

@@ -12,9 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch import distributed as dist
 
-from hpc_cpd.distributed.torch import gather, is_distributed, run_on_all_ranks, run_on_rank
+from hpc_cpd.distributed.torch import gather, run_on_all_ranks, run_on_rank
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, read_json, write_json
+from hpc_cpd.student.moe.mixture import this_rank
 from hpc_cpd.student.network import Student, expert_of, expert_place
 
 CHECKPOINT_SCHEMA_VERSION = 3
@@ -35,20 +37,25 @@ DENSE_FILE = "dense.safetensors"
 INDEX_FILE = "index.json"
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-Moments = Mapping[str, Mapping[str, Tensor]]
+AGAIN = "delete its folder and run the command that makes it again"
+Tensors = Mapping[str, Tensor]
+Moments = Mapping[str, Tensors]
 """Parameter name -> MOMENTS: AdamW's state of the parameters that this rank holds and that learn."""
+
+
+@dataclass(frozen=True)
+class MethodState:
+    """What the method called `method` keeps from stage to stage; only that knows what the tensors mean."""
+
+    method: str
+    tensors: dict[str, Tensor]
 
 
 class PendingCheckpoint:
     """A checkpoint whose files are being written by a thread of every rank, while training goes on."""
 
     def __init__(
-        self,
-        folder: Path,
-        student: Student,
-        moments: Moments,
-        position: Mapping[str, Any],
-        method_state: Mapping[str, Tensor] | None = None,
+        self, folder: Path, student: Student, moments: Moments, position: Mapping[str, Any], method_state: Tensors
     ) -> None:
         """Copy `student`, its optimizer's `moments`, `position` (plain JSON) and the method's state; begin to write.
 
@@ -63,7 +70,7 @@ class PendingCheckpoint:
             "experts_by_stage": student.experts_by_stage,
             "position": dict(position),
         }
-        files = _files_of(student, moments, method_state or {})
+        files = _files_of(student, moments, method_state)
         writer = ThreadPoolExecutor(1, "checkpoint")
         self._written = writer.submit(_write_tensors, self._temporary, files)
         writer.shutdown(wait=False)
@@ -85,11 +92,6 @@ class PendingCheckpoint:
             run_on_rank(stack.pop_all().close)  # rank 0 fsyncs and renames; the others see it published
 
 
-def save_checkpoint(folder: Path, student: Student, moments: Moments, position: Mapping[str, Any]) -> None:
-    """Publish a checkpoint, and wait for it. A collective that raises on every rank when any cannot write."""
-    PendingCheckpoint(folder, student, moments, position).publish()
-
-
 def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict[str, Tensor]]:
     """Load into `student`, on any number of ranks; return position, moments and the method's state. A collective.
 
@@ -101,42 +103,38 @@ def load_checkpoint(folder: Path, student: Student) -> tuple[dict[str, Any], Mom
 def gather_state(student: Student) -> dict[str, Tensor]:
     """The canonical state on the CPU, complete on every rank. A collective when the experts are spread over ranks."""
     state = {name: tensor.detach().cpu().clone() for name, tensor in student.state_dict().items()}
-    if student.expert_parallel_size == 1:
-        return dict(sorted(state.items()))
-    layout = gather([(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None])
+    mine = [(name, tensor.shape) for name, tensor in state.items() if expert_of(name) is not None]
+    layout = gather(mine) if student.expert_parallel_size > 1 else []
     device = next(student.parameters()).device
-    for owner in range(student.expert_parallel_size):
-        names = layout[owner]
-        if not names:
-            continue
-        if dist.get_rank() == owner:
-            flat = torch.cat([state[name].flatten() for name, _ in names]).to(device)
-        else:
-            flat = torch.empty(sum(shape.numel() for _, shape in names), device=device)
-        dist.broadcast(flat, src=owner)
-        for (name, shape), values in zip(names, flat.cpu().split([s.numel() for _, s in names]), strict=True):
-            state[name] = values.view(shape).clone()
+    for owner, names in enumerate(layout[: student.expert_parallel_size]):
+        if names:
+            sizes = [shape.numel() for _, shape in names]
+            flat = torch.empty(sum(sizes), device=device)
+            if dist.get_rank() == owner:
+                flat.copy_(torch.cat([state[name].flatten() for name, _ in names]))
+            dist.broadcast(flat, src=owner)
+            for (name, shape), values in zip(names, flat.cpu().split(sizes), strict=True):
+                state[name] = values.view(shape).clone()
     return dict(sorted(state.items()))
 
 
-def gather_method_state(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gather_method_state(tensors: Tensors) -> dict[str, Tensor]:
     """A method's state on the CPU, with what belongs to the experts of all ranks, on every rank. A collective."""
     mine = {key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}
-    spread = {
-        key: tensor for key, tensor in mine.items() if "|" in key and expert_of(key.partition("|")[0]) is not None
-    }
+    spread = {key: tensor for key, tensor in mine.items() if expert_of(_parameter_of(key)) is not None}
     return dict(sorted((mine | {key: tensor for part in gather(spread) for key, tensor in part.items()}).items()))
 
 
-def of_this_rank(tensors: Mapping[str, Tensor], expert_parallel_size: int) -> dict[str, Tensor]:
+def of_this_rank(tensors: Tensors, expert_parallel_size: int) -> dict[str, Tensor]:
     """A method's state without what belongs to experts that live on other ranks."""
-    rank = dist.get_rank() if is_distributed() else 0
-    experts = {key: expert_of(key.partition("|")[0]) if "|" in key else None for key in tensors}
-    return {
-        key: tensors[key]
-        for key, expert in experts.items()
-        if expert is None or (expert - rank) % expert_parallel_size == 0
-    }
+    experts = {key: expert_of(_parameter_of(key)) for key in tensors}
+    elsewhere = {key for key, e in experts.items() if e is not None and (e - this_rank()) % expert_parallel_size}
+    return {key: tensor for key, tensor in tensors.items() if key not in elsewhere}
+
+
+def _parameter_of(key: str) -> str:
+    # of a key of a method's state that belongs to no parameter: "", which lives on every rank like shared ones
+    return key.partition("|")[0] if "|" in key else ""
 
 
 def _file_of(name: str) -> str:
@@ -144,25 +142,19 @@ def _file_of(name: str) -> str:
     return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
 
 
-def _files_of(student: Student, moments: Moments, method_state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+def _files_of(student: Student, moments: Moments, method_state: Tensors) -> dict[str, dict[str, Tensor]]:
     """Copies of what this rank has to write: dense things on rank 0, experts in the first group that holds them."""
-    rank = dist.get_rank() if is_distributed() else 0
+    found = [(name, name, tensor) for name, tensor in student.state_dict().items()]
+    found += [(name, f"{name}|{key}", value) for name, _, _ in found for key, value in moments.get(name, {}).items()]
+    found += [(_parameter_of(key), METHOD_PREFIX + key, tensor) for key, tensor in method_state.items()]
     files: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in student.state_dict().items():
-        spread = expert_of(name) is not None
-        if rank >= (student.expert_parallel_size if spread else 1):
-            continue
-        file = files.setdefault(_file_of(name), {})
-        found = {name: tensor} | {f"{name}|{moment}": value for moment, value in moments.get(name, {}).items()}
-        file |= {key: value.detach().to("cpu", copy=True).contiguous() for key, value in found.items()}
-    for key, tensor in method_state.items():
-        parameter = key.partition("|")[0] if "|" in key else ""  # no parameter's: the same on every rank
-        if rank < (student.expert_parallel_size if expert_of(parameter) is not None else 1):
-            files.setdefault(_file_of(parameter), {})[METHOD_PREFIX + key] = tensor.detach().to("cpu", copy=True)
+    for name, key, tensor in found:
+        if this_rank() < (student.expert_parallel_size if expert_of(name) is not None else 1):
+            files.setdefault(_file_of(name), {})[key] = tensor.detach().to("cpu", copy=True).contiguous()
     return files
 
 
-def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, str]:
+def _write_tensors(folder: Path, files: Mapping[str, Tensors]) -> dict[str, str]:
     """Write in the format of safetensors and fsync; return each file's SHA-256.
 
     Piece by piece: safetensors' own `save` copies everything twice, and no other thread runs meanwhile.
@@ -170,21 +162,20 @@ def _write_tensors(folder: Path, files: Mapping[str, Mapping[str, Tensor]]) -> d
     hashes = {}
     for name, tensors in files.items():
         digest = hashlib.sha256()
-        with open(folder / name, "xb", buffering=0) as file:
-            for piece in _pieces(tensors):
-                left = memoryview(piece)
-                try:
-                    while left:
-                        left = left[file.write(left) :]  # one call takes 2 GB at most, and less on a disk nearly full
-                except OSError as error:
-                    raise OSError(error.errno, error.strerror, str(folder / name)) from None
-                digest.update(piece)
-            os.fsync(file.fileno())
+        try:
+            with open(folder / name, "xb") as file:
+                for piece in _pieces(tensors):
+                    file.write(piece)
+                    digest.update(piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(folder / name)) from None
         hashes[name] = digest.hexdigest()
     return hashes
 
 
-def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: the length of the header, the header, the contiguous CPU tensors."""
     header: dict[str, Any] = {}
     end = 0
@@ -198,23 +189,18 @@ def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX_FILE
-    index = read_json(path)
-    version = index.get("schema_version") if isinstance(index, dict) else None
-    if version != CHECKPOINT_SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {version}, but this version reads {CHECKPOINT_SCHEMA_VERSION}; "
-            "delete the checkpoint to start the stage again"
-        )
-    missing = [key for key in ("shape", "experts_by_stage", "position", "files") if key not in index]
-    if missing:
-        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; delete the checkpoint")
-    return dict(index)
+def read_description(path: Path, version: int, keys: Iterable[str], remedy: str) -> dict[str, Any]:
+    """The JSON object that describes a published folder, which has these `keys`.
 
-
-def _read_tensors(folder: Path, name: str, index: Mapping[str, Any]) -> dict[str, Tensor]:
-    return read_tensors(folder / name, index["files"].get(name))
+    Raises UserError when it is missing, of another schema `version` (for which there is a `remedy`), or damaged.
+    """
+    found = read_json(path)
+    given = found.get("schema_version") if isinstance(found, dict) else None
+    if given != version:
+        raise UserError(f"{path} has schema_version {given}, but this version of hpc_cpd reads {version}; {remedy}")
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; {AGAIN}")
+    return dict(found)
 
 
 def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
@@ -222,8 +208,8 @@ def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; delete its folder and run the command that makes it again") from None
-    damaged = f"{path} is damaged (%s); delete its folder and run the command that makes it again"
+        raise UserError(f"{path} is missing; {AGAIN}") from None
+    damaged = f"{path} is damaged (%s); {AGAIN}"
     if hashlib.sha256(data).hexdigest() != expected_sha256:
         raise UserError(damaged % "its SHA-256 is not the recorded one")
     try:
@@ -234,16 +220,16 @@ def read_tensors(path: Path, expected_sha256: str | None) -> dict[str, Tensor]:
 
 
 def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict[str, Tensor]]:
-    index = _read_index(folder)
-    for what, saved, wanted in (
-        ("shape", index["shape"], student.shape.model_dump()),
-        ("experts_by_stage", index["experts_by_stage"], student.experts_by_stage),
-    ):
-        if saved != wanted:
-            raise UserError(f"{folder / INDEX_FILE} holds another student: its {what} is {saved}, wanted {wanted}")
+    path, keys = folder / INDEX_FILE, ("shape", "experts_by_stage", "position", "files")
+    index = read_description(path, CHECKPOINT_SCHEMA_VERSION, keys, "delete the checkpoint to start the stage again")
+    if not isinstance(index["position"], dict):
+        raise UserError(f"{path} is damaged: its position is not an object; delete the checkpoint")
+    for what, wanted in (("shape", student.shape.model_dump()), ("experts_by_stage", student.experts_by_stage)):
+        if index[what] != wanted:
+            raise UserError(f"{path} holds another student: its {what} is {index[what]}, wanted {wanted}")
     tensors: dict[str, Tensor] = {}
     for name in sorted({_file_of(name) for name in student.state_dict()}):
-        tensors |= _read_tensors(folder, name, index)
+        tensors |= read_tensors(folder / name, index["files"].get(name))
     try:
         student.load_canonical(tensors)
     except ValueError as error:
@@ -253,8 +239,5 @@ def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict
         for name, _ in student.named_parameters()
         if f"{name}|{MOMENTS[0]}" in tensors
     }
-    position = index["position"]
-    if not isinstance(position, dict):
-        raise UserError(f"{folder / INDEX_FILE} is damaged: its position is not an object; delete the checkpoint")
     kept = {key.removeprefix(METHOD_PREFIX): t for key, t in tensors.items() if key.startswith(METHOD_PREFIX)}
-    return position, moments, kept
+    return index["position"], moments, kept

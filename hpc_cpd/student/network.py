@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,6 +28,16 @@ Executor = Literal["sparse", "stacked", "functional"]
 (`FunctionalMixture`)."""
 
 
+class Part(Protocol):
+    """What a plug-in must offer that is a tokenizer, a backbone or a head."""
+
+    Settings: type[PluginSettings]
+
+    @staticmethod
+    def build(settings: Any, shape: StudentShape, generator: torch.Generator) -> Any:
+        """A new module. Every random number must come from `generator`: all ranks then begin alike."""
+
+
 class StudentShape(NetworkSettings):
     """Everything that fixes the tensors' sizes and the meaning of a forward pass."""
 
@@ -35,21 +47,9 @@ class StudentShape(NetworkSettings):
     initial_gate_bias: float
 
     @staticmethod
-    def from_settings(
-        settings: StudentSettings,
-        observation_size: int,
-        action_size: int,
-        task_vector_size: int,
-        initial_gate_bias: float,
-    ) -> StudentShape:
-        """The shape the settings ask for; sizes that come from tasks are given beside them."""
-        return StudentShape(
-            **{name: getattr(settings, name) for name in NetworkSettings.model_fields},
-            observation_size=observation_size,
-            action_size=action_size,
-            task_vector_size=task_vector_size,
-            initial_gate_bias=initial_gate_bias,
-        )
+    def from_settings(settings: StudentSettings, **others: Any) -> StudentShape:
+        """The shape the settings ask for; `others`: the fields that come from tasks and method."""
+        return StudentShape(**{name: getattr(settings, name) for name in NetworkSettings.model_fields}, **others)
 
 
 class Student(nn.Module):
@@ -77,7 +77,8 @@ class Student(nn.Module):
         generator = seeded_generator(seed, 0)
 
         def build(kind: str, settings: PluginSettings) -> Any:
-            return plugins.load(kind, settings.name).build(settings, shape, generator)
+            part: Part = plugins.load(kind, settings.name)
+            return part.build(settings, shape, generator)
 
         # registered, and drawn, in this order: the optimizer's sums go over the parameters in it
         self.tokenizer: Tokenizer = build("tokenizers", shape.tokenizer)
@@ -90,29 +91,11 @@ class Student(nn.Module):
 
             kind = MixtureOfExperts
         seen = self.tokenizer.seen_size if shape.experts_see_observation else 0
+        inputs = shape.width + seen + shape.task_vector_size
+        seeds = [np.random.SeedSequence([seed, 3, n]).generate_state(1)[0] for n in range(self.backbone.mixtures)]
         self.mixtures = nn.ModuleList(
-            kind(
-                input_size=shape.width + seen + shape.task_vector_size,
-                output_size=shape.width,
-                expert_hidden=shape.expert_hidden,
-                experts_by_stage=self.experts_by_stage,
-                expert_parallel_size=expert_parallel_size,
-                top_k=shape.top_k,
-                initial_gate_bias=shape.initial_gate_bias,
-                seed=int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0]),
-                shared_hidden=shape.shared_expert_hidden,
-            )
-            for number in range(self.backbone.mixtures)
+            kind(shape, inputs, self.experts_by_stage, expert_parallel_size, int(seed)) for seed in seeds
         )
-
-    @property
-    def expert_ids(self) -> list[int]:
-        """Global ids of all experts, ascending."""
-        return [global_id for stage in self.experts_by_stage for global_id in stage]
-
-    def new_cache(self, rows: int) -> Cache:
-        """What `forward` keeps of `rows` environments that each begin an episode."""
-        return self.backbone.new_cache(rows)
 
     def forward(
         self,
@@ -135,13 +118,15 @@ class Student(nn.Module):
         rows, length = observations.shape[:2]
         vectors = task_vectors[:, None].expand(-1, length, -1)
         tokens, seen = self.tokenizer(observations, vectors)
-        context = torch.cat([seen, vectors] if self.shape.experts_see_observation else [vectors], dim=-1)
+        context = torch.cat([seen, vectors], dim=-1) if self.shape.experts_see_observation else vectors
         positions = None
         if at is not None:
             positions = at + length * torch.arange(rows, device=at.device)
         elif valid is not None:
             positions = valid.reshape(-1).nonzero().squeeze(1)
-        experts = _ExpertsOfPass(self.mixtures, context, valid, override, cache is not None)
+        if override is not None:
+            override = override[:, None].expand(-1, length).reshape(-1)
+        experts = _ExpertsOfPass(self.mixtures, context.flatten(0, 1), valid, override, cache is not None)
         actions = self.head(self.backbone(tokens, experts, positions, cache))
         gates = experts.gates
         if at is not None and positions is not None:
@@ -159,10 +144,6 @@ class Student(nn.Module):
             gate.view(*places, *gate.shape[1:]),
         )
 
-    def set_normaliser(self, mean: np.ndarray | Tensor, std: np.ndarray | Tensor) -> None:
-        """Fix how observations are normalised, float [obs] each. Set once, before training; part of the state."""
-        self.tokenizer.set_normaliser(mean, std)
-
     def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything but gates and experts that grow; the same on every rank."""
         return [(name, value) for name, value in self.named_parameters() if not _OF_MIXTURES.match(name)]
@@ -173,7 +154,7 @@ class Student(nn.Module):
 
     def expert_parameters(self, ids: Iterable[int] | None = None) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of the experts `ids` (None: all) that live on this rank."""
-        wanted = set(self.expert_ids if ids is None else ids)
+        wanted = set(chain(*self.experts_by_stage) if ids is None else ids)
         return [(name, value) for name, value in self.named_parameters() if expert_of(name) in wanted]
 
     def load_canonical(self, state: Mapping[str, Tensor]) -> None:
@@ -192,37 +173,34 @@ class Student(nn.Module):
             cast(Mixture, mixture).weights_changed()
 
 
+@dataclass
 class _ExpertsOfPass:
     """The mixtures in one forward pass, as the backbone calls them (`backbones.base.Experts`)."""
 
-    def __init__(
-        self, mixtures: nn.ModuleList, context: Tensor, valid: Tensor | None, override: Tensor | None, newest: bool
-    ) -> None:
-        """`context` [B, L, C]: what experts see beside the features. `newest`: L is 1, and the student acts."""
-        self._mixtures = mixtures
-        self._context = context.flatten(0, 1)
-        self._valid = valid
-        self._override = None if override is None else override[:, None].expand(-1, context.shape[1]).reshape(-1)
-        self._newest = newest
-        self.balances: list[Tensor] = []
-        self.gates: list[Tensor] = []
+    mixtures: nn.ModuleList
+    context: Tensor  # [B * L, C]: what experts see beside the features
+    valid: Tensor | None  # bool [B, L]
+    override: Tensor | None  # bool [B * L]
+    newest: bool  # whether L is 1, and the student acts
+    balances: list[Tensor] = field(default_factory=list)
+    gates: list[Tensor] = field(default_factory=list)
 
     def __call__(self, number: int, features: Tensor, positions: Tensor | None = None) -> Tensor:
-        mixture = cast(Mixture, self._mixtures[number])
-        context, override, served = self._context, self._override, None
+        mixture = cast(Mixture, self.mixtures[number])
+        context, override, served = self.context, self.override, None
         if positions is not None:
             context = context.index_select(0, positions)
             override = None if override is None else override.index_select(0, positions)
-        elif self._valid is not None:  # valid positions, and those that they can look back at
-            served = (self._valid.flip(1).cumsum(1).flip(1) > 0).reshape(-1)
+        elif self.valid is not None:  # valid positions, and those that they can look back at
+            served = (self.valid.flip(1).cumsum(1).flip(1) > 0).reshape(-1)
         inputs = torch.cat([features, context], dim=-1)
-        if self._newest:
+        if self.newest:
             mixed, gate = mixture.newest(inputs)
         else:
             mixed, balance, gate = mixture(inputs, served, override)
             self.balances.append(balance)
-        if positions is not None and self._valid is not None:
-            gate = gate.new_zeros(len(self._context), gate.shape[1]).index_copy(0, positions, gate)
+        if positions is not None and self.valid is not None:
+            gate = gate.new_zeros(len(self.context), gate.shape[1]).index_copy(0, positions, gate)
         self.gates.append(gate)
         return features + mixed
 
@@ -245,24 +223,18 @@ def expert_of(name: str) -> int | None:
 
 
 def grown(
-    state: Mapping[str, Tensor],
-    shape: StudentShape,
-    experts_by_stage_old: list[list[int]],
-    new_ids: list[int],
-    expert_parallel_size: int,
-    seed: int,
+    state: Mapping[str, Tensor], shape: StudentShape, experts_by_stage: list[list[int]], new_ids: list[int], seed: int
 ) -> Student:
     """A student with one more stage of experts: old tensors copied, new experts seeded, new gate rows at initial bias.
 
     `state` is canonical. Raises ValueError when it does not hold the old student.
     """
-    student = Student(shape, [*experts_by_stage_old, new_ids], expert_parallel_size, seed)
-    stage = len(experts_by_stage_old) + 1
-    born = {f"mixtures.{n}.gate.{part}_{stage}" for n in range(len(student.mixtures)) for part in ("weight", "bias")}
+    student = Student(shape, [*experts_by_stage, new_ids], seed=seed)
+    newest = f"_{len(student.experts_by_stage)}"
     fresh = {
         name: tensor.clone()
         for name, tensor in student.state_dict().items()
-        if name in born or expert_of(name) in new_ids
+        if expert_of(name) in new_ids or (_OF_GATES.match(name) and name.endswith(newest))
     }
     student.load_canonical({**state, **fresh})
     return student

@@ -6,7 +6,6 @@ FOLDER/student.json         schema version, shape, experts, tasks in the order l
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.run.publish import atomic_folder, read_json, sha256, write_bytes, write_json
+from hpc_cpd.run.publish import atomic_folder, sha256, write_bytes, write_json
 from hpc_cpd.settings import Choice, PluginSettings
-from hpc_cpd.student.checkpoint import read_tensors
-from hpc_cpd.student.method_state import MethodState
+from hpc_cpd.student.checkpoint import MethodState, read_description, read_tensors
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.task_inference import EpisodeStatistics, remember
 from hpc_cpd.tasks.policy import Policy
@@ -31,6 +29,7 @@ from hpc_cpd.tasks.policy import Policy
 STUDENT_SCHEMA_VERSION = 3
 MODEL_FILE = "model.safetensors"
 JSON_FILE = "student.json"
+_KEYS = ("shape", "experts_by_stage", "tasks", "task_steps", "task_embedding", "method", "model_sha256", "metadata")
 
 
 @dataclass(frozen=True)
@@ -77,32 +76,19 @@ def save_student(folder: Path, parts: StudentParts) -> None:
         write_json(temporary / JSON_FILE, description)
 
 
-_KEYS = ("shape", "experts_by_stage", "tasks", "task_steps", "task_embedding", "method", "model_sha256", "metadata")
-
-
 def load_student_parts(folder: str | Path) -> StudentParts:
     """Read and verify a student folder. Raises UserError when it is missing, damaged, or of another schema."""
     path = Path(folder) / JSON_FILE
     if not path.is_file():
         raise UserError(f"{folder} is not a student folder (no {JSON_FILE}); give a run's stages/K/student")
-    description = read_json(path)
-    version = description.get("schema_version") if isinstance(description, dict) else None
-    if version != STUDENT_SCHEMA_VERSION:
-        raise UserError(
-            f"{path} has schema_version {version}, but this version of hpc_cpd reads {STUDENT_SCHEMA_VERSION}; load it "
-            "with the version that its run's provenance.json names, or learn its stages again in a new run"
-        )
-    missing = [key for key in _KEYS if key not in description]
-    if missing:
-        raise UserError(f"{path} is damaged: it lacks {', '.join(missing)}; run the stage that makes it again")
+    remedy = "load it with the version that its run's provenance.json names, or learn its stages again in a new run"
+    description = read_description(path, STUDENT_SCHEMA_VERSION, _KEYS, remedy)
     tensors = read_tensors(Path(folder) / MODEL_FILE, description["model_sha256"])
-    vectors, statistics = {}, {}
-    for task in description["tasks"]:
-        if f"task_vector/{task}" not in tensors or f"task_start/{task}" not in tensors:
+    vectors, starts = _with_prefix(tensors, "task_vector/"), _with_prefix(tensors, "task_start/")
+    tasks, steps, method = description["tasks"], description["task_steps"], description["method"]
+    for task in tasks:
+        if task not in vectors or task not in starts:
             raise UserError(f"{path} names task {task}, but {MODEL_FILE} has no vector of it; run the stage again")
-        vectors[task] = tensors[f"task_vector/{task}"].numpy()
-        statistics[task] = EpisodeStatistics(description["task_steps"][task], tensors[f"task_start/{task}"].numpy())
-    method = description["method"]
     try:
         shape = StudentShape.model_validate(description["shape"])
         embedding = Choice("embeddings", "contrastive").resolve(description["task_embedding"])
@@ -114,8 +100,8 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         state=_with_prefix(tensors, "student/"),
         shape=shape,
         experts_by_stage=description["experts_by_stage"],
-        task_vectors=vectors,
-        episode_statistics=statistics,
+        task_vectors={task: vectors[task].numpy() for task in tasks},
+        episode_statistics={task: EpisodeStatistics(steps[task], starts[task].numpy()) for task in tasks},
         task_embedding=embedding,
         task_embedding_state=_with_prefix(tensors, "task_embedding/"),
         method_state=MethodState(method, _with_prefix(tensors, "method/")) if method is not None else None,
@@ -144,29 +130,14 @@ class StudentPolicy(Policy):
         self.student.load_canonical(parts.state)
         self.student.to(device).eval().requires_grad_(False)
         self._device = torch.device(device)
-        self._method = parts.method_state
-        self._weights_of_stages: Any = None  # an object that gives the state that a stage's tasks act with
-        if self._method is not None:
-            self._weights_of_stages = plugins.load("methods", self._method.method).acting(self._method.tensors)
-        if self._weights_of_stages is not None:
-            self._state = parts.state
-            stages = enumerate(parts.metadata["tasks_by_stage"], start=1)
-            self._stages = {task: stage for stage, tasks in stages for task in tasks}
-            self._stage = 0  # whose weights are in place: nobody's
-        tokenizer = self.student.tokenizer
-        self.inference = plugins.load("embeddings", parts.task_embedding.name).inference(
-            parts.task_embedding,
-            parts.task_embedding_state,
-            parts.task_vectors,
-            parts.episode_statistics,
-            tokenizer.observation_mean,
-            tokenizer.observation_std,
-        )
+        method = self._method = parts.method_state
+        # an object that gives the state that a stage's tasks act with, or None
+        self._weights_of_stages: Any = method and plugins.load("methods", method.method).acting(method.tensors)
+        self._state = parts.state
+        self._stage = 0  # whose weights are in place: nobody's
+        embedding = plugins.load("embeddings", parts.task_embedding.name)
+        self.inference = embedding.inference(parts.task_embedding, parts, self._device)
         self._rows = 0
-
-    @property
-    def num_experts(self) -> int:
-        return sum(map(len, self.experts_by_stage))
 
     @property
     def task_ids(self) -> list[str]:
@@ -193,13 +164,12 @@ class StudentPolicy(Policy):
             vectors = torch.tensor(self.task_vectors[task_id]).repeat(num_envs, 1)
             self.act_as_learnt([task_id])
         else:
-            near = difflib.get_close_matches(task_id, self.task_ids, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
+            hint = plugins.hint(task_id, self.task_ids)
             raise UserError(f"this student does not know task '{task_id}'; {hint}It knows: {', '.join(self.task_ids)}")
         self._rows = num_envs
         self._infer = task_id is None
         self._vectors = vectors.to(self._device)
-        self._cache = self.student.new_cache(num_envs)
+        self._cache = self.student.backbone.new_cache(num_envs)
         if self._infer:
             self.inference.begin(num_envs)
             size = (num_envs, self.shape.history, self.shape.observation_size)
@@ -212,7 +182,8 @@ class StudentPolicy(Policy):
         """
         if self._weights_of_stages is None:
             return
-        stages = {self._stages[task] for task in task_ids}
+        wanted = set(task_ids)
+        stages = {n for n, tasks in enumerate(self.metadata["tasks_by_stage"], start=1) if wanted.intersection(tasks)}
         if len(stages) != 1:
             raise ValueError(f"tasks of the stages {sorted(stages)} do not act with the same weights")
         (stage,) = stages

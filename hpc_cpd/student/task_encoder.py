@@ -7,8 +7,6 @@ of old tasks to the stored vectors and keep new tasks away from them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -40,24 +38,17 @@ class TaskEncoder(nn.Module):
         hidden = F.gelu(self.second(F.gelu(self.first(windows.flatten(1)))))
         return F.normalize(self.last(hidden), dim=1)
 
-    @staticmethod
-    def from_state(settings: ContrastiveSettings, state: Mapping[str, Tensor], observation_size: int) -> TaskEncoder:
-        """The encoder whose `state_dict` is `state`, for inference."""
-        encoder = TaskEncoder(observation_size, settings)
-        encoder.load_state_dict(dict(state))
-        return encoder.eval().requires_grad_(False)
 
-
-def info_nce(first: Tensor, second: Tensor, task_index: Tensor, temperature: float) -> Tensor:
+def info_nce(first: Tensor, second: Tensor, task_index: Tensor, stored: Tensor, temperature: float) -> Tensor:
     """Contrastive loss of pairs of unit vectors, float [B, D] each; `task_index` int64 [B].
 
     Row i of `second` is the positive of row i of `first`. Other windows of the same task are no negatives: they are
-    left out of the softmax.
+    left out of the softmax. The `stored` vectors of old tasks, float [old, D], are further negatives.
     """
-    logits = first @ second.T / temperature
-    same = task_index[:, None] == task_index[None, :]
+    logits = first @ torch.cat([second, stored]).T / temperature
+    same = task_index[:, None] == F.pad(task_index, (0, len(stored)), value=-1)
     same.fill_diagonal_(False)
-    return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(first), device=first.device))
+    return F.cross_entropy(logits.masked_fill(same, -torch.inf), torch.arange(len(first)))
 
 
 def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
@@ -71,7 +62,7 @@ def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[di
     encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, new.seed)
     if new.state:
         encoder.load_state_dict(dict(new.state))
-    stored = torch.tensor(np.stack([new.old_vectors[task] for task in old_tasks])) if old_tasks else None
+    stored = torch.tensor(np.array(list(new.old_vectors.values()), np.float32)).view(-1, settings.size)
     optimizer = Adam(encoder.parameters(), lr=settings.learning_rate)
     places = torch.tensor([old_tasks.index(task) for task in new.remembered], dtype=torch.int64)
     per_task = settings.windows_per_task
@@ -81,12 +72,9 @@ def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[di
         encoded = encoder(torch.cat(list(drawn.values()))).view(len(pools), 2, per_task, -1)
         ours = encoded[: len(new_tasks)]
         first, second = ours[:, 0].flatten(0, 1), ours[:, 1].flatten(0, 1)
-        if stored is None:
-            loss = info_nce(first, second, new_index, settings.temperature)
-        else:
-            loss = _info_nce_beside(first, second, new_index, stored, settings.temperature)
-            if new.remembered:
-                loss = loss + _pull(encoded[len(new_tasks) :], ours, stored, places, settings.temperature)
+        loss = info_nce(first, second, new_index, stored, settings.temperature)
+        if new.remembered:
+            loss = loss + _pull(encoded[len(new_tasks) :], ours, stored, places, settings.temperature)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -96,16 +84,6 @@ def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[di
         encoded = encoder(torch.cat([pools[task], _augmented(pools[task], rng)]))
         vectors[task] = F.normalize(encoded.double().mean(dim=0), dim=0).float().numpy()
     return {name: tensor.detach().clone() for name, tensor in encoder.state_dict().items()}, vectors
-
-
-def _info_nce_beside(first: Tensor, second: Tensor, index: Tensor, stored: Tensor, temperature: float) -> Tensor:
-    """`info_nce` with the stored vectors of old tasks as further negatives."""
-    candidates = torch.cat([second, stored])
-    none = torch.full((len(stored),), -1)
-    same = index[:, None] == torch.cat([index, none])[None, :]
-    same.fill_diagonal_(False)
-    logits = (first @ candidates.T / temperature).masked_fill(same, -torch.inf)
-    return F.cross_entropy(logits, torch.arange(len(first)))
 
 
 def _pull(old: Tensor, new: Tensor, stored: Tensor, places: Tensor, temperature: float) -> Tensor:

@@ -9,8 +9,8 @@ or the student has failed at it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +18,10 @@ from torch import Tensor
 
 from hpc_cpd.student.task_encoder import TaskEncoder
 from hpc_cpd.student.tokenizers.base import OBSERVATION_CLIP
+
+if TYPE_CHECKING:
+    from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
+    from hpc_cpd.student.policy import StudentParts
 
 MOST = 0.9
 """Share of a task's episodes that end within its `steps`."""
@@ -46,26 +50,19 @@ class EpisodeStatistics:
 class TaskInference:
     """Keeps the evidence of the episode in each environment."""
 
-    def __init__(
-        self,
-        encoder: TaskEncoder,
-        vectors: Mapping[str, np.ndarray],
-        statistics: Mapping[str, EpisodeStatistics],
-        mean: Tensor,
-        deviation: Tensor,
-    ) -> None:
-        """`vectors`, `statistics`: of every task that is known; `mean`, `deviation` float32 [obs]: the normaliser.
-
-        All on one device, that of `mean`.
-        """
-        self.encoder = encoder
-        self._device = mean.device
-        self.known = torch.tensor(np.stack(list(vectors.values())), device=self._device)
-        self._mean, self._deviation = mean, deviation
-        starts = torch.tensor(np.stack([statistics[task].start for task in vectors]), device=self._device)
-        self._start_mean = (starts[:, 0] - mean) / deviation
-        self._start_deviation = (starts[:, 1] / deviation).clamp_min(LEAST_DEVIATION)
-        self._steps = torch.tensor([statistics[task].steps for task in vectors], device=self._device)
+    def __init__(self, settings: ContrastiveSettings, parts: StudentParts, device: torch.device) -> None:
+        """For a student of these `parts`, whose task encoder has these `settings`."""
+        self._device = device
+        self._mean, self._deviation = (torch.tensor(numbers, device=device) for numbers in parts.normaliser())
+        self.encoder = TaskEncoder(len(self._mean), settings)
+        self.encoder.load_state_dict(parts.task_embedding_state)
+        self.encoder.to(device).eval().requires_grad_(False)
+        self.known = torch.tensor(np.stack(list(parts.task_vectors.values())), device=device)
+        statistics = [parts.episode_statistics[task] for task in parts.task_vectors]
+        starts = torch.tensor(np.stack([task.start for task in statistics]), device=device)
+        self._start_mean = (starts[:, 0] - self._mean) / self._deviation
+        self._start_deviation = (starts[:, 1] / self._deviation).clamp_min(LEAST_DEVIATION)
+        self._steps = torch.tensor([task.steps for task in statistics], device=device)
 
     def begin(self, rows: int) -> None:
         """Forget everything; `rows` environments begin an episode each."""

@@ -80,7 +80,7 @@ def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Ten
     episode; and the gate after.
     """
     before, after = (load_student(grown.run.stage(k) / name) for k, name in ((stage - 1, "student"), (stage, "start")))
-    assert [before.num_experts, after.num_experts] == EXPERTS[stage - 2 : stage]
+    assert [sum(map(len, policy.experts_by_stage)) for policy in (before, after)] == EXPERTS[stage - 2 : stage]
     store = grown.store([task for tasks in grown.plan[: stage - 1] for task in tasks])
     windows = store.gather_histories(np.arange(len(store)), before.shape.history)
     observations, valid = torch.tensor(windows["observations"]), torch.tensor(windows["valid"])
@@ -89,7 +89,7 @@ def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Ten
         learning = [policy.student(observations, vectors, valid)[0][valid] for policy in (before, after)]
         acting = []
         for policy in (before, after):
-            cache = policy.student.new_cache(len(observations))
+            cache = policy.student.backbone.new_cache(len(observations))
             actions, _, gate = policy.student(observations[:, :1], vectors, cache=cache)
             acting.append((actions[:, 0], gate[:, 0].mean(dim=1)))
     return [(learning[0], learning[1]), (acting[0][0], acting[1][0])], acting[1][1]

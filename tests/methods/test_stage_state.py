@@ -14,8 +14,8 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.methods._adapters import Adapters, add_adapters
 from hpc_cpd.methods.lora import is_adapter
 from hpc_cpd.methods.packnet import PackNetMasks
+from hpc_cpd.student.checkpoint import MethodState
 from hpc_cpd.student.embeddings.one_hot import OneHotSettings
-from hpc_cpd.student.method_state import MethodState
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentParts, load_student, load_student_parts, save_student
 from hpc_cpd.student.task_inference import EpisodeStatistics

@@ -16,7 +16,7 @@ from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill.engine import read_moments, write_moments
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.optimizers import AdamW
-from hpc_cpd.student.checkpoint import gather_state, load_checkpoint, save_checkpoint
+from hpc_cpd.student.checkpoint import PendingCheckpoint, gather_state, load_checkpoint
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]
@@ -55,7 +55,7 @@ def train(wish: dict[str, Any]) -> dict[str, Any]:
     for step in range(position["step"], wish["steps"]):
         if wish.get("save") and step == wish["save_at"]:
             found = read_moments(student, optimizer, zero)
-            save_checkpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1})
+            PendingCheckpoint(Path(wish["save"]), student, found, {"step": step, "phase": 1}, {}).publish()
         observations, tasks, valid, override, target = make_batch(WINDOWS + step, shape.history, shape)
         own = slice(rank * len(valid) // world_size, (rank + 1) * len(valid) // world_size)
         actions, balance, _ = engine(observations[own], tasks[own], valid[own], override[own])
@@ -81,7 +81,7 @@ def fail_on_last_rank(wish: dict[str, Any]) -> list[Any]:
     raised: tuple[str, int | None, str] | None = None
     try:
         if wish["mode"] == "full disk":
-            save_checkpoint(Path(wish["save"]), student, {}, {"step": 0})
+            PendingCheckpoint(Path(wish["save"]), student, {}, {"step": 0}, {}).publish()
         else:
             load_checkpoint(Path(wish["load"]), student)
     except Exception as error:

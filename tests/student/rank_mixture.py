@@ -25,7 +25,7 @@ def freeze(student: Student, frozen: str) -> None:
         "shared": student.shared_parameters(),
         "gate": student.gate_parameters(),
         "experts": student.expert_parameters(),
-        "even": student.expert_parameters([e for e in student.expert_ids if e % 2 == 0]),
+        "even": student.expert_parameters([e for stage in student.experts_by_stage for e in stage if e % 2 == 0]),
     }
     for part in filter(None, frozen.split("+")):
         for _, parameter in parts[part]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.student.checkpoint import load_checkpoint, save_checkpoint
+from hpc_cpd.student.checkpoint import PendingCheckpoint, load_checkpoint
 from hpc_cpd.student.network import Student
 from tests.student.rank_checkpoint import DEEP
 from tests.student.ranks import run_ranks
@@ -37,9 +37,9 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]
     One start of the ranks for all of it: starting takes longer than the work.
     """
     folder = tmp_path_factory.mktemp("two_ranks")
-    save_checkpoint(
-        folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, for_training=False), {}, {"step": 0}
-    )
+    PendingCheckpoint(
+        folder / "damaged", make_student(small_shape(0, **DEEP), EXPERTS, for_training=False), {}, {"step": 0}, {}
+    ).publish()
     with open(folder / "damaged" / "mixture-0-expert-0001.safetensors", "r+b") as file:
         file.seek(200)
         file.write(b"\x00\x01\x02\x03")
@@ -81,7 +81,7 @@ def test_another_number_of_ranks_or_another_zero_stage_goes_on_with_the_same_los
 
 def test_the_files_do_not_depend_on_who_wrote_them(two_ranks: tuple[Path, list[Any]], tmp_path: Path) -> None:
     alone = make_student(small_shape(0, **DEEP), EXPERTS, for_training=False)
-    save_checkpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1})
+    PendingCheckpoint(tmp_path / "alone", alone, {}, {"step": 0, "phase": 1}, {}).publish()
     first, second = (
         {p.name: p.read_bytes() for p in f.iterdir()} for f in (tmp_path / "alone", two_ranks[0] / "first")
     )
@@ -112,7 +112,7 @@ def test_a_rank_that_cannot_read_stops_all_ranks(two_ranks: tuple[Path, list[Any
 
 def saved(folder: Path) -> tuple[Path, Student]:
     student = make_student(small_shape(0), [[0, 1], [2]], for_training=False)
-    save_checkpoint(folder / "one", student, {}, {"step": 7, "phase": 2})
+    PendingCheckpoint(folder / "one", student, {}, {"step": 7, "phase": 2}, {}).publish()
     return folder / "one", student
 
 

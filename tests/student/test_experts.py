@@ -81,15 +81,19 @@ def test_one_process_needs_no_distributed_start(top_k: int) -> None:
     assert not torch.distributed.is_initialized()
 
 
+def make_mixture(experts: list[list[int]], expert_parallel_size: int, top_k: int, seed: int) -> Mixture:
+    return Mixture(small_shape(top_k, width=8, expert_hidden=8), 4, experts, expert_parallel_size, seed)
+
+
 def test_new_experts_start_at_the_initial_bias_and_old_ones_at_zero() -> None:
-    gate = Mixture(4, 4, 8, [[0, 1], [2, 3]], 1, 0, -5.0, 0).gate
+    gate = make_mixture([[0, 1], [2, 3]], 1, 0, 0).gate
     assert torch.equal(gate.get_parameter("bias_1"), torch.zeros(2))
     assert torch.equal(gate.get_parameter("bias_2"), torch.full((2,), -5.0))
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_no_token_is_dropped_when_all_want_one_expert(top_k: int) -> None:
-    mixture = Mixture(4, 4, 8, [[0, 1, 2]], 1, top_k, -5.0, 0)
+    mixture = make_mixture([[0, 1, 2]], 1, top_k, 0)
     with torch.no_grad():
         mixture.gate.get_parameter("bias_1").copy_(torch.tensor([0.0, 50.0, 0.0]))
     tokens = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
@@ -98,7 +102,7 @@ def test_no_token_is_dropped_when_all_want_one_expert(top_k: int) -> None:
 
 
 def test_an_overridden_bias_gives_new_experts_tokens_and_only_flagged_ones() -> None:
-    mixture = Mixture(4, 4, 8, [[0, 1], [2, 3]], 1, 1, -5.0, 0)
+    mixture = make_mixture([[0, 1], [2, 3]], 1, 1, 0)
     tokens = torch.randn(200, 4, generator=torch.Generator().manual_seed(0))
     flagged = torch.arange(200) % 2 == 0
     for mask, reached in ((None, False), (flagged, True)):
@@ -114,8 +118,8 @@ def test_an_overridden_bias_gives_new_experts_tokens_and_only_flagged_ones() -> 
 
 
 def test_experts_start_the_same_wherever_they_live() -> None:
-    together = Mixture(4, 4, 8, [[0, 1, 2, 3, 4]], 1, 0, -5.0, 7)
-    spread = Mixture(4, 4, 8, [[0, 1, 2, 3, 4]], 2, 0, -5.0, 7)
+    together = make_mixture([[0, 1, 2, 3, 4]], 1, 0, 7)
+    spread = make_mixture([[0, 1, 2, 3, 4]], 2, 0, 7)
     assert list(spread.experts) == ["0", "2", "4"]
     for name in spread.experts:
         for one, other in zip(together.experts[name].parameters(), spread.experts[name].parameters(), strict=True):

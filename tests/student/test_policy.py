@@ -47,7 +47,7 @@ def publish(
 ) -> Student:
     shape = small_shape(top_k, **changes)
     student = make_student(shape, EXPERTS, for_training=False)
-    student.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
+    student.tokenizer.set_normaliser(np.full(6, 0.2, np.float32), np.full(6, 2.0, np.float32))
     vectors = np.eye(5, dtype=np.float32)
     tasks = {"metaworld/reach-v3": vectors[0], "metaworld/push-v3": vectors[1]}
     start = np.stack([np.zeros(6), np.full(6, 5.0)]).astype(np.float32)  # of every task: it tells nothing

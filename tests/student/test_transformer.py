@@ -18,7 +18,7 @@ OLD, NEW = [[0, 1, 2, 3, 4]], [5, 6, 7, 8, 9]
 
 def grow(top_k: int, **changes: int) -> tuple[Student, Student]:
     old = make_student(small_shape(top_k, width=32, **changes), OLD, opinion=0.1)
-    return old, grown(old.state_dict(), old.shape, OLD, NEW, 1, seed=3)
+    return old, grown(old.state_dict(), old.shape, OLD, NEW, seed=3)
 
 
 def test_growth_with_a_dense_gate_leaves_old_outputs_to_one_percent() -> None:
@@ -57,7 +57,7 @@ def test_growth_refuses_a_state_that_lacks_an_expert() -> None:
     old = make_student(small_shape(), OLD)
     state = {name: tensor for name, tensor in old.state_dict().items() if expert_of(name) != 4}
     with pytest.raises(ValueError, match=r"mixtures\.0\.experts\.4\."):
-        grown(state, old.shape, OLD, NEW, 1, seed=3)
+        grown(state, old.shape, OLD, NEW, seed=3)
 
 
 def test_parameters_keep_the_order_in_which_they_stood_before_the_parts_had_names() -> None:
@@ -109,7 +109,7 @@ def test_the_future_cannot_be_seen(top_k: int) -> None:
 def test_the_normaliser_is_part_of_the_state_and_clips() -> None:
     student = make_student(small_shape(), OLD)
     mean, std = np.arange(6, dtype=np.float32), np.array([1, 2, 3, 4, 5, 0], dtype=np.float32)
-    student.set_normaliser(mean, std)
+    student.tokenizer.set_normaliser(mean, std)
     state = student.state_dict()
     assert state["tokenizer.observation_mean"].tolist() == mean.tolist()
     assert state["tokenizer.observation_std"].tolist() == [1, 2, 3, 4, 5, 1]

@@ -1,7 +1,8 @@
 """What a backbone must offer: the tokens of a history in, features of each observation out, with experts in between.
 
-A plug-in of kind ``student.backbone`` is a subclass of :class:`Backbone` with a class ``Settings``; or, where
-settings are to be read without importing torch, any object with ``Settings`` and ``build``.
+A plug-in of kind ``student.backbone`` has a class ``Settings`` and a function ``build`` that returns a
+:class:`Backbone` (`hpc_cpd.student.network.Part`): a subclass, or, where settings are to be read without importing
+torch, any object.
 
 The features of an observation may depend on the last ``student.history`` observations and on nothing before them: a
 student learns from windows of that length, and acts one observation at a time with what its backbone keeps of the
@@ -11,15 +12,9 @@ others. Both must give the same features.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Protocol
 
-import torch
 from torch import Tensor, nn
-
-from hpc_cpd.settings import PluginSettings
-
-if TYPE_CHECKING:
-    from hpc_cpd.student.network import StudentShape
 
 
 class Experts(Protocol):
@@ -47,16 +42,10 @@ class Cache:
 class Backbone(nn.Module):
     """The part of the student that looks back."""
 
-    Settings: ClassVar[type[PluginSettings]]
     mixtures: int
     """How many mixtures of experts it calls."""
     functional: bool = False
     """Whether `torch.func` computes gradients of single samples through it: then no shape may depend on the data."""
-
-    @classmethod
-    def build(cls, settings: Any, shape: StudentShape, generator: torch.Generator) -> Self:
-        """A new backbone. Every random number must come from `generator`: all ranks then begin alike."""
-        raise NotImplementedError
 
     def forward(
         self, tokens: Tensor, experts: Experts, positions: Tensor | None = None, cache: Cache | None = None

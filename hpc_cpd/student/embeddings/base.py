@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, device
 
     from hpc_cpd.settings import PluginSettings
-    from hpc_cpd.student.task_inference import EpisodeStatistics, TaskInference
+    from hpc_cpd.student.policy import StudentParts
+    from hpc_cpd.student.task_inference import TaskInference
 
     WindowsOf = Callable[[str, int, int, np.random.Generator], np.ndarray]
 
@@ -58,15 +59,9 @@ class TaskEmbedding(Protocol):
         """(state for the next stage and for `inference`, float32 [D] of each new task)."""
 
     @staticmethod
-    def inference(
-        settings: Any,
-        state: Mapping[str, Tensor],
-        vectors: Mapping[str, np.ndarray],
-        statistics: Mapping[str, EpisodeStatistics],
-        mean: Tensor,
-        std: Tensor,
-    ) -> TaskInference | None:
-        """What infers the task of an acting student, on the device of the normaliser `mean`, `std` float32 [obs].
+    def inference(settings: Any, parts: StudentParts, device: device) -> TaskInference | None:
+        """What infers the task of a student of these `parts` that acts on `device`. None: it has to be told its task.
 
-        `vectors` and `statistics` are those of all tasks learnt. None: it has to be told its task.
+        `parts` has the state that `learn` returned, the vectors of all tasks learnt, how their episodes begin, and the
+        normaliser.
         """

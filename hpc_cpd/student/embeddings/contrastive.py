@@ -5,7 +5,6 @@ The network and its loss are in `hpc_cpd.student.task_encoder`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -14,10 +13,11 @@ from hpc_cpd.settings import PluginSettings
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
+    from torch import Tensor, device
 
     from hpc_cpd.student.embeddings.base import NewTasks
-    from hpc_cpd.student.task_inference import EpisodeStatistics, TaskInference
+    from hpc_cpd.student.policy import StudentParts
+    from hpc_cpd.student.task_inference import TaskInference
 
 
 class ContrastiveSettings(PluginSettings):
@@ -47,19 +47,10 @@ class Contrastive:
         return learn_task_vectors(settings, new)
 
     @staticmethod
-    def inference(
-        settings: ContrastiveSettings,
-        state: Mapping[str, Tensor],
-        vectors: Mapping[str, np.ndarray],
-        statistics: Mapping[str, EpisodeStatistics],
-        mean: Tensor,
-        std: Tensor,
-    ) -> TaskInference:
-        from hpc_cpd.student.task_encoder import TaskEncoder
+    def inference(settings: ContrastiveSettings, parts: StudentParts, device: device) -> TaskInference:
         from hpc_cpd.student.task_inference import TaskInference
 
-        encoder = TaskEncoder.from_state(settings, state, len(mean)).to(mean.device)
-        return TaskInference(encoder, vectors, statistics, mean, std)
+        return TaskInference(settings, parts, device)
 
 
 plugin = Contrastive

@@ -36,9 +36,7 @@ def plan_rows(selected: Tensor, counts: np.ndarray, owners: np.ndarray, me: int)
     column; `owners` int [E]: peer holding each column; `me`: this rank's number among the peers.
     """
     device = selected.device
-    order = np.argsort(owners, kind="stable")  # columns by owner: rows for one peer then lie together
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    place = np.argsort(np.argsort(owners, kind="stable"))  # of columns by owner: rows for one peer then lie together
     outgoing = torch.tensor(place, device=device)[selected.reshape(-1)].argsort(stable=True)
     returning = torch.empty_like(outgoing)
     returning[outgoing] = torch.arange(len(outgoing), device=device)
@@ -143,24 +141,6 @@ class SendToAll(torch.autograd.Function):
         tokens = back[:, :, :size].sum(dim=0) if ctx.needed[0] else None
         weights = back[:, :, size:] if ctx.needed[1] else None
         return tokens, weights, None, None
-
-
-class ReturnSum(torch.autograd.Function):
-    """Partial results [sum(counts), D] back to the tokens' ranks, where the peers' parts are added: [own, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, own: int, counts: list[int], group: Group) -> Tensor:
-        ctx.way = (own, counts, group)
-        peers = len(counts)
-        back = _all_to_all(partial, counts, [own] * peers, group)
-        return back.view(peers, own, partial.shape[1]).sum(dim=0)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        own, counts, group = ctx.way
-        peers = len(counts)
-        rows = gradients[0].expand(peers, *gradients[0].shape).flatten(0, 1)
-        return _all_to_all(rows, [own] * peers, counts, group), None, None, None
 
 
 class Tie(torch.autograd.Function):

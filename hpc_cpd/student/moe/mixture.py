@@ -6,14 +6,19 @@ DeepSpeed's engine, `executors.py` has the forms in which nothing is trained.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, ReturnSum, SendToAll, Tie, plan_rows
+from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, SendToAll, Tie, plan_rows
 from hpc_cpd.student.moe.gate import Gate, Routing, seeded_generator, seeded_linear
+
+if TYPE_CHECKING:
+    from hpc_cpd.student.network import StudentShape
 
 
 class Expert(nn.Module):
@@ -37,41 +42,30 @@ class Mixture(nn.Module):
     """
 
     def __init__(
-        self,
-        input_size: int,
-        output_size: int,
-        expert_hidden: int,
-        experts_by_stage: list[list[int]],
-        expert_parallel_size: int,
-        top_k: int,
-        initial_gate_bias: float,
-        seed: int,
-        shared_hidden: int = 0,
+        self, shape: StudentShape, inputs: int, experts_by_stage: list[list[int]], expert_parallel_size: int, seed: int
     ) -> None:
-        """`experts_by_stage`: global ids in ascending order over the stages, at least one. `shared_hidden`: hidden
-        width of an expert beside them that serves every token and is on every rank; 0: none.
+        """`experts_by_stage`: global ids in ascending order over the stages, at least one.
+
+        Beside them may be a shared expert, which serves every token and is on every rank.
         """
         nn.Module.__init__(self)  # not super(): DeepSpeed's MoE, a base of the subclass, must not build its own layer
         ids = [global_id for stage in experts_by_stage for global_id in stage]
         if not ids or ids != sorted(set(ids)):
             raise ValueError(f"expert ids must ascend over the stages, but they are {experts_by_stage}")
-        self.output_size = output_size
+        self.output_size = shape.width
         self.ids = ids
         self.expert_parallel_size = expert_parallel_size
-        self.expert_parallel_rank = _rank() % expert_parallel_size
+        self.expert_parallel_rank = this_rank() % expert_parallel_size
         self.owners = np.array([global_id % expert_parallel_size for global_id in ids])
-        self.gate = Gate(input_size, experts_by_stage, top_k, initial_gate_bias, seed)
-        self.experts = nn.ModuleDict(
-            {
-                # how an expert starts is a function of (seed, global id) alone
-                str(global_id): Expert(input_size, expert_hidden, output_size, seeded_generator(seed, 2, global_id))
-                for global_id in ids
-                if global_id % expert_parallel_size == self.expert_parallel_rank
-            }
-        )
-        self.shared = (
-            Expert(input_size, shared_hidden, output_size, seeded_generator(seed, 3)) if shared_hidden else None
-        )
+        self.gate = Gate(inputs, experts_by_stage, shape.top_k, shape.initial_gate_bias, seed)
+
+        def expert(hidden: int, *purpose: int) -> Expert:
+            # how an expert starts is a function of the seed and its global id alone
+            return Expert(inputs, hidden, shape.width, seeded_generator(seed, *purpose))
+
+        here = [global_id for global_id in ids if global_id % expert_parallel_size == self.expert_parallel_rank]
+        self.experts = nn.ModuleDict({str(global_id): expert(shape.expert_hidden, 2, global_id) for global_id in here})
+        self.shared = expert(shape.shared_expert_hidden, 3) if shape.shared_expert_hidden else None
         # Never moves (its gradient is zero); keeps every rank in every backward pass and in DeepSpeed's groups.
         self.anchor = nn.Parameter(torch.zeros(1))
         self._group: Group = None
@@ -101,11 +95,14 @@ class Mixture(nn.Module):
             outputs = self._mix_all(served, routing.weights, table)
         else:
             outputs = self._mix_selected(served, routing, routing.selected, table)
-        if self.shared is not None:
-            outputs = outputs + self.shared(served)
+        outputs = self.with_shared(outputs, served)
         if index is not None:
             outputs = outputs.new_zeros(tokens.shape[0], self.output_size).index_copy(0, index, outputs)
         return outputs, self._load_balancing_loss(routing, table), probabilities
+
+    def with_shared(self, outputs: Tensor, tokens: Tensor) -> Tensor:
+        """What the shared expert says of `tokens`, if there is one, added to `outputs`."""
+        return outputs if self.shared is None else outputs + self.shared(tokens)
 
     def newest(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, less the loss, for the newest observations [n, input] of a student that acts."""
@@ -135,7 +132,7 @@ class Mixture(nn.Module):
     def _peers(self, table: Tensor) -> np.ndarray:
         """Rows of `table` of the ranks that share one set of experts with this one, this rank's group order."""
         if self.expert_parallel_size == 1:
-            return table[_rank() if len(table) > 1 else 0].numpy()[None]
+            return table[this_rank() if len(table) > 1 else 0].numpy()[None]
         return table[dist.get_process_group_ranks(self._group)].numpy()
 
     def _load_balancing_loss(self, routing: Routing, table: Tensor) -> Tensor:
@@ -151,15 +148,14 @@ class Mixture(nn.Module):
             columns = weights.unsqueeze(-1).unbind(1)
             return self._tied(self._weighted_sum(tokens, columns))
         counts = [int(count) for count in self._peers(table)[:, 0]]
-        most = int(np.bincount(self.owners, minlength=len(counts)).max())
-        blocks = []
-        for peer in range(len(counts)):
-            block = weights[:, torch.from_numpy(np.flatnonzero(self.owners == peer))]
-            blocks.append(F.pad(block, (0, most - block.shape[1])))
-        all_tokens, all_weights = SendToAll.apply(tokens, torch.stack(blocks), counts, self._group)
+        blocks = [weights[:, torch.from_numpy(np.flatnonzero(self.owners == peer))] for peer in range(len(counts))]
+        most = max(block.shape[1] for block in blocks)
+        padded = torch.stack([F.pad(block, (0, most - block.shape[1])) for block in blocks])
+        all_tokens, all_weights = SendToAll.apply(tokens, padded, counts, self._group)
         partial = self._weighted_sum(all_tokens, all_weights.unsqueeze(-1).unbind(1)[: len(self.experts)])
         partial = self._tied(partial) if len(self.experts) else self._tied(partial, all_tokens, all_weights)
-        outputs: Tensor = ReturnSum.apply(partial, tokens.shape[0], counts, self._group)
+        parts = ExchangeRows.apply(partial, counts, [len(tokens)] * len(counts), self._group)
+        outputs: Tensor = parts.view(len(counts), len(tokens), self.output_size).sum(dim=0)
         return outputs
 
     def _weighted_sum(self, tokens: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
@@ -207,5 +203,6 @@ class Mixture(nn.Module):
         return tied
 
 
-def _rank() -> int:
+def this_rank() -> int:
+    """The number of this process among the ranks; 0 where it is alone."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

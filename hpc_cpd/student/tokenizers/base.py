@@ -1,18 +1,19 @@
 """What a tokenizer must offer: the observation and the task's vector in, one token out.
 
-A plug-in of kind ``student.tokenizer`` is a subclass of :class:`Tokenizer` with a class ``Settings``; or, where
-settings are to be read without importing torch, any object with ``Settings`` and ``build``.
+A plug-in of kind ``student.tokenizer`` has a class ``Settings`` and a function ``build`` that returns a
+:class:`Tokenizer` (`hpc_cpd.student.network.Part`): a subclass, or, where settings are to be read without importing
+torch, any object.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpc_cpd.settings import PluginSettings
+from hpc_cpd.student.moe.gate import seeded_linear
 
 if TYPE_CHECKING:
     from hpc_cpd.student.network import StudentShape
@@ -23,7 +24,6 @@ OBSERVATION_CLIP = 10.0
 class Tokenizer(nn.Module):
     """Holds how observations are normalised, and makes tokens of them."""
 
-    Settings: ClassVar[type[PluginSettings]]
     seen_size: int
     """How many numbers of each observation experts and gate get to see (``student.experts_see_observation``)."""
     observation_mean: Tensor
@@ -34,11 +34,6 @@ class Tokenizer(nn.Module):
         self.seen_size = shape.observation_size
         self.register_buffer("observation_mean", torch.zeros(shape.observation_size))
         self.register_buffer("observation_std", torch.ones(shape.observation_size))
-
-    @classmethod
-    def build(cls, settings: Any, shape: StudentShape, generator: torch.Generator) -> Self:
-        """A new tokenizer. Every random number must come from `generator`: all ranks then begin alike."""
-        raise NotImplementedError
 
     def forward(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Raw observations [..., obs] and task vectors [..., D] -> (tokens [..., width], what experts see [...,
@@ -57,3 +52,17 @@ class Tokenizer(nn.Module):
         with torch.no_grad():
             self.observation_mean.copy_(torch.as_tensor(mean, dtype=torch.float32))
             self.observation_std.copy_(torch.where(spread > 0, spread, torch.ones_like(spread)))
+
+
+class LinearTokenizer(Tokenizer):
+    """Normalised and clipped observations, embedded; the embedded task vector is added."""
+
+    def __init__(self, shape: StudentShape, generator: torch.Generator) -> None:
+        super().__init__(shape)
+        self.embed_observation = seeded_linear(shape.observation_size, shape.width, generator)
+        self.embed_task = seeded_linear(shape.task_vector_size, shape.width, generator)
+
+    def forward(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """See :class:`Tokenizer`."""
+        normalised = self.normalised(observations)
+        return self.embed_observation(normalised) + self.embed_task(task_vectors), normalised

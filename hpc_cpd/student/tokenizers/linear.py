@@ -26,7 +26,7 @@ class Linear:
 
     @staticmethod
     def build(settings: Any, shape: StudentShape, generator: Generator) -> Tokenizer:
-        from hpc_cpd.student.tokenizers._linear import LinearTokenizer
+        from hpc_cpd.student.tokenizers.base import LinearTokenizer
 
         return LinearTokenizer(shape, generator)
 
