@@ -96,15 +96,12 @@ def evaluate(
     policy = load_student(at.stage(number) / "student")
     player = TaskAgnosticPolicy(policy) if infer_task else policy
     count, goals = episodes or settings.episodes, settings.seed if seed is None else seed
-    table = Table(
-        title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}"
-        + (", the task not told" if infer_task else "")
-    )
+    told = ", the task not told" if infer_task else ""
+    table = Table(title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}{told}")
     table.add_column("Task")
     for heading in ("Success", "Mean steps to success"):
         table.add_column(heading, justify="right")
-    console = Console()
-    rates = []
+    console, rates = Console(), []
     for task in policy.task_ids:
         with console.status(task):
             results = evaluate_policy(player, task, count, goals)
@@ -139,7 +136,7 @@ def sweep(
         show_plan(plan, rows)
         return
     if publish is not None:
-        from hpc_cpd.report.results import write_results
+        from hpc_cpd.report.comparison_page import write_results
 
         note_rows(plan)
         copied = publish_sweep(plan, rows, publish)
@@ -180,7 +177,7 @@ def results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="published sweeps")] = Path("docs/results"),
 ) -> None:
     """Write the page of published results, FOLDER.md, from the files under FOLDER."""
-    from hpc_cpd.report.results import write_results
+    from hpc_cpd.report.comparison_page import write_results
 
     Console().print(f"Page: {write_results(folder)}", soft_wrap=True)
 
@@ -305,8 +302,7 @@ def import_(
     task: Annotated[str, typer.Argument(metavar="TASK", help="the task they were recorded on")],
     out: Annotated[Path, typer.Option(help="folder of TASK folders: teachers.start.folder")],
     observation_keys: Annotated[
-        str | None,
-        typer.Option(metavar="KEY,KEY,...", help="obs/KEY that make up an observation, in the task's order"),
+        str | None, typer.Option(metavar="KEY,KEY,...", help="obs/KEY that make up an observation, in the task's order")
     ] = None,
     action_range: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="of the file's actions; default: -1 1")
@@ -321,9 +317,8 @@ def import_(
 
 
 def _compare(folders: list[Path], out: Path) -> None:
-    from hpc_cpd.report.comparison import compare
+    from hpc_cpd.report.comparison import compare, print_comparison
     from hpc_cpd.report.comparison_page import build_comparison
-    from hpc_cpd.report.comparison_table import print_comparison
 
     comparison = compare(folders)
     page = build_comparison(comparison, out)
@@ -349,16 +344,12 @@ def _published_stage(run: Run, stage: int | None) -> int:
     if stage is not None and stage not in stages:
         raise UserError(f"--stage is {stage}, but {run.folder} has the stages 1 to {len(stages)}")
     published = [number for number in stages if is_done(run.stage(number))]
-    if stage is None and published:
-        return published[-1]
-    if stage is None or stage not in published:
-        wanted = f"the student of stage {stage}" if stage is not None else "a student"
-        have = f"published: {', '.join(map(str, published))}" if published else "no stage is done"
-        raise UserError(
-            f"{run.folder} has not published {wanted} ({have}); "
-            f"make it with: python -m hpc_cpd.launch --stage {stage or 'all'} --run {run.folder}"
-        )
-    return stage
+    if found := [number for number in published if stage in (None, number)]:
+        return found[-1]
+    wanted = f"the student of stage {stage}" if stage is not None else "a student"
+    have = f"published: {', '.join(map(str, published))}" if published else "no stage is done"
+    again = f"python -m hpc_cpd.launch --stage {stage or 'all'} --run {run.folder}"
+    raise UserError(f"{run.folder} has not published {wanted} ({have}); make it with: {again}")
 
 
 if __name__ == "__main__":

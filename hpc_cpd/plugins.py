@@ -96,7 +96,8 @@ def load(kind: str, name: str) -> Any:
     else:
         point = installed(kind).get(name)
         if point is None:
-            raise UserError(f"{about.key}: there is no {about.word} '{name}'; {hint(name, names(kind))}{_known(kind)}")
+            known = f"known: {', '.join(names(kind)) or 'none'}"
+            raise UserError(f"{about.key}: there is no {about.word} '{name}'; {hint(name, names(kind))}{known}")
         where = point.value
         try:
             plugin = point.load()
@@ -126,7 +127,3 @@ def hint(word: str, known: Iterable[str], prefix: str = "", cutoffs: Sequence[fl
         if near := difflib.get_close_matches(str(word).lower(), list(spelled), n=1, cutoff=cutoff):
             return f"did you mean '{prefix}{spelled[near[0]]}'? "
     return ""
-
-
-def _known(kind: str) -> str:
-    return f"known: {', '.join(names(kind)) or 'none'}"

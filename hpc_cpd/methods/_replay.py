@@ -8,7 +8,7 @@ from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.methods.base import Method, MethodSettings, Rows, Stage, StageData
-from hpc_cpd.settings import Choice, PluginSettings, Settings
+from hpc_cpd.settings import Choice, PluginSettings, Settings, chosen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,17 +24,13 @@ class MemorySettings(Settings):
     budget_fraction: float = Field(
         0.05, gt=0, le=1, description="share of each task's steps that is kept, in whole episodes, one at least"
     )
-    selection: Annotated[PluginSettings, SELECTION] = Field(
-        default_factory=SELECTION.defaults, description="which episodes are kept"
-    )
+    selection: Annotated[PluginSettings, SELECTION] = chosen(SELECTION.default, "which episodes are kept")
 
 
 class UniformMemorySettings(MemorySettings):
     """The replay memory of the baselines, chosen at random."""
 
-    selection: Annotated[PluginSettings, SELECTION] = Field(
-        default_factory=lambda: SELECTION.resolve("uniform"), description="which episodes are kept"
-    )
+    selection: Annotated[PluginSettings, SELECTION] = chosen("uniform", "which episodes are kept")
 
 
 class ReplaySettings(MethodSettings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,9 +24,7 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     rows = [group for group in comparison.groups if any(facts.metrics for facts in group.runs)]
     if not rows:
         return None
-    lines = -(-len(rows) // 3)
-    figure, axes = new_figure(theme, 8.2, 3.8 + 0.2 * lines)
-    ax = axes[0, 0]
+    figure, (ax,) = new_figure(theme, 8.2, 3.8 + 0.2 * -(-len(rows) // 3), grid="y")
     counts: set[int] = set()
     colours = [theme.student, theme.loss, theme.gain, theme.teacher, theme.muted]
     for number, group in enumerate(rows):
@@ -49,8 +48,6 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     ax.yaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=3))
     ax.xaxis.set_major_locator(FixedLocator(sorted(counts)) if len(counts) <= MOST_TICKS else MaxNLocator(integer=True))
-    ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
-    ax.set_axisbelow(True)
     ax.set_xlabel("tasks learnt so far, stage after stage")
     ax.set_ylabel("mean success over them")
     legend(ax, theme, columns=3)
@@ -62,12 +59,9 @@ def forgetting(comparison: Comparison, theme: Theme) -> Figure | None:
     rows = [g for g in comparison.groups if g.metrics and g.metrics["forgetting_mean"] is not None]
     if not rows:
         return None
-    figure, axes = new_figure(theme, 8.2, ROW_INCHES * 1.4 * len(rows) + 1.1)
-    ax = axes[0, 0]
+    figure, (ax,) = new_figure(theme, 8.2, ROW_INCHES * 1.4 * len(rows) + 1.1, grid="x")
     ax.set_ylim(len(rows) - 0.5, -0.5)
     ax.set_yticks(range(len(rows)), [group.name for group in rows])
-    ax.xaxis.grid(True, color=theme.line, linewidth=0.8)
-    ax.set_axisbelow(True)
     for y, group in enumerate(rows):
         m = group.metrics or {}
         mean, bounds = m["forgetting_mean"], m["intervals"].get("forgetting_mean")
@@ -98,22 +92,19 @@ def final_success(comparison: Comparison, theme: Theme) -> Figure | None:
     names = [group.name if len(group.seeds) == 1 else f"{group.name}, {facts.config.seed}" for group, facts in runs]
     numbers = len(tasks) <= 30
     cell = 0.36 if numbers else 0.2
-    figure, axes = new_figure(theme, max(6.0, 2.6 + cell * len(tasks)), ROW_INCHES * len(runs) + 1.9)
-    ax = axes[0, 0]
+    figure, (ax,) = new_figure(theme, max(6.0, 2.6 + cell * len(tasks)), ROW_INCHES * len(runs) + 1.9)
     ax.set_ylim(len(runs) - 0.5, -0.5)
     ax.set_xlim(-0.5, len(tasks) - 0.5)
     ax.set_yticks(range(len(runs)), names)
     ax.set_xticks(range(len(tasks)), short_names(tasks), rotation=90)
     ax.xaxis.set_ticks_position("top")
     tiles(ax, values, theme.success_colours, theme, numbers=numbers)
-    for row in range(1, len(runs)):
-        if runs[row][0] is not runs[row - 1][0]:
+    for row, ((above, _), (below, _)) in enumerate(pairwise(runs), 1):
+        if above is not below:
             ax.axhline(row - 0.5, color=theme.line, linewidth=0.8, zorder=1)
     return figure
 
 
 COMPARISON_FIGURES: dict[str, Callable[[Comparison, Theme], Figure | None]] = {
-    "success_by_stage": success_by_stage,
-    "forgetting": forgetting,
-    "final_success": final_success,
+    draw.__name__: draw for draw in (success_by_stage, forgetting, final_success)
 }

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.settings import Choice
+from hpc_cpd.settings import choice_of
 
 
 def print_kind(kind: str, console: Console) -> None:
@@ -52,22 +51,15 @@ def print_settings(kind: str, name: str, console: Console) -> None:
 def _rows(settings: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in settings.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and not _choice(field):
+        choice = choice_of(settings, name)
+        if choice is None and isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _rows(kind, f"{prefix}{name}.")
         elif name != "name":
-            required = field.is_required()
-            default = "" if required else field.get_default(call_default_factory=True)
-            shown = "none: must be given" if required else str(getattr(default, "name", default))
-            yield f"{prefix}{name}", _type_of(field), "null" if default is None else shown, field.description or ""
-
-
-def _choice(field: FieldInfo) -> Choice | None:
-    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None)
-
-
-def _type_of(field: FieldInfo) -> str:
-    chosen = _choice(field)
-    return f"one of: hpc-cpd plugins {chosen.kind}" if chosen else _words(field.annotation)
+            default = field.get_default(call_default_factory=True)
+            shown = "null" if default is None else str(getattr(default, "name", default))
+            type_ = f"one of: hpc-cpd plugins {choice.kind}" if choice else _words(kind)
+            described = field.description or ""
+            yield f"{prefix}{name}", type_, "none: must be given" if field.is_required() else shown, described
 
 
 def _words(annotation: Any) -> str:

@@ -48,14 +48,12 @@ class RunningLaunch:
         self.name = launch.name
         self._began = time.monotonic()
         launch.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if launch.threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", str(launch.threads))
+        threads = {} if launch.threads is None else {"OMP_NUM_THREADS": str(launch.threads)}
         with open(launch.log, "ab") as log:
             self._from = log.tell()
             self._process = subprocess.Popen(
                 tethered([sys.executable, *launch.argv]),
-                env=environment,
+                env={**threads, **os.environ, "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -11,30 +11,30 @@ rows:
 
 from __future__ import annotations
 
-import difflib
 import itertools
-import os
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from hpc_cpd.config import load_config, read_yaml
+from hpc_cpd.config import load_config, read_mapping
 from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
+from hpc_cpd.plugins import hint
+from hpc_cpd.report.run_results import shown
 from hpc_cpd.run.paths import Run
-from hpc_cpd.settings import Config, PluginSettings, Settings
+from hpc_cpd.settings import Config, PluginSettings, group_within
 from hpc_cpd.tasks.registry import stage_plan
 
 ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
 FILE_KEYS = ("name", "config", "settings", "seeds", "rows")
 RESERVED = ("shared", "report", "logs")
 LAUNCHER = ("python", "-m", "hpc_cpd.launch")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def read_sweep(file: Path, folder: Path | None = None) -> Sweep:
     Raises UserError, one sentence with file and key: no such file, an unknown key, a wrong type, a config or setting
     that does not exist.
     """
-    values = _read(file)
+    absent = "there is no sweep file {}; give one of configs/sweeps/*.yaml"
+    values = read_mapping(file, absent, "a sweep: 'name:', 'config:' and 'rows:'")
     _check_keys(file, "", values, FILE_KEYS)
     name = _name(file, "name", values.get("name", file.stem))
     folder = Path("runs") / name if folder is None else folder
@@ -128,14 +129,10 @@ def choose(sweep: Sweep, only: Sequence[str]) -> list[Row]:
     known = [row.name for row in sweep.rows]
     for name in only:
         if name not in known:
-            raise UserError(f"{sweep.file} has no row '{name}'; {_near(name, known)}its rows: {', '.join(known)}")
+            raise UserError(
+                f"{sweep.file} has no row '{name}'; {hint(name, known, cutoffs=(0.5,))}its rows: {', '.join(known)}"
+            )
     return [row for row in sweep.rows if not only or row.name in only]
-
-
-def shown(path: Path) -> str:
-    """The path as one would type it in the working directory."""
-    absolute = Path(os.path.abspath(path))
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
 
 
 def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, str], folder: Path) -> Entry:
@@ -150,33 +147,17 @@ def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, st
     return Entry(row, seed, run, checked, (*LAUNCHER, *where, *settings))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"there is no sweep file {file}; give one of configs/sweeps/*.yaml")
-    try:
-        values = read_yaml(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold a sweep: 'name:', 'config:' and 'rows:'")
-    return values
-
-
 def _check_keys(file: Path, where: str, values: Mapping[Any, Any], known: Sequence[str]) -> None:
     for key in values:
         if key not in known:
             full = f"{where}.{key}" if where else str(key)
-            raise UserError(f"{file}: unknown key '{full}'; {_near(str(key), known)}known here: {', '.join(known)}")
+            raise UserError(
+                f"{file}: unknown key '{full}'; {hint(str(key), known, cutoffs=(0.5,))}known here: {', '.join(known)}"
+            )
 
 
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'? " if near else ""
-
-
-def _name(file: Path, key: str, value: Any) -> str:
-    name = key.removeprefix("rows.") if key.startswith("rows.") else value
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+def _name(file: Path, key: str, name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"{file}: '{key}' names a folder: letters, digits, '.', '_' and '-' only, but it is {name!r}")
     return name
 
@@ -208,16 +189,11 @@ def _words(file: Path, key: str, value: Any) -> dict[str, str]:
     for name, setting in _mapping(file, key, value).items():
         if name == "seed":
             raise UserError(f"{file}: '{key}.seed' is no setting of a row; write 'seeds: [{setting}]'")
-        if _is_group(str(name)):
+        kind: type[BaseModel] | None = Config
+        for part in str(name).split("."):
+            kind = group_within(kind, part)
+        if kind is not None and not issubclass(kind, PluginSettings):
             raise UserError(f"{file}: '{key}.{name}' is a group of settings; write '{name}.KEY: value', one by one")
         text = yaml.safe_dump(setting, default_flow_style=True, width=float("inf"), sort_keys=False)
         words[str(name)] = text.removesuffix("...\n").strip()
     return words
-
-
-def _is_group(key: str) -> bool:
-    kind: Any = Config
-    for part in key.split("."):
-        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Settings) else {}
-        kind = fields[part].annotation if part in fields else None
-    return isinstance(kind, type) and issubclass(kind, Settings) and not issubclass(kind, PluginSettings)

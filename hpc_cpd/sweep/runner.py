@@ -6,6 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.ranks import usable_cores
@@ -13,14 +14,7 @@ from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
 from hpc_cpd.cluster.supervisor import Outcome, supervise
 from hpc_cpd.cluster.units import request_of
 from hpc_cpd.config import changed_keys
-from hpc_cpd.errors import (
-    EXIT_DONE,
-    EXIT_FAULT,
-    EXIT_STOPPED,
-    EXIT_USER_ERROR,
-    StopRequested,
-    UserError,
-)
+from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.report.comparison import write_sweep_file
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.publish import is_done
@@ -49,13 +43,12 @@ def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> 
     for outcome in failed:
         print(f"error: {outcome.name}: {outcome.sentence or 'stopped'}", file=sys.stderr, flush=True)
     codes = {outcome.code for outcome in failed}
-    for code in (EXIT_FAULT, EXIT_USER_ERROR):
-        if code in codes:
-            return code
-    if stop() or EXIT_STOPPED in codes:
+    if bad := codes - {EXIT_STOPPED}:
+        return EXIT_USER_ERROR if bad == {EXIT_USER_ERROR} else EXIT_FAULT
+    if stop() or codes:
         raise StopRequested("the same command goes on from here")
-    if queues:
-        for entry in (entry for entry in todo if not finished(entry)):
+    for entry in todo if queues else ():
+        if not finished(entry):
             _say(f"{entry.name}: submitted; look: hpc-cpd status {shlex.quote(str(entry.run.folder))}")
     return EXIT_DONE
 
@@ -79,20 +72,12 @@ def show_plan(sweep: Sweep, rows: Sequence[Row]) -> None:
 
 def note_rows(sweep: Sweep) -> None:
     """Write ``sweep.json`` beside the runs, for the pages."""
-    write_sweep_file(
-        sweep.folder,
-        sweep.name,
-        {
-            row.name: {
-                "seeds": [entry.seed for entry in row.entries],
-                "title": row.title,
-                "teaches": row.teaches,
-                "command": sweep.command(row.name),
-                "launches": {str(entry.seed): shlex.join(entry.command) for entry in row.entries},
-            }
-            for row in sweep.rows
-        },
-    )
+    rows: dict[str, dict[str, Any]] = {}
+    for row in sweep.rows:
+        launches = {str(entry.seed): shlex.join(entry.command) for entry in row.entries}
+        said = {"title": row.title, "teaches": row.teaches, "command": sweep.command(row.name), "launches": launches}
+        rows[row.name] = {"seeds": [entry.seed for entry in row.entries], **said}
+    write_sweep_file(sweep.folder, sweep.name, rows)
 
 
 def finished(entry: Entry) -> bool:
@@ -109,7 +94,6 @@ def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once
     for one in kinds:
         one.write_config()
     outcomes = supervise([_teachers(one, where, queues) for one in kinds], 1, stop, _show)  # each uses all the cores
-    bad = [one for one in outcomes if one.code != EXIT_DONE]
     launches = []
     for entry in todo if not stop() else ():
         if not shared[entry.name].done:
@@ -117,11 +101,11 @@ def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once
         try:
             link(entry, shared[entry.name])
         except UserError as error:
-            bad.append(Outcome(entry.name, EXIT_USER_ERROR, str(error)))
-            continue
-        launches.append(_launch(entry, where, at_once))
-    outcomes = supervise(launches, 1 if queues else at_once, stop, _show)
-    return [*bad, *(one for one in outcomes if one.code != EXIT_DONE)]
+            outcomes.append(Outcome(entry.name, EXIT_USER_ERROR, str(error)))
+        else:
+            launches.append(_launch(entry, where, at_once))
+    outcomes += supervise(launches, 1 if queues else at_once, stop, _show)
+    return [outcome for outcome in outcomes if outcome.code != EXIT_DONE]
 
 
 def _teachers(shared: Shared, where: str, queues: bool) -> Launch:

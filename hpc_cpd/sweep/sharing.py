@@ -12,14 +12,15 @@ import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from hpc_cpd.config import changed_keys, config_as_yaml, parse_config
+from hpc_cpd.config import changed_keys, config_as_yaml, flat_settings, parse_config
 from hpc_cpd.errors import UserError
-from hpc_cpd.report.differences import flat_settings
+from hpc_cpd.report.run_results import shown
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, write_bytes
 from hpc_cpd.settings import Config
-from hpc_cpd.sweep.plan import LAUNCHER, Entry, Sweep, shown
+from hpc_cpd.sweep.plan import LAUNCHER, Entry, Sweep
 from hpc_cpd.tasks.registry import resolve_tasks
 
 SHARED = "shared"
@@ -41,10 +42,8 @@ class Shared:
 
     @property
     def done(self) -> bool:
-        folders = [
-            (self.run.teacher(task), self.run.trajectories(task)) for task in resolve_tasks(self.config.stream.tasks)
-        ]
-        return all(is_done(folder) for pair in folders for folder in pair)
+        tasks, run = resolve_tasks(self.config.stream.tasks), self.run
+        return all(is_done(run.teacher(task)) and is_done(run.trajectories(task)) for task in tasks)
 
     def write_config(self) -> None:
         data = config_as_yaml(self.config).encode()
@@ -59,11 +58,8 @@ def shared_by(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Shared]:
     for entry in entries:
         config = _only_teachers(entry.config, sweep.data_seed)
         folder = sweep.folder / SHARED / _hash(config)
-        if folder not in made:
-            file = folder.with_suffix(".yaml")
-            words = ("--stage", "teachers", "--config", shown(file), "--run", shown(folder))
-            made[folder] = Shared(Run(folder), config, (*LAUNCHER, *words))
-        found[entry.name] = made[folder]
+        words = ("--stage", "teachers", "--config", shown(folder.with_suffix(".yaml")), "--run", shown(folder))
+        found[entry.name] = made.setdefault(folder, Shared(Run(folder), config, (*LAUNCHER, *words)))
     return found
 
 
@@ -104,19 +100,10 @@ def _only_teachers(config: Config, seed: int) -> Config:
     How the work is done (ranks, Slurm) is carried along, and is no part of the hash.
     """
     # of the evaluation, teachers take part in these two alone
-    evaluation = {"episodes": config.evaluation.episodes, "seed": config.evaluation.seed}
-    return parse_config(
-        {
-            "name": "shared",  # the same whichever row comes first
-            "seed": seed,
-            "checkpoint_every_seconds": config.checkpoint_every_seconds,
-            "stream": {"tasks": sorted(resolve_tasks(config.stream.tasks))},  # no draw depends on their order
-            "teachers": config.teachers.model_dump(),
-            "trajectories": config.trajectories.model_dump(),
-            "evaluation": evaluation,
-            "cluster": config.cluster.model_dump(),
-        }
-    )
+    kept: dict[str, Any] = dict.fromkeys(("teachers", "trajectories", "cluster", "checkpoint_every_seconds"), True)
+    values = config.model_dump(include=kept | {"evaluation": {"episodes", "seed"}})
+    stream = {"tasks": sorted(resolve_tasks(config.stream.tasks))}  # no draw depends on their order
+    return parse_config(values | {"name": "shared", "seed": seed, "stream": stream})  # whichever row comes first
 
 
 def _hash(config: Config) -> str:
