@@ -9,12 +9,13 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import hpc_cpd
 from hpc_cpd.errors import UserError, run_command
@@ -97,10 +98,9 @@ def evaluate(
     player = TaskAgnosticPolicy(policy) if infer_task else policy
     count, goals = episodes or settings.episodes, settings.seed if seed is None else seed
     told = ", the task not told" if infer_task else ""
-    table = Table(title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}{told}")
-    table.add_column("Task")
-    for heading in ("Success", "Mean steps to success"):
-        table.add_column(heading, justify="right")
+    numbers = (Column(heading, justify="right") for heading in ("Success", "Mean steps to success"))
+    title = f"{run}: student of stage {number}, {count} episodes per task, seed {goals}{told}"
+    table = Table("Task", *numbers, title=title)
     console, rates = Console(), []
     for task in policy.task_ids:
         with console.status(task):
@@ -161,14 +161,11 @@ def report(
     if len(runs) > 1 or out is not None or is_sweep(runs[0]):
         _compare(runs, out or (runs[0] / "report" if len(runs) == 1 else Path("comparison")))
         return
-    run = Run(runs[0])
-    run.config()
-
     from hpc_cpd.report.page import build_report
     from hpc_cpd.report.table import print_table
 
-    page = build_report(run)
-    print_table(run)
+    page = build_report(Run(runs[0]))
+    print_table(Run(runs[0]))
     Console().print(f"Report: {page}", soft_wrap=True)
 
 
@@ -199,7 +196,7 @@ def export(
         raise UserError(f"{out} exists already; give another folder with --out")
     with atomic_folder(out) as folder:
         shutil.copytree(at.stage(number) / "student", folder / "student")
-        for task in (task for tasks in run_plan(at) for task in tasks) if trajectories else ():
+        for task in chain(*run_plan(at)) if trajectories else ():
             if is_done(at.trajectories(task)):
                 file = folder / "trajectories" / f"{task}.hdf5"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -221,7 +218,7 @@ def verify(run: RunFolder) -> None:
 
     problems: list[str] = []
     checked: Counter[str] = Counter()
-    for task in (task for tasks in plan for task in tasks):
+    for task in chain(*plan):
         if is_done(at.teacher(task)):
             checked["teachers"] += 1
             problems += _problem(load_any_teacher, at.teacher(task))
@@ -266,10 +263,8 @@ def tasks(
             console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
         console.print("for example metaworld/reach-v3, or gymnasium/MODULE:ID where MODULE registers ID")
         return
-    table = Table(title=name)
-    for heading in ("Task", "Observation", "Action"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("Horizon", justify="right")
+    columns = (Column(heading, overflow="fold") for heading in ("Task", "Observation", "Action"))
+    table = Table(*columns, Column("Horizon", justify="right"), title=name)
     for task in resolve_tasks(name):
         spec = describe(task)
         table.add_row(task, shown(spec.observation_space), shown(spec.action_space), str(spec.horizon))

@@ -92,10 +92,9 @@ def _site(file: Any) -> dict[str, Any]:
     absent = "there is no site file {} (cluster.site); copy configs/cluster/example.yaml and edit it"
     values = read_mapping(Path(str(file)), absent, "settings as 'key: value' lines")
     known = plugins.load("schedulers", str(values.get("name", "slurm"))).Settings.model_fields
-    for key in values:
-        if key not in known:
-            names = ", ".join(known)
-            raise UserError(f"{file}: unknown setting '{key}'; a site file holds settings of a scheduler only: {names}")
+    if unknown := [key for key in values if key not in known]:
+        only = f"a site file holds settings of a scheduler only: {', '.join(known)}"
+        raise UserError(f"{file}: unknown setting '{unknown[0]}'; {only}")
     return values
 
 

@@ -76,14 +76,6 @@ class Comparison:
         return [(group, facts) for group in self.groups for facts in group.runs]
 
     @property
-    def some_untold(self) -> bool:
-        return any(group.untold for group in self.groups)
-
-    @property
-    def some_forward(self) -> bool:
-        return any(group.metrics and group.metrics["forward_transfer"] is not None for group in self.groups)
-
-    @property
     def tasks(self) -> list[str]:
         """The tasks of all runs, in the order in which the first that has them learnt them."""
         return list(dict.fromkeys(task for _, facts in self.runs for task in facts.tasks))
@@ -228,10 +220,11 @@ def _notes(comparison: Comparison) -> list[str]:
 
 
 def headings(comparison: Comparison) -> list[str]:
-    untold = ["Task not told"] if comparison.some_untold else []
-    forward = ["Forward transfer"] if comparison.some_forward else []
+    groups = comparison.groups
+    untold = any(group.untold for group in groups)
+    forward = any(group.metrics and group.metrics["forward_transfer"] is not None for group in groups)
     numbers = ["Success at the end", "Recovery", "Recovery of means", "Mean forgetting", "Worst forgetting"]
-    return ["Row", "Seeds", *numbers, *untold, *forward, "Stages"]
+    return ["Row", "Seeds", *numbers, *["Task not told"] * untold, *["Forward transfer"] * forward, "Stages"]
 
 
 def cells(comparison: Comparison, group: Group) -> list[Cell]:
@@ -240,16 +233,19 @@ def cells(comparison: Comparison, group: Group) -> list[Cell]:
     m: dict[str, Any] = group.metrics or {}
     worst = m["forgetting_worst_task"] if (m.get("forgetting_worst") or 0) > 0 else None
     name = "" if worst is None else dict(zip(comparison.tasks, short_names(comparison.tasks), strict=True))[worst]
-    return [
-        (group.name, group.title),
-        (str(have) if have == wanted else f"{have} of {wanted}", ""),
-        *(_rate(m, key) for key in ("average_success", "recovery", "recovery_of_means")),
-        _difference(m, "forgetting_mean"),
-        (points(m.get("forgetting_worst")), name),
-        *([_rate(group.untold or {}, "average_success")] if comparison.some_untold else []),
-        *([_difference(m, "forward_transfer", signed=True)] if comparison.some_forward else []),
-        (duration(group.seconds), ""),
-    ]
+    row = {
+        "Row": (group.name, group.title),
+        "Seeds": (str(have) if have == wanted else f"{have} of {wanted}", ""),
+        "Success at the end": _rate(m, "average_success"),
+        "Recovery": _rate(m, "recovery"),
+        "Recovery of means": _rate(m, "recovery_of_means"),
+        "Mean forgetting": _difference(m, "forgetting_mean"),
+        "Worst forgetting": (points(m.get("forgetting_worst")), name),
+        "Task not told": _rate(group.untold or {}, "average_success"),
+        "Forward transfer": _difference(m, "forward_transfer", signed=True),
+        "Stages": (duration(group.seconds), ""),
+    }
+    return [row[heading] for heading in headings(comparison)]
 
 
 def _rate(numbers: dict[str, Any], key: str) -> Cell:

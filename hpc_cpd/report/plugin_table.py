@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hpc_cpd import plugins
@@ -19,9 +19,8 @@ from hpc_cpd.settings import choice_of
 def print_kind(kind: str, console: Console) -> None:
     """A table of the plug-ins of `kind`. One that cannot be loaded is listed with what is wrong."""
     about = plugins.KINDS[kind]
-    table = Table(title=f"{kind}: what '{about.key}' may name", title_justify="left")
-    for heading in ("Name", "From", "What it is"):
-        table.add_column(heading)
+    title = f"{kind}: what '{about.key}' may name"
+    table = Table("Name", "From", "What it is", title=title, title_justify="left")
     for name in plugins.names(kind):
         try:
             what = _first_line(plugins.load(kind, name))
@@ -40,9 +39,7 @@ def print_settings(kind: str, name: str, console: Console) -> None:
     if not rows:
         console.print("It has no settings.")
         return
-    table = Table()
-    for heading in ("Setting", "Type", "Default", "Meaning"):
-        table.add_column(heading, overflow="fold")
+    table = Table(*(Column(heading, overflow="fold") for heading in ("Setting", "Type", "Default", "Meaning")))
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)

@@ -10,6 +10,7 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import get_args
@@ -79,24 +80,20 @@ def watch(
     """
     from rich.live import Live
 
-    status, shown = snapshot(), None
+    shown, in_place = None, console.is_terminal and not as_json
     try:
-        if console.is_terminal and not as_json:
-            with Live(StatusTable(status, watched=True), console=console, auto_refresh=False) as live:
-                while not status.finished:
-                    time.sleep(every_seconds)
-                    status = snapshot()
+        with Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
+            while True:
+                status = snapshot()
+                units = [replace(unit, seconds_left=None, steps_per_second=None) for unit in status.units]  # no clocks
+                if live is not None:
                     live.update(StatusTable(status, watched=True), refresh=True)
-            return
-        while True:
-            units = [replace(unit, seconds_left=None, steps_per_second=None) for unit in status.units]  # no clocks
-            if (news := replace(status, units=units).document()) != shown:
-                shown = news
-                show(status, console, as_json, indent=None)
-            if status.finished:
-                return
-            time.sleep(every_seconds)
-            status = snapshot()
+                elif (news := replace(status, units=units).document()) != shown:
+                    shown = news
+                    show(status, console, as_json, indent=None)
+                if status.finished:
+                    return
+                time.sleep(every_seconds)
     except KeyboardInterrupt:
         return
 

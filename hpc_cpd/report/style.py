@@ -114,17 +114,16 @@ def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Them
     right = ax.secondary_yaxis("right")
     right.tick_params(colors=theme.muted, labelcolor=theme.muted, labelsize=8, length=0)
     right.spines["right"].set_visible(False)
-    middles, labels = [], []
+    middles = {}
     for stage in sorted(set(stages)):
         members = [row for row, own in enumerate(stages) if own == stage]
         top, bottom = min(members) - 0.5, max(members) + 0.5
-        middles.append((top + bottom) / 2)
-        labels.append(f"stage {stage}")
+        middles[f"stage {stage}"] = (top + bottom) / 2
         if bands and stage % 2:
             ax.axhspan(top, bottom, color=theme.band, zorder=0, linewidth=0)
         if top > 0:
             ax.axhline(top, color=theme.line, linewidth=0.8, zorder=2.5)
-    right.set_yticks(middles, labels)
+    right.set_yticks(list(middles.values()), list(middles))
 
 
 def tiles(
@@ -135,13 +134,11 @@ def tiles(
     edges = np.arange(columns + 1) + left - 0.5, np.arange(rows + 1) - 0.5
     masked = np.ma.masked_invalid(np.clip(values, 0, 1))
     ax.pcolormesh(*edges, masked, cmap=colours, vmin=0, vmax=1, edgecolors=theme.background, linewidth=1.6, zorder=2)
-    if numbers:
-        size = 7.5 if columns <= 14 else 6.0
-        for row, column in zip(*np.nonzero(~np.isnan(values)), strict=True):
-            value = values[row, column]
+    style: dict[str, Any] = {"fontsize": 7.5 if columns <= 14 else 6.0, "ha": "center", "va": "center_baseline"}
+    for (row, column), value in np.ndenumerate(values):
+        if numbers and not np.isnan(value):
             ink = _ink(colours(float(np.clip(value, 0, 1))))
-            text = f"{100 * value:.0f}"
-            ax.text(left + column, row, text, color=ink, fontsize=size, ha="center", va="center_baseline")
+            ax.text(left + column, row, f"{100 * value:.0f}", color=ink, **style)
 
 
 def outline(ax: Axes, left: float, top: float, width: float, height: float, colour: str) -> None:

@@ -16,8 +16,7 @@ from hpc_cpd.report.page import report_numbers
 from hpc_cpd.report.run_results import read_results
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import DONE, atomic_folder, is_done, read_json, write_json
-from hpc_cpd.sweep.plan import Entry, Row, Sweep
-from hpc_cpd.sweep.sharing import SHARED, shared_by, target_of
+from hpc_cpd.sweep.plan import SHARED, Entry, Row, Sweep, shared_by, target_of
 
 _TEACHERS = "teachers"
 _OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_inferred.json", DONE)
