@@ -9,12 +9,13 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import hpc_cpd
 from hpc_cpd.errors import UserError, run_command
@@ -96,15 +97,11 @@ def evaluate(
     policy = load_student(at.stage(number) / "student")
     player = TaskAgnosticPolicy(policy) if infer_task else policy
     count, goals = episodes or settings.episodes, settings.seed if seed is None else seed
-    table = Table(
-        title=f"{run}: student of stage {number}, {count} episodes per task, seed {goals}"
-        + (", the task not told" if infer_task else "")
-    )
-    table.add_column("Task")
-    for heading in ("Success", "Mean steps to success"):
-        table.add_column(heading, justify="right")
-    console = Console()
-    rates = []
+    told = ", the task not told" if infer_task else ""
+    numbers = (Column(heading, justify="right") for heading in ("Success", "Mean steps to success"))
+    title = f"{run}: student of stage {number}, {count} episodes per task, seed {goals}{told}"
+    table = Table("Task", *numbers, title=title)
+    console, rates = Console(), []
     for task in policy.task_ids:
         with console.status(task):
             results = evaluate_policy(player, task, count, goals)
@@ -139,7 +136,7 @@ def sweep(
         show_plan(plan, rows)
         return
     if publish is not None:
-        from hpc_cpd.report.results import write_results
+        from hpc_cpd.report.comparison_page import write_results
 
         note_rows(plan)
         copied = publish_sweep(plan, rows, publish)
@@ -164,14 +161,11 @@ def report(
     if len(runs) > 1 or out is not None or is_sweep(runs[0]):
         _compare(runs, out or (runs[0] / "report" if len(runs) == 1 else Path("comparison")))
         return
-    run = Run(runs[0])
-    run.config()
-
     from hpc_cpd.report.page import build_report
     from hpc_cpd.report.table import print_table
 
-    page = build_report(run)
-    print_table(run)
+    page = build_report(Run(runs[0]))
+    print_table(Run(runs[0]))
     Console().print(f"Report: {page}", soft_wrap=True)
 
 
@@ -180,7 +174,7 @@ def results(
     folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="published sweeps")] = Path("docs/results"),
 ) -> None:
     """Write the page of published results, FOLDER.md, from the files under FOLDER."""
-    from hpc_cpd.report.results import write_results
+    from hpc_cpd.report.comparison_page import write_results
 
     Console().print(f"Page: {write_results(folder)}", soft_wrap=True)
 
@@ -202,7 +196,7 @@ def export(
         raise UserError(f"{out} exists already; give another folder with --out")
     with atomic_folder(out) as folder:
         shutil.copytree(at.stage(number) / "student", folder / "student")
-        for task in (task for tasks in run_plan(at) for task in tasks) if trajectories else ():
+        for task in chain(*run_plan(at)) if trajectories else ():
             if is_done(at.trajectories(task)):
                 file = folder / "trajectories" / f"{task}.hdf5"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +218,7 @@ def verify(run: RunFolder) -> None:
 
     problems: list[str] = []
     checked: Counter[str] = Counter()
-    for task in (task for tasks in plan for task in tasks):
+    for task in chain(*plan):
         if is_done(at.teacher(task)):
             checked["teachers"] += 1
             problems += _problem(load_any_teacher, at.teacher(task))
@@ -269,10 +263,8 @@ def tasks(
             console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
         console.print("for example metaworld/reach-v3, or gymnasium/MODULE:ID where MODULE registers ID")
         return
-    table = Table(title=name)
-    for heading in ("Task", "Observation", "Action"):
-        table.add_column(heading, overflow="fold")
-    table.add_column("Horizon", justify="right")
+    columns = (Column(heading, overflow="fold") for heading in ("Task", "Observation", "Action"))
+    table = Table(*columns, Column("Horizon", justify="right"), title=name)
     for task in resolve_tasks(name):
         spec = describe(task)
         table.add_row(task, shown(spec.observation_space), shown(spec.action_space), str(spec.horizon))
@@ -305,8 +297,7 @@ def import_(
     task: Annotated[str, typer.Argument(metavar="TASK", help="the task they were recorded on")],
     out: Annotated[Path, typer.Option(help="folder of TASK folders: teachers.start.folder")],
     observation_keys: Annotated[
-        str | None,
-        typer.Option(metavar="KEY,KEY,...", help="obs/KEY that make up an observation, in the task's order"),
+        str | None, typer.Option(metavar="KEY,KEY,...", help="obs/KEY that make up an observation, in the task's order")
     ] = None,
     action_range: Annotated[
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="of the file's actions; default: -1 1")
@@ -321,9 +312,8 @@ def import_(
 
 
 def _compare(folders: list[Path], out: Path) -> None:
-    from hpc_cpd.report.comparison import compare
+    from hpc_cpd.report.comparison import compare, print_comparison
     from hpc_cpd.report.comparison_page import build_comparison
-    from hpc_cpd.report.comparison_table import print_comparison
 
     comparison = compare(folders)
     page = build_comparison(comparison, out)
@@ -349,16 +339,12 @@ def _published_stage(run: Run, stage: int | None) -> int:
     if stage is not None and stage not in stages:
         raise UserError(f"--stage is {stage}, but {run.folder} has the stages 1 to {len(stages)}")
     published = [number for number in stages if is_done(run.stage(number))]
-    if stage is None and published:
-        return published[-1]
-    if stage is None or stage not in published:
-        wanted = f"the student of stage {stage}" if stage is not None else "a student"
-        have = f"published: {', '.join(map(str, published))}" if published else "no stage is done"
-        raise UserError(
-            f"{run.folder} has not published {wanted} ({have}); "
-            f"make it with: python -m hpc_cpd.launch --stage {stage or 'all'} --run {run.folder}"
-        )
-    return stage
+    if found := [number for number in published if stage in (None, number)]:
+        return found[-1]
+    wanted = f"the student of stage {stage}" if stage is not None else "a student"
+    have = f"published: {', '.join(map(str, published))}" if published else "no stage is done"
+    again = f"python -m hpc_cpd.launch --stage {stage or 'all'} --run {run.folder}"
+    raise UserError(f"{run.folder} has not published {wanted} ({have}); make it with: {again}")
 
 
 if __name__ == "__main__":

@@ -8,20 +8,12 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.former_keys import advice, former_keys
-from hpc_cpd.settings import (
-    METHOD,
-    Choice,
-    Config,
-    PluginSettings,
-    Settings,
-    choice_of,
-    group_within,
-    mistake,
-)
+from hpc_cpd.settings import METHOD, Config, PluginSettings, Settings, choice_of, group_within, mistake
 
 SCHEMA_VERSION = 2
 
@@ -36,7 +28,8 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     """
     values: dict[str, Any] = {}
     if path is not None:
-        values = _read_mapping(Path(path), "there is no config file {}; give one of configs/*.yaml with --config")
+        absent = "there is no config file {}; give one of configs/*.yaml with --config"
+        values = read_mapping(Path(path), absent, "settings as 'key: value' lines")
         version = values.pop("schema_version", SCHEMA_VERSION)
         former = former_keys(values)
         if version != SCHEMA_VERSION:
@@ -62,15 +55,16 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
     return parse_config(values)
 
 
-def _read_mapping(file: Path, absent: str) -> dict[str, Any]:
+def read_mapping(file: Path, absent: str, content: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises UserError: it is `absent`, is no YAML, or holds no `content`."""
     if not file.is_file():
         raise UserError(absent.format(file))
     try:
-        values = read_yaml(file.read_text()) or {}
+        values = _read_yaml(file.read_text()) or {}
     except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
         raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{file} must hold settings as 'key: value' lines")
+        raise UserError(f"{file} must hold {content}")
     return values
 
 
@@ -86,8 +80,7 @@ class _OnceLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises yaml.YAMLError, also where a key stands twice in one mapping."""
+def _read_yaml(text: str) -> Any:
     loader = _OnceLoader(text)
     try:
         return loader.get_single_data()
@@ -97,12 +90,11 @@ def read_yaml(text: str) -> Any:
 
 def _site(file: Any) -> dict[str, Any]:
     absent = "there is no site file {} (cluster.site); copy configs/cluster/example.yaml and edit it"
-    values = _read_mapping(Path(str(file)), absent)
+    values = read_mapping(Path(str(file)), absent, "settings as 'key: value' lines")
     known = plugins.load("schedulers", str(values.get("name", "slurm"))).Settings.model_fields
-    for key in values:
-        if key not in known:
-            names = ", ".join(known)
-            raise UserError(f"{file}: unknown setting '{key}'; a site file holds settings of a scheduler only: {names}")
+    if unknown := [key for key in values if key not in known]:
+        only = f"a site file holds settings of a scheduler only: {', '.join(known)}"
+        raise UserError(f"{file}: unknown setting '{unknown[0]}'; {only}")
     return values
 
 
@@ -145,45 +137,61 @@ def taken_over(old: Config, new: Config) -> list[str]:
     return [sentence for sentence, resumable in _differences(old, new, "") if resumable]
 
 
+def flat_settings(settings: Settings, prefix: str = "", changed_only: bool = False) -> dict[str, Any]:
+    """Every setting that has a say in what comes out, by its dotted key; not how the work is done (ranks, Slurm).
+
+    `changed_only`: without those at their defaults, where a plug-in's name stands under its setting's own key.
+    """
+    flat: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        key, value = f"{prefix}{name}", getattr(settings, name)
+        if _resumable(field):
+            continue
+        if isinstance(value, Settings):
+            choice = choice_of(type(settings), name)
+            if changed_only and choice and isinstance(value, PluginSettings) and value.name != choice.default:
+                flat[key] = value.name
+            flat |= flat_settings(value, f"{key}.", changed_only)
+        elif not changed_only or field.is_required() or value != field.get_default(call_default_factory=True):
+            flat[key] = value
+    return flat
+
+
 def _assign(values: dict[str, Any], keys: list[str], text: str) -> None:
+    """Put what the word says into `values`. What no setting is called is told when all is validated."""
     group: type[BaseModel] | None = Config
     for key in keys[:-1]:
-        chosen = choice_of(group, key) if group is not None else None
+        chosen = choice_of(group, key)
         inner = values.setdefault(key, {})
         if chosen is not None and isinstance(inner, str):  # "method: ewc" in the file, "method.coefficient=10" here
             inner = values[key] = {"name": inner}
         if not isinstance(inner, dict):
             raise UserError(f"'{key}' is a single value, so '{'.'.join(keys)}' is not a setting")
-        group = _group_of(group, key, chosen, inner)
+        if chosen is not None:
+            group = plugins.load(chosen.kind, str(inner.get("name", chosen.default))).Settings
+        else:
+            group = group_within(group, key)
         values = inner
     field = group.model_fields.get(keys[-1]) if group is not None else None
     if "," in text and not text.lstrip().startswith(("[", "{", "'", '"')) and "list" in str(field and field.annotation):
         raise UserError(f"'{'.'.join(keys)}={text}': a list is written in brackets: '{'.'.join(keys)}=[{text}]'")
     try:
-        values[keys[-1]] = read_yaml(text)
+        values[keys[-1]] = _read_yaml(text)
     except (yaml.YAMLError, ValueError):  # ValueError: a date that does not exist
         values[keys[-1]] = text
 
 
-def _group_of(
-    group: type[BaseModel] | None, key: str, chosen: Choice | None, values: Mapping[str, Any]
-) -> type[BaseModel] | None:
-    """The settings that stand under `key`; None: unknown, which is told when all is validated."""
-    if chosen is not None:
-        settings: type[BaseModel] = plugins.load(chosen.kind, str(values.get("name", chosen.default))).Settings
-        return settings
-    return group_within(group, key) if group is not None else None
+def _resumable(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("resumable"))
 
 
 def _differences(old: Settings, new: Settings, prefix: str) -> Iterable[tuple[str, bool]]:
     """A sentence for each setting that differs, and whether it is resumable."""
     for name, field in type(old).model_fields.items():
         before, after = getattr(old, name), getattr(new, name)
-        extra = field.json_schema_extra
-        resumable = isinstance(extra, dict) and bool(extra.get("resumable"))
         if isinstance(before, Settings) and type(before) is type(after):
             for sentence, inner in _differences(before, after, f"{prefix}{name}."):
-                yield sentence, resumable or inner
+                yield sentence, _resumable(field) or inner
         elif before != after:
             told = (one.name if isinstance(one, PluginSettings) else one for one in (before, after))
-            yield "{}{} was {!r} and is now {!r}".format(prefix, name, *told), resumable
+            yield "{}{} was {!r} and is now {!r}".format(prefix, name, *told), _resumable(field)

@@ -14,14 +14,18 @@ _PPO = (
     "iterations num_envs rollout_steps epochs minibatches learning_rate discount gae_lambda clip_range "
     "value_coefficient entropy_coefficient max_gradient_norm target_kl reward_scale"
 )
-_CLONED, _SCRATCH = "where teachers.start is demonstrations", "where teachers.start is scratch"
-_TRAINED = "where teachers.source is train"
 _ENCODER = "size window width gradient_steps windows_per_task learning_rate temperature"
 _CLONING = "folder episodes action_noise gradient_steps batch_size learning_rate"
+_TRAINED, _CLONED = " where teachers.source is train", " where teachers.start is demonstrations"
+
+
+def _moved(old: str, new: str, keys: str, where: str = "") -> dict[str, str]:
+    """Keys that moved together from one group to another, all under their names."""
+    return {f"{old}.{key}": f"{new}.{key}{where}" for key in keys.split()}
+
 
 FORMER_KEYS = {
-    "memory.budget_fraction": "method.memory.budget_fraction",
-    "memory.selection": "method.memory.selection",
+    **_moved("memory", "method.memory", "budget_fraction selection"),
     "student.grow": "method.growth (false is now method.growth: null)",
     "student.experts_per_task": "method.experts_per_task",
     "student.gate_bias_at_birth": "method.growth.initial_gate_bias",
@@ -41,28 +45,24 @@ FORMER_KEYS = {
     "distill.gradient_projection": "method (true is now method: a_gem)",
     "distill.replay_targets": "method (past_student is now method: clonex)",
     "distill.patience_seconds": "distill.collective_timeout_seconds",
-    "student.layers": "student.backbone.layers",
-    "student.mixtures": "student.backbone.mixtures",
-    "student.heads": "student.backbone.heads",
-    **{
-        f"student.task_encoder.{key}": f"student.task_embedding.{key} where student.task_embedding is contrastive"
-        for key in _ENCODER.split()
-    },
+    **_moved("student", "student.backbone", "layers mixtures heads"),
+    **_moved(
+        "student.task_encoder", "student.task_embedding", _ENCODER, " where student.task_embedding is contrastive"
+    ),
     "teachers.student": "teachers.source.folder where teachers.source is student",
     "teachers.hidden": "teachers.algorithm.hidden",
-    "teachers.evaluation_episodes": f"teachers.source.evaluation_episodes {_TRAINED}",
-    "teachers.evaluate_every_iterations": f"teachers.source.evaluate_every_rounds {_TRAINED}",
-    "teachers.target_success": f"teachers.source.target_success {_TRAINED}",
-    **{f"teachers.demonstrations.{key}": f"teachers.start.{key} {_CLONED}" for key in _CLONING.split()},
-    "teachers.ppo.warm_log_std": f"teachers.start.initial_log_std {_CLONED}",
-    "teachers.ppo.warm_learning_rate": f"teachers.start.policy_learning_rate {_CLONED}",
-    "teachers.ppo.warm_value_iterations": f"teachers.start.critic_only_rounds {_CLONED}",
-    **{
-        f"teachers.ppo.{key}": f"teachers.start.{key} {_SCRATCH}"
-        for key in ("initial_log_std", "smallest_std", "desired_kl")
-    },
-    **{f"teachers.ppo.{key}": f"teachers.algorithm.{key}" for key in _PPO.split()},
-    **{f"cluster.{key}": f"cluster.scheduler.{key}" for key in _SLURM.split()},
+    "teachers.evaluation_episodes": f"teachers.source.evaluation_episodes{_TRAINED}",
+    "teachers.evaluate_every_iterations": f"teachers.source.evaluate_every_rounds{_TRAINED}",
+    "teachers.target_success": f"teachers.source.target_success{_TRAINED}",
+    **_moved("teachers.demonstrations", "teachers.start", _CLONING, _CLONED),
+    "teachers.ppo.warm_log_std": f"teachers.start.initial_log_std{_CLONED}",
+    "teachers.ppo.warm_learning_rate": f"teachers.start.policy_learning_rate{_CLONED}",
+    "teachers.ppo.warm_value_iterations": f"teachers.start.critic_only_rounds{_CLONED}",
+    **_moved(
+        "teachers.ppo", "teachers.start", "initial_log_std smallest_std desired_kl", " where teachers.start is scratch"
+    ),
+    **_moved("teachers.ppo", "teachers.algorithm", _PPO),
+    **_moved("cluster", "cluster.scheduler", _SLURM),
 }
 """Former dotted key -> today's, and in words where it depends on the value, or on which plug-in is chosen."""
 

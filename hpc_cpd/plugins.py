@@ -97,9 +97,8 @@ def load(kind: str, name: str) -> Any:
     else:
         point = installed(kind).get(name)
         if point is None:
-            known = names(kind)
-            told = f"{hint(name, known)}known: {', '.join(known) or 'none'}"
-            raise UserError(f"{about.key}: there is no {about.word} '{name}'; {told}")
+            known = f"known: {', '.join(names(kind)) or 'none'}"
+            raise UserError(f"{about.key}: there is no {about.word} '{name}'; {hint(name, names(kind))}{known}")
         where = point.value
         try:
             plugin = point.load()

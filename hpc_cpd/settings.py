@@ -1,7 +1,7 @@
 """Every setting of a run that does not belong to a plug-in: typed, documented, validated.
 
-Units stand in the names. A field marked :data:`RESUMABLE` says only *how* the work is done, never what comes out, so it
-may differ when a run is resumed. What a plug-in alone understands stands in the plug-in's own file, in its
+Units stand in the names. A field made by :func:`resumable` says only *how* the work is done, never what comes
+out, so it may differ when a run is resumed. What a plug-in alone understands stands in the plug-in's own file, in its
 :class:`PluginSettings`.
 """
 
@@ -17,7 +17,10 @@ from pydantic_core import CoreSchema, core_schema
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 
-RESUMABLE: dict[str, Any] = {"resumable": True}
+
+def resumable(default: Any, **about: Any) -> Any:
+    """The field of a setting that says only *how* the work is done; `about`: as for pydantic's Field."""
+    return Field(default, json_schema_extra={"resumable": True}, **about)
 
 
 class Settings(BaseModel):
@@ -61,10 +64,6 @@ class Choice:
         except ValidationError as failure:
             raise UserError(mistake(failure.errors()[0], settings, f"{key}.")) from None
 
-    def defaults(self) -> PluginSettings:
-        """The settings of the default plug-in, all at their defaults."""
-        return self.resolve({})
-
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(
             self.resolve,
@@ -72,16 +71,21 @@ class Choice:
         )
 
 
-def choice_of(settings: type[BaseModel], name: str) -> Choice | None:
-    """The :class:`Choice` that the field `name` is marked with; None: it is an ordinary field."""
-    field = settings.model_fields.get(name)
+def chosen(default: str, description: str) -> Any:
+    """The field of a setting that is marked with a :class:`Choice`: `default` is resolved like any other name."""
+    return Field(default, validate_default=True, description=description)
+
+
+def choice_of(settings: type[BaseModel] | None, name: str) -> Choice | None:
+    """The :class:`Choice` that the field `name` is marked with; None: it is an ordinary field, or there is none."""
+    field = settings.model_fields.get(name) if settings is not None else None
     return next((mark for mark in field.metadata if isinstance(mark, Choice)), None) if field is not None else None
 
 
-def group_within(settings: type[BaseModel], name: str) -> type[BaseModel] | None:
+def group_within(settings: type[BaseModel] | None, name: str) -> type[BaseModel] | None:
     """The group of settings that the field `name` holds, if it holds one; it may be null instead."""
-    annotation = settings.model_fields[name].annotation if name in settings.model_fields else None
-    kinds = (annotation, *get_args(annotation))
+    field = settings.model_fields.get(name) if settings is not None else None
+    kinds = (field.annotation, *get_args(field.annotation)) if field is not None else ()
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
@@ -90,10 +94,7 @@ def mistake(error: Mapping[str, Any], settings: type[BaseModel], prefix: str = "
     location = [str(part) for part in error["loc"]]
     group = settings
     for part in location[:-1]:
-        inner = group_within(group, part)
-        if inner is None:
-            break
-        group = inner
+        group = group_within(group, part) or group
     key = prefix + ".".join(location)
     if error["type"] == "extra_forbidden":
         within = prefix + "".join(f"{part}." for part in location[:-1])
@@ -120,16 +121,14 @@ class StreamSettings(Settings):
 class TeacherSettings(Settings):
     """Single-task experts. `algorithm` and `start` say how those are trained that ``source: train`` trains."""
 
-    source: Annotated[PluginSettings, Choice("sources", "train")] = Field(
-        "train", validate_default=True, description="where teachers come from: trained in the run, the zoo, a student"
+    source: Annotated[PluginSettings, Choice("sources", "train")] = chosen(
+        "train", "where teachers come from: trained in the run, the zoo, a student"
     )
-    algorithm: Annotated[PluginSettings, Choice("algorithms", "ppo")] = Field(
-        "ppo", validate_default=True, description="what trains a teacher"
+    algorithm: Annotated[PluginSettings, Choice("algorithms", "ppo")] = chosen("ppo", "what trains a teacher")
+    start: Annotated[PluginSettings, Choice("starts", "demonstrations")] = chosen(
+        "demonstrations", "the first weights of a teacher"
     )
-    start: Annotated[PluginSettings, Choice("starts", "demonstrations")] = Field(
-        "demonstrations", validate_default=True, description="the first weights of a teacher"
-    )
-    ranks: int = Field(2, ge=1, description="MPI ranks per teacher", json_schema_extra=RESUMABLE)
+    ranks: int = resumable(2, ge=1, description="MPI ranks per teacher")
 
 
 class TrajectorySettings(Settings):
@@ -158,15 +157,13 @@ class NetworkSettings(Settings):
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    tokenizer: Annotated[PluginSettings, Choice("tokenizers", "linear")] = Field(
-        "linear", validate_default=True, description="makes a token of an observation"
+    tokenizer: Annotated[PluginSettings, Choice("tokenizers", "linear")] = chosen(
+        "linear", "makes a token of an observation"
     )
-    backbone: Annotated[PluginSettings, Choice("backbones", "transformer")] = Field(
-        "transformer", validate_default=True, description="makes features of the tokens of a history"
+    backbone: Annotated[PluginSettings, Choice("backbones", "transformer")] = chosen(
+        "transformer", "makes features of the tokens of a history"
     )
-    head: Annotated[PluginSettings, Choice("heads", "linear")] = Field(
-        "linear", validate_default=True, description="makes an action of the features"
-    )
+    head: Annotated[PluginSettings, Choice("heads", "linear")] = chosen("linear", "makes an action of the features")
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -178,24 +175,21 @@ class NetworkSettings(Settings):
 class StudentSettings(NetworkSettings):
     """The generalist: tokenizer, backbone, mixtures of experts that grow, head."""
 
-    task_embedding: Annotated[PluginSettings, Choice("embeddings", "contrastive")] = Field(
-        "contrastive", validate_default=True, description="gives every task its vector"
+    task_embedding: Annotated[PluginSettings, Choice("embeddings", "contrastive")] = chosen(
+        "contrastive", "gives every task its vector"
     )
 
 
 class DistillSettings(Settings):
     """Learning a stage."""
 
-    ranks: int = Field(2, ge=1, description="DeepSpeed ranks", json_schema_extra=RESUMABLE)
-    expert_parallel_size: int = Field(
-        0, ge=0, description="ranks that share one set of experts; 0: all of them", json_schema_extra=RESUMABLE
-    )
-    zero_stage: int = Field(
+    ranks: int = resumable(2, ge=1, description="DeepSpeed ranks")
+    expert_parallel_size: int = resumable(0, ge=0, description="ranks that share one set of experts; 0: all of them")
+    zero_stage: int = resumable(
         0,
         ge=0,
         le=2,
         description="ZeRO: 1 shares the optimizer's state over the ranks, 2 the gradients too (memory, not speed)",
-        json_schema_extra=RESUMABLE,
     )
     batch_size: int = Field(256, ge=1, description="windows per step, over all ranks")
     phase1_steps: int = Field(2000, ge=0, description="steps with the old experts and shared layers frozen")
@@ -214,14 +208,13 @@ class DistillSettings(Settings):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the student's products while it learns; weights, gate and optimizer stay float32"
     )
-    in_memory_gigabytes: float = Field(
+    in_memory_gigabytes: float = resumable(
         8.0,
         ge=0,
         description="trajectories of a stage beyond this are mapped from their files instead of held by every rank",
-        json_schema_extra=RESUMABLE,
     )
-    collective_timeout_seconds: float = Field(
-        45.0, gt=0, description="a rank that keeps the others waiting longer is lost", json_schema_extra=RESUMABLE
+    collective_timeout_seconds: float = resumable(
+        45.0, gt=0, description="a rank that keeps the others waiting longer is lost"
     )
 
     @model_validator(mode="after")
@@ -246,18 +239,10 @@ class EvaluationSettings(Settings):
 class ClusterSettings(Settings):
     """Where jobs run, and how often they are tried again."""
 
-    scheduler: Annotated[PluginSettings, Choice("schedulers", "slurm")] = Field(
-        "slurm",
-        validate_default=True,
-        description="what jobs are submitted to, and what its site wants to be told",
-        json_schema_extra=RESUMABLE,
+    scheduler: Annotated[PluginSettings, Choice("schedulers", "slurm")] = resumable(
+        "slurm", validate_default=True, description="what jobs are submitted to, and what its site wants to be told"
     )
-    max_retries: int = Field(
-        2,
-        ge=0,
-        description="automatic retries of a failed teacher or stage",
-        json_schema_extra=RESUMABLE,
-    )
+    max_retries: int = resumable(2, ge=0, description="automatic retries of a failed teacher or stage")
 
 
 METHOD = Choice("methods", "ours")
@@ -266,15 +251,13 @@ METHOD = Choice("methods", "ours")
 class Config(Settings):
     """One experiment."""
 
-    method: Annotated[PluginSettings, METHOD] = Field(
-        default_factory=METHOD.defaults, description="how a stage learns, and what is done against forgetting"
+    method: Annotated[PluginSettings, METHOD] = chosen(
+        METHOD.default, "how a stage learns, and what is done against forgetting"
     )
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything but the evaluation goals")
-    checkpoint_every_seconds: float = Field(
-        20.0, gt=0, description="most work lost to a kill", json_schema_extra=RESUMABLE
-    )
+    checkpoint_every_seconds: float = resumable(20.0, gt=0, description="most work lost to a kill")
     stream: StreamSettings = StreamSettings()
     teachers: TeacherSettings = Field(default_factory=TeacherSettings)
     trajectories: TrajectorySettings = TrajectorySettings()

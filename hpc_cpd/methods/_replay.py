@@ -8,7 +8,7 @@ from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.methods.base import Method, MethodSettings, Rows, Stage, StageData
-from hpc_cpd.settings import Choice, PluginSettings, Settings
+from hpc_cpd.settings import Choice, PluginSettings, Settings, chosen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,13 +23,13 @@ class MemorySettings(Settings):
     """The replay memory."""
 
     budget_fraction: float = Field(0.05, gt=0, le=1, description=BUDGET)
-    selection: Selection = Field("dpp", validate_default=True, description="which episodes are kept")
+    selection: Selection = chosen("dpp", "which episodes are kept")
 
 
 class UniformMemorySettings(MemorySettings):
     """The replay memory of the baselines, chosen at random."""
 
-    selection: Selection = Field("uniform", validate_default=True, description="which episodes are kept")
+    selection: Selection = chosen("uniform", "which episodes are kept")
 
 
 class ReplaySettings(MethodSettings):

@@ -1,4 +1,7 @@
-"""Several runs side by side: rows of runs that differ in their seed alone, and the numbers of each row."""
+"""Several runs side by side: rows of runs that differ in their seed alone, their numbers, and the one table of them.
+
+The table is for the terminal, the HTML page and Markdown.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
+from hpc_cpd.config import flat_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.evaluation.metrics import continual_metrics
-from hpc_cpd.report.differences import differing
-from hpc_cpd.report.run_results import UNCOMMITTED, RunResults, name_tasks, read_results
+from hpc_cpd.report.run_results import UNCOMMITTED, RunResults, name_tasks, read_results, short_names
+from hpc_cpd.report.table import interval, percent, points
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import read_json, write_json
 
 SWEEP_FILE = "sweep.json"
 SCHEMA_VERSION = 1
+Cell = tuple[str, str]
+"""A number, and its 95% interval or what else there is to say about it."""
 
 
 @dataclass
@@ -72,8 +81,15 @@ class Comparison:
         return list(dict.fromkeys(task for _, facts in self.runs for task in facts.tasks))
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """key -> {row: value} where rows differ."""
-        return differing({group.name: group.runs[0].config for group in self.groups if group.runs})
+        """key -> {row: value} where rows differ. A row whose plug-ins have no such setting is left out."""
+        flat = {group.name: flat_settings(group.runs[0].config) for group in self.begun}
+        keys = dict.fromkeys(key for one in flat.values() for key in one if key not in ("seed", "name"))
+        values = {key: {name: one[key] for name, one in flat.items() if key in one} for key in keys}
+        return {
+            key: found
+            for key, found in values.items()
+            if len(found) < len(flat) or any(one != next(iter(found.values())) for one in found.values())
+        }
 
 
 def is_sweep(folder: Path) -> bool:
@@ -91,10 +107,10 @@ def compare(folders: Sequence[Path]) -> Comparison:
     _tell_apart(groups)
     for group in groups:
         group.metrics, group.untold = _numbers(group), _untold(group)
-    name = folders[0].resolve().name if len(folders) == 1 else "comparison"
-    if len(folders) == 1 and is_sweep(folders[0]):
-        name = read_sweep_file(folders[0])["name"]
-    comparison = Comparison(name, groups)
+    comparison = Comparison("comparison", groups)
+    if len(folders) == 1:
+        (folder,) = folders
+        comparison.name = read_sweep_file(folder)["name"] if is_sweep(folder) else folder.resolve().name
     comparison.notes = _notes(comparison)
     return comparison
 
@@ -140,9 +156,8 @@ def _tell_apart(groups: list[Group]) -> None:
         for group in twice:
             group.name = "/".join(parts[id(group)][-depth:])
     names = [group.name for group in groups if group.runs]  # rows without a run are only listed
-    again = next((name for name in names if names.count(name) > 1), None)
-    if again is not None:
-        raise UserError(f"{again} is named twice; name every run once")
+    if again := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{again[0]} is named twice; name every run once")
 
 
 def _numbers(group: Group) -> dict[str, Any] | None:
@@ -150,22 +165,21 @@ def _numbers(group: Group) -> dict[str, Any] | None:
     if not finished:
         return None
     first = finished[0]
-    other = next((facts for facts in finished if facts.stages != first.stages), None)
-    if other is not None:
+    if others := [facts for facts in finished if facts.stages != first.stages]:
         raise UserError(
-            f"{first.run.folder} and {other.run.folder} are seeds of one row but learnt different tasks; "
+            f"{first.run.folder} and {others[0].run.folder} are seeds of one row but learnt different tasks; "
             "compare them as runs: hpc-cpd report RUN RUN"
         )
     rates: dict[str, Any] = {name: np.stack([facts.rates()[name] for facts in finished]) for name in first.rates()}
-    if len({facts.run.folder.resolve() for facts in finished}) > len(_teachers(finished)):
+    folders, teachers = ({(f.run.folder / part).resolve() for f in finished} for part in ("", "teachers"))
+    if len(folders) > len(teachers):
         # the seeds have the same teachers, whose episodes must not be counted once for each of them
         rates["teacher_episodes"] = np.maximum(1, rates["teacher_episodes"] // len(finished))
     counted = np.max([facts.counted for facts in finished], axis=0)
     metrics = continual_metrics(stages=counted, **rates)
     name_tasks(metrics, first.tasks)
-    for row, task in zip(metrics["per_task"], first.tasks, strict=True):
-        row["task"] = task
-        row.pop("index")
+    for row in metrics["per_task"]:
+        row["task"] = first.tasks[row.pop("index")]
     return metrics
 
 
@@ -179,25 +193,16 @@ def _untold(group: Group) -> dict[str, Any] | None:
     return continual_metrics(success, np.ones(tasks, np.int64), np.full(tasks, np.nan), episodes=episodes)
 
 
-def _teachers(runs: Sequence[RunResults]) -> set[Path]:
-    return {(facts.run.folder / "teachers").resolve() for facts in runs}
-
-
 def _notes(comparison: Comparison) -> list[str]:
     notes = []
     for group in comparison.begun:
-        if len(group.finished) < len(group.seeds):
-            stages = ", ".join(
-                f"seed {facts.config.seed}: {len(facts.evaluations)} of {len(facts.stages)} stages"
-                for facts in group.runs
-                if not facts.finished
-            )
-            notes.append(
-                f"{group.name}: {len(group.finished)} of {len(group.seeds)} runs are finished"
-                + (f" ({stages})." if stages else ".")
-            )
-    waiting = [group.name for group in comparison.groups if not group.runs]
-    if waiting:
+        have, wanted = len(group.finished), len(group.seeds)
+        open_runs = [facts for facts in group.runs if not facts.finished]
+        come = (f"seed {f.config.seed}: {len(f.evaluations)} of {len(f.stages)} stages" for f in open_runs)
+        if have < wanted:
+            far = f" ({', '.join(come)})" if open_runs else ""
+            notes.append(f"{group.name}: {have} of {wanted} runs are finished{far}.")
+    if waiting := [group.name for group in comparison.groups if not group.runs]:
         notes.append(f"No results yet: {', '.join(waiting)}.")
     for group in comparison.begun:
         of_row = dict.fromkeys(note for one in group.finished for note in one.notes if note != UNCOMMITTED)
@@ -212,3 +217,61 @@ def _notes(comparison: Comparison) -> list[str]:
     if len({one.provenance.get("commit") for one in facts}) > 1:
         notes.append("The runs were made with different commits of this package.")
     return notes
+
+
+def headings(comparison: Comparison) -> list[str]:
+    groups = comparison.groups
+    untold = any(group.untold for group in groups)
+    forward = any(group.metrics and group.metrics["forward_transfer"] is not None for group in groups)
+    numbers = ["Success at the end", "Recovery", "Recovery of means", "Mean forgetting", "Worst forgetting"]
+    return ["Row", "Seeds", *numbers, *["Task not told"] * untold, *["Forward transfer"] * forward, "Stages"]
+
+
+def cells(comparison: Comparison, group: Group) -> list[Cell]:
+    """The cells of one row, as `headings` names them; the last is the wall-clock of a run's stages."""
+    wanted, have = len(group.seeds), len(group.finished)
+    m: dict[str, Any] = group.metrics or {}
+    worst = m["forgetting_worst_task"] if (m.get("forgetting_worst") or 0) > 0 else None
+    name = "" if worst is None else dict(zip(comparison.tasks, short_names(comparison.tasks), strict=True))[worst]
+    row = {
+        "Row": (group.name, group.title),
+        "Seeds": (str(have) if have == wanted else f"{have} of {wanted}", ""),
+        "Success at the end": _rate(m, "average_success"),
+        "Recovery": _rate(m, "recovery"),
+        "Recovery of means": _rate(m, "recovery_of_means"),
+        "Mean forgetting": _difference(m, "forgetting_mean"),
+        "Worst forgetting": (points(m.get("forgetting_worst")), name),
+        "Task not told": _rate(group.untold or {}, "average_success"),
+        "Forward transfer": _difference(m, "forward_transfer", signed=True),
+        "Stages": (duration(group.seconds), ""),
+    }
+    return [row[heading] for heading in headings(comparison)]
+
+
+def _rate(numbers: dict[str, Any], key: str) -> Cell:
+    return percent(numbers.get(key)), interval(numbers.get("intervals", {}).get(key), "%", 1)
+
+
+def _difference(numbers: dict[str, Any], key: str, signed: bool = False) -> Cell:
+    return points(numbers.get(key), signed), interval(numbers.get("intervals", {}).get(key), " pp", 1)
+
+
+def print_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the table; beside each mean its 95% interval."""
+    table = Table(title=comparison.name, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in headings(comparison):
+        table.add_column(heading, justify="left" if heading == "Row" else "right", overflow="fold")
+    for group in comparison.begun:
+        row = cells(comparison, group)
+        table.add_row(group.name, *(f"{value}\n[dim]{more}[/dim]" if more else value for value, more in row[1:]))
+    (console or Console()).print(table)
+
+
+def duration(seconds: float | None) -> str:
+    """As hours and minutes; a dash where it is not known."""
+    if seconds is None:
+        return "-"
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

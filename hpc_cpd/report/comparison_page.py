@@ -1,20 +1,26 @@
-"""One HTML page that compares runs, with its pictures and numbers beside it."""
+"""Pages about comparisons: an HTML page, with its pictures and numbers beside it, and that of all published results.
+
+The latter is FOLDER.md, made from the small files under FOLDER; the same files give the same bytes.
+"""
 
 from __future__ import annotations
 
-import html
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.report.comparison import Comparison, Group
-from hpc_cpd.report.comparison_figures import COMPARISON_FIGURES
-from hpc_cpd.report.comparison_table import cells, headings
-from hpc_cpd.report.style import THEMES, png
-from hpc_cpd.report.template import PAGE, STYLE, picture
+from hpc_cpd.errors import UserError
+from hpc_cpd.report.comparison import Comparison, cells, compare, headings, is_sweep
+from hpc_cpd.report.figures import COMPARISON_FIGURES
+from hpc_cpd.report.style import LIGHT, png
+from hpc_cpd.report.template import again, draw, opening, picture, section, small, table, text, write_page
 from hpc_cpd.run.publish import write_bytes, write_json
 
 SCHEMA_VERSION = 1
+NOTES = "notes.md"  # in the folder: what a reader must know about all its sweeps
+PICTURES = ("success_by_stage", "final_success")
+
 ABOUT_INTERVALS = (
     "With two or three seeds an interval shows how far apart these are: a new one falls outside more often than in 5% "
     "of cases. Where every episode ended alike it has no width."
@@ -38,20 +44,9 @@ CAPTIONS = {
 
 def build_comparison(comparison: Comparison, folder: Path) -> Path:
     """Write ``metrics.json``, the pictures (light and dark) and ``index.html`` into `folder`; return the page."""
-    drawn = []
-    for name, draw in COMPARISON_FIGURES.items():
-        for theme in THEMES:
-            figure, path = draw(comparison, theme), folder / f"{name}{theme.suffix}.png"
-            if figure is None:
-                path.unlink(missing_ok=True)
-            else:
-                write_bytes(path, png(figure))
-                drawn.append(name)
+    drawn = draw(COMPARISON_FIGURES, comparison, folder)
     write_json(folder / "metrics.json", comparison_numbers(comparison))
-    body = _body(comparison, list(dict.fromkeys(drawn)), folder)
-    page = PAGE.format(title=_text(f"{comparison.name}: comparison"), style=STYLE, body=body)
-    write_bytes(folder / "index.html", page.encode())
-    return folder / "index.html"
+    return write_page(folder, f"{comparison.name}: comparison", _parts(comparison, drawn, folder))
 
 
 def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
@@ -61,9 +56,7 @@ def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
         "name": comparison.name,
         "rows": [
             {
-                "name": group.name,
-                "title": group.title,
-                "teaches": group.teaches,
+                **{"name": group.name, "title": group.title, "teaches": group.teaches},
                 "command": group.command or None,
                 "seeds": group.seeds,
                 "seeds_finished": [facts.config.seed for facts in group.finished],
@@ -78,77 +71,54 @@ def comparison_numbers(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _body(comparison: Comparison, drawn: list[str], folder: Path) -> str:
-    runs = len(comparison.runs)
-    lead = (
-        f"{len(comparison.groups)} rows, {runs} runs, {len(comparison.tasks)} tasks. Small numbers are 95% intervals."
-    )
-    parts = [
-        f'<header><h1>{_text(comparison.name)}</h1><p class="lead">{_text(lead)}</p></header>',
-        '<nav><a href="#numbers">Numbers</a><a href="#pictures">Pictures</a><a href="#settings">Settings</a>'
-        '<a href="#again">Run it again</a><a href="#files">Files</a></nav>',
+def _parts(comparison: Comparison, drawn: list[str], folder: Path) -> list[str]:
+    rows, runs, tasks = (len(part) for part in (comparison.groups, comparison.runs, comparison.tasks))
+    lead = f"{rows} rows, {runs} runs, {tasks} tasks. Small numbers are 95% intervals."
+    anchors = {"numbers": "Numbers", "pictures": "Pictures", "settings": "Settings"}
+    anchors |= {"again": "Run it again", "files": "Files"}
+    return [
+        *opening(comparison.name, lead, anchors, comparison.notes),
+        _table(comparison),
+        '<div id="pictures">',
+        *(picture(name, *CAPTIONS[name]) for name in drawn),
+        "</div>",
+        *(_settings(comparison), _again(comparison), _files(comparison, folder)),
     ]
-    if comparison.notes:
-        notes = "".join(f"<li>{_text(note)}</li>" for note in comparison.notes)
-        parts.append(f'<div class="notes" role="note"><ul>{notes}</ul></div>')
-    pictures = [picture(name, *CAPTIONS[name]) for name in drawn]
-    parts += [_table(comparison), '<div id="pictures">', *pictures, "</div>"]
-    parts += [_settings(comparison), _again(comparison), _files(comparison, folder)]
-    return "\n".join(part for part in parts if part)
 
 
 def _table(comparison: Comparison) -> str:
-    head = "".join(f"<th>{_text(heading)}</th>" for heading in headings(comparison))
     rows = []
     for group in comparison.begun:
-        row = (f"<td>{_text(v)}{f'<small>{_text(m)}</small>' if m else ''}</td>" for v, m in cells(comparison, group))
+        row = (f"<td>{text(value)}{small(more)}</td>" for value, more in cells(comparison, group))
         rows.append(f"<tr>{''.join(row)}</tr>")
-    teaches = "".join(f"<li><b>{_text(g.name)}</b>: {_text(g.teaches)}</li>" for g in comparison.begun if g.teaches)
-    return (
-        f'<section id="numbers"><h2>Every row</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        '<p class="small">Only finished runs count. Means over tasks have a stratified bootstrap over episodes, '
-        f"and over seeds where there are several. {ABOUT_INTERVALS} Stages: the wall-clock of all stages of one run, "
-        "evaluations included, the mean over its seeds, on whatever machine and beside whatever else ran there.</p>"
-        + (f"<ul>{teaches}</ul>" if teaches else "")
-        + "</section>"
+    teaches = "".join(f"<li><b>{text(g.name)}</b>: {text(g.teaches)}</li>" for g in comparison.begun if g.teaches)
+    about = (
+        "Only finished runs count. Means over tasks have a stratified bootstrap over episodes, and over seeds where "
+        f"there are several. {ABOUT_INTERVALS} Stages: the wall-clock of all stages of one run, evaluations included, "
+        "the mean over its seeds, on whatever machine and beside whatever else ran there."
     )
+    list_ = f"<ul>{teaches}</ul>" if teaches else ""
+    content = f'{table(headings(comparison), rows)}<p class="small">{about}</p>{list_}'
+    return section("numbers", "Every row", content)
 
 
 def _settings(comparison: Comparison) -> str:
-    settings = comparison.settings()
-    groups = comparison.begun
-    if not settings:
-        return '<section id="settings"><h2>Settings that differ</h2><p>None.</p></section>'
-    head = "".join(f"<th>{_text(group.name)}</th>" for group in groups)
-    shown = {
-        key: [_text(plain(values[g.name])) if g.name in values else "" for g in groups]
-        for key, values in settings.items()
-    }
-    rows = "".join(
-        f"<tr><td>{_text(key)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-        for key, values in shown.items()
-    )
-    return (
-        '<section id="settings"><h2>Settings that differ</h2><div class="scroll"><table><thead><tr><th>Setting</th>'
-        f"{head}</tr></thead><tbody>{rows}</tbody></table></div></section>"
-    )
+    names = [group.name for group in comparison.begun]
+    rows = []
+    for key, values in comparison.settings().items():
+        row = (key, *(plain(values[name]) if name in values else "" for name in names))
+        rows.append(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>")
+    return section("settings", "Settings that differ", table(("Setting", *names), rows) if rows else "<p>None.</p>")
 
 
 def _again(comparison: Comparison) -> str:
-    commands = [f"# {group.name}\n{_command(group)}" for group in comparison.groups if group.runs or group.command]
-    return (
-        '<section id="again"><h2>Run it again</h2><p>From the root of the repository:</p><pre>'
-        + _text("\n".join(commands))
-        + "</pre></section>"
-    )
-
-
-def _command(group: Group) -> str:
-    if group.command:
-        return group.command
-    folder = group.runs[0].run.folder
-    return f"python -m hpc_cpd.launch --stage all --config {folder}/config.yaml --run {folder}-again"
+    commands = []
+    for group in comparison.groups:
+        folder = group.runs[0].run.folder if group.runs else ""
+        launch = f"python -m hpc_cpd.launch --stage all --config {folder}/config.yaml --run {folder}-again"
+        if group.command or group.runs:
+            commands.append(f"# {group.name}\n{group.command or launch}")
+    return again("\n".join(commands))
 
 
 def _files(comparison: Comparison, folder: Path) -> str:
@@ -156,11 +126,9 @@ def _files(comparison: Comparison, folder: Path) -> str:
     for group, facts in comparison.runs:
         page = facts.run.report / "index.html"
         path = os.path.relpath(page if page.is_file() else facts.run.config_file, folder)
-        links.append(f'<li><a href="{_text(path)}">{_text(group.name)}, seed {facts.config.seed}</a></li>')
-    return (
-        '<section id="files"><h2>Files</h2><p>The numbers of this page are in <a href="metrics.json">metrics.json</a>; '
-        f'the runs have pages of their own.</p><ul class="files">{"".join(links)}</ul></section>'
-    )
+        links.append(f'<li><a href="{text(path)}">{text(group.name)}, seed {facts.config.seed}</a></li>')
+    about = 'The numbers of this page are in <a href="metrics.json">metrics.json</a>; the runs have pages of their own.'
+    return section("files", "Files", f'<p>{about}</p><ul class="files">{"".join(links)}</ul>')
 
 
 def plain(value: Any) -> str:
@@ -170,5 +138,92 @@ def plain(value: Any) -> str:
     return f"[{', '.join(map(plain, value))}]" if isinstance(value, list) else str(value)
 
 
-def _text(value: Any) -> str:
-    return html.escape(str(value), quote=True)
+def results_page(folder: Path) -> str:
+    """The text of the page. Raises UserError when there is no published sweep under `folder`."""
+    sweeps = _sweeps(folder)
+    parts = [
+        "# Results\n\nWritten by `hpc-cpd results`; every number in the tables is computed from the files beside this "
+        "page, which `hpc-cpd sweep FILE --publish` copied from the runs; the sentences under a table were written by "
+        "hand. In brackets: 95% intervals, a stratified bootstrap over tasks' episodes, and over seeds where there are "
+        f"several. {ABOUT_INTERVALS} Success is Meta-World's flag at any step; [metrics.md](metrics.md) explains every "
+        "column.\n"
+    ]
+    notes = folder / NOTES
+    parts += [notes.read_text()] if notes.is_file() else []
+    parts += [_section(compare([sweep]), sweep, folder) for sweep in sweeps]
+    return "\n".join(parts)
+
+
+def write_results(folder: Path) -> Path:
+    """Write FOLDER.md and its pictures (beside the files of each sweep); return the page."""
+    text = results_page(folder)
+    for sweep in _sweeps(folder):
+        comparison = compare([sweep])
+        for name in PICTURES:
+            figure = COMPARISON_FIGURES[name](comparison, LIGHT)
+            if figure is not None:
+                write_bytes(sweep / f"{name}.png", png(figure))
+    page = folder.with_name(f"{folder.name}.md")
+    write_bytes(page, text.encode())
+    return page
+
+
+def _sweeps(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.glob("*") if is_sweep(path))
+    if not found:
+        raise UserError(f"there is no published sweep in {folder}; publish one: hpc-cpd sweep FILE --publish {folder}")
+    return found
+
+
+def _section(comparison: Comparison, sweep: Path, folder: Path) -> str:
+    lines = [f"## {comparison.name}", "", _about(comparison), ""]
+    lines += [f"> {note}\n" for note in comparison.notes]
+    lines.append("| " + " | ".join(headings(comparison)) + " |")
+    lines.append("|---|" + "---:|" * (len(headings(comparison)) - 1))
+    for group in comparison.begun:
+        row = (f"{value} ({more})" if more else value for value, more in cells(comparison, group))
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    about = "Stages: wall-clock of all stages of one run, evaluations included, the mean over its seeds. "
+    about += 'Rows with "Task not told" are evaluated twice. ' if "Task not told" in headings(comparison) else ""
+    lines += ["", about + _machines(comparison), ""]
+    lines += [f"- **{group.name}**: {group.teaches}" for group in comparison.begun if group.teaches]
+    at = os.path.relpath(sweep, folder.parent)
+    for name in PICTURES:
+        if any(facts.evaluations for _, facts in comparison.runs):
+            lines += ["", f"![{CAPTIONS[name][0]}]({at}/{name}.png)"]
+    commands = [group.command for group in comparison.begun if group.command]
+    lines += ["", "The same rows again:", "", "```", *commands, "```", "", "A number checked with other goals:", ""]
+    return "\n".join([*lines, "```", _check(comparison), "```", ""])
+
+
+def _about(comparison: Comparison) -> str:
+    seen = [facts for _, facts in comparison.runs]
+    stages, tasks = {len(facts.stages) for facts in seen}, {len(facts.tasks) for facts in seen}
+    runs, episodes = sum(facts.finished for facts in seen), {facts.config.evaluation.episodes for facts in seen}
+    return (
+        f"{_some(tasks)} tasks in {_some(stages)} stage{'s' * (stages != {1})}, {_some(episodes)} episodes per "
+        f"task, {runs} finished runs. Runs that ask for the same teachers and trajectories share them."
+    )
+
+
+def _machines(comparison: Comparison) -> str:
+    machines, commits = dict[str, None](), dict[str, None]()
+    for _, facts in comparison.runs:
+        host: Mapping[str, Any] = facts.provenance.get("host") or {}
+        gpus = f", {len(host['gpus'])} GPUs" if host.get("gpus") else ""
+        machines[f"{host.get('processor') or 'unknown processor'}, {host.get('cores') or '?'} cores{gpus}"] = None
+        dirty = " with changes that are in no commit" if facts.provenance.get("uncommitted_changes") else ""
+        commits[f"`{str(facts.provenance.get('commit') or 'unknown')[:12]}`{dirty}"] = None
+    return f"Machine: {'; '.join(machines)}. Commit: {', '.join(commits)}."
+
+
+def _check(comparison: Comparison) -> str:
+    for group, facts in comparison.runs:
+        if facts.finished:
+            run = f"runs/{comparison.name}/{group.name}/seed-{facts.config.seed}"
+            return f"hpc-cpd evaluate {run} --stage {len(facts.stages)} --episodes 50 --seed 123"
+    return "# no run is finished yet"
+
+
+def _some(numbers: set[int]) -> str:
+    return " or ".join(map(str, sorted(numbers))) or "0"

@@ -1,13 +1,16 @@
-"""The pictures of a report. Each function returns a figure, or None when there is nothing to show yet."""
+"""The pictures of a run and of a comparison. Each function returns a figure, or None: there is nothing to show yet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLocator
 
+from hpc_cpd.report.comparison import Comparison
 from hpc_cpd.report.run_results import Record, RunResults, short_names
 from hpc_cpd.report.style import ROW_INCHES, Theme, legend, new_figure, outline, task_axis, tiles
 
@@ -15,6 +18,9 @@ PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
 POINTS = FuncFormatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
 MAX_NUMBERED_COLUMNS = 30
 _NAMES_INCHES = 2.6
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+_MARKS = "osD^vP*"
+MOST_TICKS = 12
 
 
 def success_matrix(facts: RunResults, theme: Theme) -> Figure | None:
@@ -26,9 +32,8 @@ def success_matrix(facts: RunResults, theme: Theme) -> Figure | None:
     if facts.evaluations:
         values[:, : len(facts.evaluations)] = facts.matrix().T
     cell = 0.56 if total <= 14 else 0.38
-    figure, axes = new_figure(theme, max(6.0, _NAMES_INCHES + cell * (total + 1.5) + 0.6), _height(len(tasks)))
-    ax = axes[0, 0]
-    task_axis(ax, tasks, _stages(facts), theme, bands=False)
+    figure, (ax,) = new_figure(theme, max(6.0, _NAMES_INCHES + cell * (total + 1.5) + 0.6), _height(len(tasks)))
+    task_axis(ax, tasks, [row["stage"] for row in facts.rows], theme, bands=False)
     numbers = total <= MAX_NUMBERED_COLUMNS
     teacher = np.array([[row["teacher"] if row["teacher"] is not None else np.nan] for row in facts.rows])
     tiles(ax, teacher, theme.success_colours, theme, left=-1.4)
@@ -52,28 +57,26 @@ def teacher_and_student(facts: RunResults, theme: Theme) -> Figure | None:
     rows = [row for row in facts.rows if row["teacher"] is not None or row.get("final") is not None]
     if not rows:
         return None
-    figure, axes = new_figure(theme, 8.2, _height(len(rows)) + 0.3)
-    ax = axes[0, 0]
+    figure, (ax,) = new_figure(theme, 8.2, _height(len(rows)) + 0.3, grid="x")
     task_axis(ax, [row["task"] for row in rows], [row["stage"] for row in rows], theme)
-    ax.xaxis.grid(True, color=theme.line, linewidth=0.8)
-    ax.set_axisbelow(True)
     for y, row in enumerate(rows):
-        final, own, interval = row.get("final"), row.get("after_own_stage"), row.get("final_interval")
-        if interval:
+        final, own = row.get("final"), row.get("after_own_stage")
+        if interval := row.get("final_interval"):
             ax.plot(interval, [y, y], color=theme.student, alpha=0.25, linewidth=4, solid_capstyle="round", zorder=2)
         if final is not None and own is not None and own != final:
             colour = theme.loss if final < own else theme.gain
             ax.plot([own, final], [y, y], color=colour, linewidth=1.8, zorder=3)
-    end = "student at the end" if len(facts.evaluations) == len(facts.stages) else "student now"
-    for name, label, style in (
-        ("teacher", "teacher", {"marker": "D", "s": 46, "facecolors": "none", "edgecolors": theme.teacher}),
-        ("after_own_stage", "after its own stage", {"marker": "o", "s": 34, "color": theme.earlier}),
-        ("final", end, {"marker": "o", "s": 13, "color": theme.student}),
-    ):
+    end = "student at the end" if facts.finished else "student now"
+    marks: dict[str, dict[str, Any]] = {
+        "teacher": {"label": "teacher", "marker": "D", "s": 46, "facecolors": "none", "edgecolors": theme.teacher},
+        "after_own_stage": {"label": "after its own stage", "marker": "o", "s": 34, "color": theme.earlier},
+        "final": {"label": end, "marker": "o", "s": 13, "color": theme.student},
+    }
+    for name, style in marks.items():
         points = [(row[name], y) for y, row in enumerate(rows) if row.get(name) is not None]
         if points:
             x, y_values = zip(*points, strict=True)
-            ax.scatter(x, y_values, label=label, zorder=4, linewidths=1.3, clip_on=False, **style)
+            ax.scatter(x, y_values, zorder=4, linewidths=1.3, clip_on=False, **style)
     ax.plot([], [], color=theme.student, alpha=0.25, linewidth=4, label="95% interval")
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PERCENT)
@@ -87,22 +90,17 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
     rows = [row for row in facts.rows if row.get("forgetting") is not None]
     if not rows or not facts.metrics:
         return None
-    figure, axes = new_figure(theme, 8.2, _height(len(rows)) + 0.3)
-    ax = axes[0, 0]
+    figure, (ax,) = new_figure(theme, 8.2, _height(len(rows)) + 0.3, grid="x")
     task_axis(ax, [row["task"] for row in rows], [row["stage"] for row in rows], theme)
-    ax.xaxis.grid(True, color=theme.line, linewidth=0.8)
-    ax.set_axisbelow(True)
     for y, row in enumerate(rows):
         value, interval = row["forgetting"], row["forgetting_interval"]
-        colour = theme.loss if value > 0 else theme.gain
-        ax.barh(y, value, height=0.56, color=colour, alpha=0.9, zorder=2)
+        ax.barh(y, value, height=0.56, color=theme.loss if value > 0 else theme.gain, alpha=0.9, zorder=2)
         if interval:
             ax.plot(interval, [y, y], color=theme.muted, linewidth=1.1, zorder=3)
             ax.plot(interval, [y, y], "|", color=theme.muted, markersize=4, zorder=3)
         if value == 0:
             ax.plot([0], [y], "o", color=theme.muted, markersize=3, zorder=4)
-    mean = facts.metrics["forgetting_mean"]
-    interval = facts.metrics["intervals"]["forgetting_mean"]
+    mean, interval = facts.metrics["forgetting_mean"], facts.metrics["intervals"]["forgetting_mean"]
     ax.axvline(0, color=theme.text, linewidth=1.0, zorder=3)
     if interval:
         ax.axvspan(*interval, color=theme.student, alpha=0.12, zorder=1, linewidth=0)
@@ -119,53 +117,47 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
 def stage_curves(facts: RunResults, theme: Theme) -> Figure | None:
     """Loss of the student over all stages, one after the other; colours tell the phases."""
     curves = {
-        stage: [line for line in lines if isinstance(line.get("loss"), int | float)]
-        for stage, lines in facts.stage_curves().items()
+        stage: lines
+        for stage, all_lines in facts.stage_curves().items()
+        if (lines := [line for line in all_lines if isinstance(line.get("loss"), int | float)])
     }
-    curves = {stage: lines for stage, lines in curves.items() if lines}
     if not curves:
         return None
-    figure, axes = new_figure(theme, 9.0, 3.6)
-    ax = axes[0, 0]
+    figure, (ax,) = new_figure(theme, 9.0, 3.6, grid="y")
     names = list(dict.fromkeys(str(line.get("phase", "")) for lines in curves.values() for line in lines))
     palette = [theme.student, theme.teacher, theme.gain, theme.loss]
-    labelled: set[str] = set()
-    start = 0.0
+    start, above = 0.0, ax.get_xaxis_transform()
     for stage, lines in curves.items():
-        x = _running_steps(lines)
-        left, right = start, start + x[-1]
+        x = start + _running_steps(lines)
+        phases, loss = np.array([str(line.get("phase", "")) for line in lines]), _numbers(lines, "loss")
+        replay = _numbers(lines, "replay_loss")
         if stage % 2:
-            ax.axvspan(left, right, color=theme.band, zorder=0, linewidth=0)
+            ax.axvspan(start, x[-1], color=theme.band, zorder=0, linewidth=0)
         if len(curves) <= 16 or stage % 5 == 0:
             label = f"stage {stage}" if len(curves) <= 10 else str(stage)
-            place = ax.get_xaxis_transform()
-            ax.text((left + right) / 2, 1.01, label, ha="center", color=theme.muted, fontsize=8, transform=place)
-        for phase in names:
-            part = [i for i, line in enumerate(lines) if str(line.get("phase", "")) == phase]
-            if not part:
+            ax.text((start + x[-1]) / 2, 1.01, label, ha="center", color=theme.muted, fontsize=8, transform=above)
+        for number, phase in enumerate(names):
+            part = phases == phase
+            if not part.any():
                 continue
-            colour = palette[names.index(phase) % len(palette)]
+            colour = palette[number % len(palette)]
             label = (f"phase {phase}" if phase.isdigit() else phase.replace("_", " ")) or "loss"
-            loss = np.array([float(lines[i]["loss"]) for i in part])
-            at = start + x[part]
-            ax.plot(at, loss, color=colour, alpha=0.22, linewidth=0.7, zorder=2)
-            ax.plot(at, _smooth(loss), color=colour, linewidth=1.6, zorder=3, label=_once(label, labelled))
-            replay = [i for i in part if isinstance(lines[i].get("replay_loss"), int | float)]
-            if replay:
-                values = _smooth(np.array([float(lines[i]["replay_loss"]) for i in replay]))
-                name = _once("on replay", labelled)
-                ax.plot(start + x[replay], values, color=theme.muted, linewidth=1.1, linestyle=":", label=name)
-        start = right
-    positive = [line["loss"] for lines in curves.values() for line in lines]
-    if min(positive) > 0:
+            ax.plot(x[part], loss[part], color=colour, alpha=0.22, linewidth=0.7, zorder=2)
+            ax.plot(x[part], _smooth(loss[part]), color=colour, linewidth=1.6, zorder=3, label=label)
+            part &= ~np.isnan(replay)
+            if part.any():
+                smooth = _smooth(replay[part])
+                ax.plot(x[part], smooth, color=theme.muted, linewidth=1.1, linestyle=":", label="on replay")
+        start = x[-1]
+    if min(line["loss"] for lines in curves.values() for line in lines) > 0:
         ax.set_yscale("log")
         ax.tick_params(which="minor", length=0)
     ax.set_xlim(0, start)
-    ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
-    ax.set_axisbelow(True)
     ax.set_xlabel("gradient steps, stage after stage")
     ax.set_ylabel("distillation loss")
-    ax.legend(loc="upper right", frameon=False, fontsize=8, labelcolor=theme.text, ncols=4)
+    handles, labels = ax.get_legend_handles_labels()
+    once = dict(zip(labels, handles, strict=True))  # every stage has its phases
+    ax.legend(once.values(), once.keys(), loc="upper right", frameon=False, fontsize=8, labelcolor=theme.text, ncols=4)
     return figure
 
 
@@ -174,19 +166,17 @@ def teacher_curves(facts: RunResults, theme: Theme) -> Figure | None:
 
     A teacher that never succeeded has the mean return instead, which tells whether it learns at all.
     """
-    curves = {task: _evaluations(lines) for task, lines in facts.teacher_curves().items()}
-    curves = {task: points for task, points in curves.items() if points}
+    curves = {task: points for task, lines in facts.teacher_curves().items() if (points := _evaluations(lines))}
     if not any(len({step for step, *_ in points}) > 1 for points in curves.values()):  # the table has single points
         return None
     columns = min(5, len(curves))
-    rows = -(-len(curves) // columns)
-    figure, axes = new_figure(theme, 1.9 * columns + 0.4 if columns > 2 else 6.0, 1.25 * rows + 0.35, rows, columns)
+    rows, width = -(-len(curves) // columns), 1.9 * columns + 0.4 if columns > 2 else 6.0
+    figure, axes = new_figure(theme, width, 1.25 * rows + 0.35, rows, columns, grid="y")
     last = max(point[0] for points in curves.values() for point in points)
-    for ax in axes.flat[len(curves) :]:
+    for ax in axes[len(curves) :]:
         ax.set_visible(False)
-    for number, (ax, name, points) in enumerate(
-        zip(axes.flat, short_names(list(curves)), curves.values(), strict=False)
-    ):
+    names = short_names(list(curves))
+    for number, (ax, name, points) in enumerate(zip(axes, names, curves.values(), strict=False)):
         steps, success, returns = zip(*points, strict=True)
         title = f"{name}{'' if any(success) else ': return'}"
         ax.set_title(title, fontsize=7 if len(title) > 22 else 8, loc="left", pad=4, color=theme.text)
@@ -198,10 +188,8 @@ def teacher_curves(facts: RunResults, theme: Theme) -> Figure | None:
         ax.plot(steps, values, color=theme.teacher, linewidth=1.5, clip_on=False)
         ax.plot(steps[-1:], values[-1:], "o", color=theme.teacher, markersize=3.6, clip_on=False)
         ax.set_xlim(-0.02 * max(last, 1), 1.02 * max(last, 1))
-        ax.yaxis.grid(True, color=theme.line, linewidth=0.8)
-        ax.set_axisbelow(True)
         ax.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-        ax.xaxis.set_major_formatter(FuncFormatter(_thousands))
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.tick_params(labelsize=7)
         if number + columns < len(curves):
             ax.set_xticklabels([])
@@ -212,8 +200,8 @@ def teacher_curves(facts: RunResults, theme: Theme) -> Figure | None:
 def routing(facts: RunResults, theme: Theme) -> Figure | None:
     """Mean gate probability of every expert (columns) for every task (rows); a task's own experts outlined."""
     record = facts.routing()
-    experts: list[Record] = (record or {}).get("experts") or []
-    answer: dict[str, list[float]] = (record or {}).get("tasks") or {}
+    experts: list[Record] = record.get("experts") or []
+    answer: dict[str, list[float]] = record.get("tasks") or {}
     tasks = [task for task in facts.tasks if task in answer]
     if not experts or not tasks:
         return None
@@ -222,10 +210,8 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
         shares = answer[task][: len(experts)]
         values[row, : len(shares)] = shares
     cell = 0.46 if len(experts) <= 16 else 0.26
-    figure, axes = new_figure(theme, max(6.0, _NAMES_INCHES + cell * len(experts) + 0.6), _height(len(tasks)))
-    ax = axes[0, 0]
-    stage_of = dict(zip(facts.tasks, _stages(facts), strict=True))
-    task_axis(ax, tasks, [stage_of[task] for task in tasks], theme, bands=False)
+    figure, (ax,) = new_figure(theme, max(6.0, _NAMES_INCHES + cell * len(experts) + 0.6), _height(len(tasks)))
+    task_axis(ax, tasks, [row["stage"] for row in facts.rows if row["task"] in tasks], theme, bands=False)
     tiles(ax, values, theme.share_colours, theme, numbers=len(experts) <= 16)
     for column, expert in enumerate(experts):
         if expert.get("task") in tasks:
@@ -233,8 +219,7 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
         if column and expert.get("stage") != experts[column - 1].get("stage"):
             ax.axvline(column - 0.5, color=theme.line, linewidth=0.8, zorder=1)
     ax.set_xlim(-0.6, len(experts) - 0.4)
-    step = 1 if len(experts) <= 30 else 5
-    marks = range(0, len(experts), step)
+    marks = range(0, len(experts), 1 if len(experts) <= 30 else 5)
     ax.set_xticks(list(marks), [str(experts[i].get("id", i)) for i in marks])
     ax.xaxis.set_ticks_position("top")
     ax.xaxis.set_label_position("top")
@@ -243,12 +228,100 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
 
 
 FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {
-    "success_matrix": success_matrix,
-    "teacher_and_student": teacher_and_student,
-    "forgetting": forgetting,
-    "routing": routing,
-    "stage_curves": stage_curves,
-    "teacher_curves": teacher_curves,
+    draw.__name__: draw
+    for draw in (success_matrix, teacher_and_student, forgetting, routing, stage_curves, teacher_curves)
+}
+
+
+def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
+    """Mean success over the tasks learnt so far, against their number: bold per row, faint per seed."""
+    rows = [group for group in comparison.groups if any(facts.metrics for facts in group.runs)]
+    if not rows:
+        return None
+    figure, (ax,) = new_figure(theme, 8.2, 3.8 + 0.2 * -(-len(rows) // 3), grid="y")
+    counts: set[int] = set()
+    colours = [theme.student, theme.loss, theme.gain, theme.teacher, theme.muted]
+    for number, group in enumerate(rows):
+        colour, mark = colours[number % len(colours)], _MARKS[number % len(_MARKS)]
+        dash = _DASHES[number // len(colours) % len(_DASHES)]
+        curves = {}
+        for facts in group.runs:
+            if facts.metrics:
+                learnt = np.cumsum([len(stage) for stage in facts.stages])[: len(facts.evaluations)]
+                curves[facts.config.seed] = learnt, np.array(facts.metrics["success_by_stage"], dtype=float)
+        if len(curves) > 1:
+            for x, y in curves.values():
+                ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, zorder=2)
+        shortest = min(len(y) for _, y in curves.values())
+        x = next(iter(curves.values()))[0][:shortest]
+        counts.update(x.tolist())
+        mean = np.mean([y[:shortest] for _, y in curves.values()], axis=0)
+        ax.plot(x, mean, color=colour, linestyle=dash, marker=mark, markersize=4, linewidth=1.6, label=group.name)
+    # never less than ten points high: differences that are noise must not look like cliffs
+    ax.set_ylim(bottom=max(-0.01, min(ax.get_ylim()[0], 0.9)), top=1.01)
+    ax.yaxis.set_major_formatter(PERCENT)
+    ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=3))
+    ax.xaxis.set_major_locator(FixedLocator(sorted(counts)) if len(counts) <= MOST_TICKS else MaxNLocator(integer=True))
+    ax.set_xlabel("tasks learnt so far, stage after stage")
+    ax.set_ylabel("mean success over them")
+    legend(ax, theme, columns=3)
+    return figure
+
+
+def forgetting_of_rows(comparison: Comparison, theme: Theme) -> Figure | None:
+    """Mean forgetting per row with its 95% interval, and its worst task."""
+    rows = [g for g in comparison.groups if g.metrics and g.metrics["forgetting_mean"] is not None]
+    if not rows:
+        return None
+    figure, (ax,) = new_figure(theme, 8.2, ROW_INCHES * 1.4 * len(rows) + 1.1, grid="x")
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_yticks(range(len(rows)), [group.name for group in rows])
+    for y, m in enumerate(group.metrics or {} for group in rows):
+        mean = m["forgetting_mean"]
+        ax.barh(y, mean, height=0.56, color=theme.loss if mean > 0 else theme.gain, alpha=0.9, zorder=2)
+        if bounds := m["intervals"].get("forgetting_mean"):
+            ax.plot(bounds, [y, y], color=theme.text, linewidth=1.3, zorder=3)
+        ax.plot([m["forgetting_worst"]], [y], "D", color=theme.muted, markersize=4, zorder=4)
+    ax.axvline(0, color=theme.text, linewidth=1.0, zorder=3)
+    ax.barh([0], [0], color=theme.loss, label="mean forgetting")
+    ax.plot([], [], color=theme.text, linewidth=1.3, label="95% interval")
+    ax.plot([], [], "D", color=theme.muted, markersize=4, label="worst task")
+    ax.xaxis.set_major_formatter(POINTS)
+    ax.set_xlabel("percentage points lost between a task's own stage and the last one")
+    legend(ax, theme, columns=3)
+    return figure
+
+
+def final_success(comparison: Comparison, theme: Theme) -> Figure | None:
+    """Success of every task (columns) after the last finished stage of every run (rows)."""
+    runs = [(group, facts) for group, facts in comparison.runs if facts.evaluations]
+    if not runs:
+        return None
+    tasks = comparison.tasks
+    values = np.full((len(runs), len(tasks)), np.nan)
+    for row, (_, facts) in enumerate(runs):
+        for task, rate in zip(facts.tasks, facts.matrix()[-1], strict=True):
+            values[row, tasks.index(task)] = rate
+    names = [group.name if len(group.seeds) == 1 else f"{group.name}, {facts.config.seed}" for group, facts in runs]
+    numbers = len(tasks) <= 30
+    width = max(6.0, 2.6 + (0.36 if numbers else 0.2) * len(tasks))
+    figure, (ax,) = new_figure(theme, width, ROW_INCHES * len(runs) + 1.9)
+    ax.set_ylim(len(runs) - 0.5, -0.5)
+    ax.set_xlim(-0.5, len(tasks) - 0.5)
+    ax.set_yticks(range(len(runs)), names)
+    ax.set_xticks(range(len(tasks)), short_names(tasks), rotation=90)
+    ax.xaxis.set_ticks_position("top")
+    tiles(ax, values, theme.success_colours, theme, numbers=numbers)
+    for row, ((above, _), (below, _)) in enumerate(pairwise(runs), 1):
+        if above is not below:
+            ax.axhline(row - 0.5, color=theme.line, linewidth=0.8, zorder=1)
+    return figure
+
+
+COMPARISON_FIGURES: dict[str, Callable[[Comparison, Theme], Figure | None]] = {
+    "success_by_stage": success_by_stage,
+    "forgetting": forgetting_of_rows,
+    "final_success": final_success,
 }
 
 
@@ -256,30 +329,24 @@ def _height(rows: int) -> float:
     return ROW_INCHES * rows + 0.8
 
 
-def _stages(facts: RunResults) -> list[int]:
-    return [number for number, tasks in enumerate(facts.stages, 1) for _ in tasks]
-
-
-def _evaluations(lines: list[Record]) -> list[tuple[float, float, float]]:
+def _evaluations(lines: list[Record]) -> list[tuple[float, ...]]:
     """(environment steps, success, mean return) of a teacher's evaluations; noisy rollouts do not count."""
     keys = ("environment_steps", "success", "mean_return")
-    return [
-        (float(line["environment_steps"]), float(line["success"]), float(line["mean_return"]))
-        for line in lines
-        if line.get("phase") == "evaluation" and all(isinstance(line.get(key), int | float) for key in keys)
-    ]
+    found: list[list[Any]] = [[line.get(key) for key in keys] for line in lines if line.get("phase") == "evaluation"]
+    return [tuple(map(float, values)) for values in found if all(isinstance(value, int | float) for value in values)]
+
+
+def _numbers(lines: list[Record], key: str) -> np.ndarray:
+    """What stands under `key` in each line; NaN where it is no number."""
+    values = (line.get(key) for line in lines)
+    return np.array([float(value) if isinstance(value, int | float) else np.nan for value in values])
 
 
 def _running_steps(lines: list[Record]) -> np.ndarray:
     """Steps since the start of the stage, also where each phase counts from its own zero."""
-    steps, offset, last = [], 0.0, 0.0
-    for line in lines:
-        step = float(line["step"])
-        if step + offset < last:
-            offset = last
-        last = step + offset
-        steps.append(last)
-    return np.array(steps)
+    steps = np.array([float(line["step"]) for line in lines])
+    gone = np.diff(steps, prepend=0.0)
+    return np.cumsum(np.where(gone < 0, steps, gone))
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
@@ -288,19 +355,6 @@ def _smooth(values: np.ndarray) -> np.ndarray:
     if half == 0:
         return values
     total = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    at = np.arange(len(values))
+    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
     return (total[high] - total[low]) / (high - low)
-
-
-def _once(label: str, seen: set[str]) -> str | None:
-    if label in seen:
-        return None
-    seen.add(label)
-    return label
-
-
-def _thousands(value: float, _: object) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if abs(value) >= 1000 else f"{value:g}"

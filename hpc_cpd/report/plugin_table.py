@@ -7,22 +7,20 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.settings import Choice
+from hpc_cpd.settings import choice_of
 
 
 def print_kind(kind: str, console: Console) -> None:
     """A table of the plug-ins of `kind`. One that cannot be loaded is listed with what is wrong."""
     about = plugins.KINDS[kind]
-    table = Table(title=f"{kind}: what '{about.key}' may name", title_justify="left")
-    for heading in ("Name", "From", "What it is"):
-        table.add_column(heading)
+    title = f"{kind}: what '{about.key}' may name"
+    table = Table("Name", "From", "What it is", title=title, title_justify="left")
     for name in plugins.names(kind):
         try:
             what = _first_line(plugins.load(kind, name))
@@ -41,9 +39,7 @@ def print_settings(kind: str, name: str, console: Console) -> None:
     if not rows:
         console.print("It has no settings.")
         return
-    table = Table()
-    for heading in ("Setting", "Type", "Default", "Meaning"):
-        table.add_column(heading, overflow="fold")
+    table = Table(*(Column(heading, overflow="fold") for heading in ("Setting", "Type", "Default", "Meaning")))
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -52,22 +48,15 @@ def print_settings(kind: str, name: str, console: Console) -> None:
 def _rows(settings: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in settings.model_fields.items():
         kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel) and not _choice(field):
+        choice = choice_of(settings, name)
+        if choice is None and isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _rows(kind, f"{prefix}{name}.")
         elif name != "name":
-            required = field.is_required()
-            default = "" if required else field.get_default(call_default_factory=True)
-            shown = "none: must be given" if required else str(getattr(default, "name", default))
-            yield f"{prefix}{name}", _type_of(field), "null" if default is None else shown, field.description or ""
-
-
-def _choice(field: FieldInfo) -> Choice | None:
-    return next((mark for mark in field.metadata if isinstance(mark, Choice)), None)
-
-
-def _type_of(field: FieldInfo) -> str:
-    chosen = _choice(field)
-    return f"one of: hpc-cpd plugins {chosen.kind}" if chosen else _words(field.annotation)
+            default = field.get_default(call_default_factory=True)
+            shown = "null" if default is None else str(getattr(default, "name", default))
+            type_ = f"one of: hpc-cpd plugins {choice.kind}" if choice else _words(kind)
+            described = field.description or ""
+            yield f"{prefix}{name}", type_, "none: must be given" if field.is_required() else shown, described
 
 
 def _words(annotation: Any) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,9 +19,9 @@ from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import run_plan
 
 UNCOMMITTED = "The source had changes that are in no commit, so the commit alone does not repeat this run."
-_AGAIN = "delete it and run the command that makes it again"
 Record = dict[str, Any]
 Row = dict[str, Any]
+K = TypeVar("K")
 
 
 @dataclass
@@ -58,17 +59,19 @@ class RunResults:
         """Whether every stage is published and evaluated."""
         return len(self.evaluations) == len(self.stages)
 
+    @property
+    def finished_stages(self) -> dict[int, Path]:
+        """The folders of the finished stages, by number."""
+        return {stage: self.run.stage(stage) for stage in range(1, len(self.evaluations) + 1)}
+
     def rates(self) -> dict[str, Any]:
         """The arguments of `continual_metrics` that come from the files, as arrays: rates and their episodes."""
-        teacher = [self.teachers.get(task) for task in self.tasks]
-        grid = [[stage.get(task) for task in self.tasks] for stage in self.evaluations]
+        once = {"teacher": self.teachers, "before": self.before, "untrained": self.untrained}
         return {
             "success": self.matrix(),
-            "teacher": np.array([_rate(r) for r in teacher]),
-            "before": np.array([_rate(self.before.get(task)) for task in self.tasks]),
-            "untrained": np.array([_rate(self.untrained.get(task)) for task in self.tasks]),
-            "episodes": np.array([[_episodes(r) for r in row] for row in grid]),
-            "teacher_episodes": np.array([_episodes(r) for r in teacher]),
+            **{name: np.array([_rate(found.get(task)) for task in self.tasks]) for name, found in once.items()},
+            "episodes": np.array([[_episodes(stage.get(task)) for task in self.tasks] for stage in self.evaluations]),
+            "teacher_episodes": np.array([_episodes(self.teachers.get(task)) for task in self.tasks]),
         }
 
     def untold_rates(self) -> dict[str, np.ndarray] | None:
@@ -78,33 +81,28 @@ class RunResults:
             return None
         answer = _records(_object(path), "tasks", path)
         records = [_record(answer.get(task), path) for task in self.tasks]
-        return {
-            "success": np.array([[_rate(record) for record in records]]),
-            "episodes": np.array([[_episodes(record) for record in records]]),
-        }
+        return {"success": np.array([list(map(_rate, records))]), "episodes": np.array([list(map(_episodes, records))])}
 
     def wall_clock(self) -> dict[int, float | None]:
         """Seconds that each finished stage took, all its attempts together; None: not known."""
-        return {k: _wall_clock(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}
+        return {stage: _wall_clock(folder) for stage, folder in self.finished_stages.items()}
 
     def teacher_curves(self) -> dict[str, list[Record]]:
         """The metrics of the published teachers that have any."""
-        curves = {task: _published_metrics(self.run.teacher(task)) for task in self.tasks}
-        return {task: lines for task, lines in curves.items() if lines}
+        return _curves({task: self.run.teacher(task) for task in self.tasks})
 
     def stage_curves(self) -> dict[int, list[Record]]:
         """The metrics of the finished stages that have any."""
-        curves = {k: _published_metrics(self.run.stage(k)) for k in range(1, len(self.evaluations) + 1)}
-        return {stage: lines for stage, lines in curves.items() if lines}
+        return _curves(self.finished_stages)
 
-    def routing(self) -> Record | None:
-        """The routing of the last finished stage."""
+    def routing(self) -> Record:
+        """The routing of the last finished stage; empty: it has none."""
         path = self.run.stage(len(self.evaluations)) / "routing.json"
-        return _object(path) if self.evaluations and path.is_file() else None
+        return _object(path) if self.evaluations and path.is_file() else {}
 
     def memories(self) -> dict[int, Record]:
         """What each finished stage put into the replay memory."""
-        paths = {k: self.run.stage(k) / "memory" / "selection.json" for k in range(1, len(self.evaluations) + 1)}
+        paths = {stage: folder / "memory" / "selection.json" for stage, folder in self.finished_stages.items()}
         return {stage: _selection(path) for stage, path in paths.items() if path.is_file()}
 
 
@@ -137,23 +135,23 @@ def short_names(tasks: Sequence[str]) -> list[str]:
     return [task.partition("/")[2] if len(families) == 1 and "/" in task else task for task in tasks]
 
 
+def shown(folder: Path) -> str:
+    """The path as one would type it in the working directory."""
+    absolute = Path(os.path.abspath(folder))
+    return str(absolute.relative_to(Path.cwd()) if absolute.is_relative_to(Path.cwd()) else absolute)
+
+
 def _teachers(facts: RunResults) -> None:
-    waiting, strange = [], []
+    strange = []
     for task in facts.tasks:
-        folder = facts.run.teacher(task)
-        path = folder / "evaluation.json"
-        if not is_done(folder) or not path.is_file():
-            waiting.append(task)
-            continue
-        evaluation = _object(path)
+        path = facts.run.teacher(task) / "evaluation.json"
+        evaluation = _object(path) if is_done(path.parent) and path.is_file() else {}
         records = _records(evaluation, "tasks", path)
         if task in records:
             facts.teachers[task] = records[task]
             if evaluation.get("seed") != facts.config.evaluation.seed:
                 strange.append(task)
-        else:
-            waiting.append(task)
-    if waiting:
+    if waiting := [task for task in facts.tasks if task not in facts.teachers]:
         facts.notes.append(f"No finished teacher with an evaluation yet for {_names(waiting)}.")
     if strange:
         facts.notes.append(
@@ -168,12 +166,10 @@ def _stages(facts: RunResults) -> None:
         folder = facts.run.stage(stage)
         path = folder / "evaluation.json"
         if not is_done(folder):
-            facts.notes.append(
-                f"Stage {stage} of {total} is not finished (it has no {DONE} file); "
-                f"everything below is as of stage {stage - 1}."
-                if stage > 1
-                else f"No stage is finished yet (of {total})."
+            begun = (
+                f"Stage {stage} of {total} is not finished (it has no {DONE} file); everything below is as of stage "
             )
+            facts.notes.append(f"{begun}{stage - 1}." if stage > 1 else f"No stage is finished yet (of {total}).")
             return
         if not path.is_file():
             facts.notes.append(f"Stage {stage} is finished but was not evaluated ({path.name} is missing).")
@@ -185,46 +181,44 @@ def _stages(facts: RunResults) -> None:
             facts.before |= _records(answer, "before", zero_shot)
             facts.untrained |= _records(answer, "untrained", zero_shot)
         elif facts.config.evaluation.forward_transfer:
-            facts.notes.append(
-                f"Stage {stage} has no {zero_shot.name}, so its tasks do not count for forward transfer."
-            )
+            absent = f"Stage {stage} has no {zero_shot.name}"
+            facts.notes.append(f"{absent}, so its tasks do not count for forward transfer.")
 
 
 def _numbers(facts: RunResults) -> None:
     tasks, finished = facts.tasks, len(facts.evaluations)
     taught = {task: k for k, stage in enumerate(facts.stages, 1) for task in stage}
     for task in tasks:
-        needed = {taught[task] - 1, finished - 1} if taught[task] <= finished else set()
-        complete = all(task in facts.evaluations[i] for i in needed)
+        learnt = taught[task] <= finished
+        complete = not learnt or all(task in facts.evaluations[stage - 1] for stage in (taught[task], finished))
         if not complete:
             facts.notes.append(f"{task} lacks an evaluation after its own or the last stage and is left out.")
         facts.counted.append(taught[task] if complete else len(facts.stages) + 1)
     if finished:
         facts.metrics = continual_metrics(stages=facts.counted, **facts.rates())
-        facts.rows = facts.metrics.pop("per_task")
-    else:
-        unknown = dict.fromkeys(STUDENT_FIELDS)
-        teacher = [facts.teachers.get(task) for task in tasks]
-        facts.rows = [{"teacher": r and _rate(r), "teacher_interval": r and _interval(r), **unknown} for r in teacher]
-    facts.rows = [
-        {"task": task, "episodes": facts.config.evaluation.episodes, **row, "stage": taught[task]}
-        for task, row in zip(tasks, facts.rows, strict=True)
-    ]
-    for row in facts.rows:
-        row.pop("index", None)
-    if facts.metrics:
+        found = facts.metrics.pop("per_task")
         name_tasks(facts.metrics, tasks)
-        if facts.metrics["recovery_excluded"]:
-            facts.notes.append(
-                f"The teachers of {_names(facts.metrics['recovery_excluded'])} never succeed, "
-                "so the mean recovery leaves them out."
-            )
+        if never := facts.metrics["recovery_excluded"]:
+            facts.notes.append(f"The teachers of {_names(never)} never succeed, so the mean recovery leaves them out.")
+    else:
+        teachers = [facts.teachers.get(task) for task in tasks]
+        sure = [one and [float(bound) for bound in wilson(_rate(one), _episodes(one))] for one in teachers]
+        rates = [{"teacher": one and _rate(one), "teacher_interval": s} for one, s in zip(teachers, sure, strict=True)]
+        found = [rate | dict.fromkeys(STUDENT_FIELDS) for rate in rates]
+    for task, row in zip(tasks, found, strict=True):
+        row.pop("index", None)
+        first = {"task": task, "episodes": facts.config.evaluation.episodes}
+        facts.rows.append({**first, **row, "stage": taught[task]})
+
+
+def _damaged(path: Path, how: str) -> UserError:
+    return UserError(f"{path} is damaged: {how}; delete it and run the command that makes it again")
 
 
 def _object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: expected a JSON object; {_AGAIN}")
+        raise _damaged(path, "expected a JSON object")
     return value
 
 
@@ -232,7 +226,7 @@ def _records(value: dict[str, Any], key: str, path: Path) -> dict[str, Record]:
     """The records of all tasks under `key` of what `path` holds."""
     found = value.get(key) or {}
     if not isinstance(found, dict):
-        raise UserError(f"{path} is damaged: '{key}' is no list of tasks by name; {_AGAIN}")
+        raise _damaged(path, f"'{key}' is no list of tasks by name")
     return {task: _record(record, path) for task, record in found.items()}
 
 
@@ -242,10 +236,8 @@ def _record(record: Any, path: Path) -> Record:
     goals = values.get("goals", episodes)  # earlier versions did not count them
     whole = all(type(number) is int for number in (successes, episodes, goals))
     if not whole or not 0 <= successes <= episodes or not 1 <= goals <= episodes:  # type: ignore[operator]
-        raise UserError(
-            f"{path} is damaged: every task needs whole numbers, successes (from 0) and goals (from 1) no more than "
-            f"episodes; {_AGAIN}"
-        )
+        needs = "every task needs whole numbers, successes (from 0) and goals (from 1) no more than episodes"
+        raise _damaged(path, needs)
     return values | {"goals": goals}
 
 
@@ -258,28 +250,23 @@ def _episodes(record: Record | None) -> int:
     return int(record["goals"]) if record else 1
 
 
-def _interval(record: Record) -> list[float]:
-    low, high = wilson(_rate(record), _episodes(record))
-    return [float(low), float(high)]
-
-
 def _selection(path: Path) -> Record:
     value = _object(path)
-    memories = value.get("memories")
+    memories, selection = value.get("memories"), value.get("selection")
     names = ("budget_steps", "kept_steps", "total_steps")
-    fine = isinstance(memories, list) and all(
+    if not isinstance(memories, list) or not all(
         isinstance(memory, dict) and all(type(memory.get(name)) is int for name in names) for memory in memories
-    )
-    if not fine:
-        raise UserError(f"{path} is damaged: every memory needs whole numbers {', '.join(names)}; {_AGAIN}")
-    selection, budget = value.get("selection"), value.get("budget_fraction")
-    if not isinstance(selection, dict) or "name" not in selection or not isinstance(budget, int | float):
-        raise UserError(f"{path} is damaged: it needs a selection with a name, and a budget_fraction; {_AGAIN}")
+    ):
+        raise _damaged(path, f"every memory needs whole numbers {', '.join(names)}")
+    named = isinstance(selection, dict) and "name" in selection
+    if not named or not isinstance(value.get("budget_fraction"), int | float):
+        raise _damaged(path, "it needs a selection with a name, and a budget_fraction")
     return value
 
 
-def _published_metrics(folder: Path) -> list[Record]:
-    return read_metrics(folder / "metrics.jsonl") if is_done(folder) else []
+def _curves(folders: Mapping[K, Path]) -> dict[K, list[Record]]:
+    found = {key: read_metrics(folder / "metrics.jsonl") for key, folder in folders.items() if is_done(folder)}
+    return {key: lines for key, lines in found.items() if lines}
 
 
 def _wall_clock(folder: Path) -> float | None:

@@ -10,9 +10,10 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any, get_args
+from typing import get_args
 
 from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
@@ -23,15 +24,7 @@ from hpc_cpd.cluster.units import TeacherUnit
 
 Row = dict[str, str]
 
-_STYLES: Mapping[str, str] = {
-    "done": "green",
-    "running": "cyan",
-    "waiting": "blue",
-    "stopped": "yellow",
-    "failed": "red",
-    "given up": "bold red",
-    "not started": "dim",
-}
+_STYLES = dict(zip(get_args(State), ("green", "cyan", "blue", "yellow", "red", "bold red", "dim"), strict=True))
 _HEADINGS = ("Task", "State", "Progress", "Steps/s", "Success", "Time left", "Node", "Restarts")
 _RIGHT = {"Steps/s", "Success", "Time left", "Restarts"}
 _NARROW = ("Task", "State", "Success", "Progress")  # where all do not fit; the last column tells the rest in words
@@ -63,11 +56,12 @@ class StatusTable:
             yield from _line(text)
 
     def _below(self) -> list[str]:
-        status = self.status
-        lines = [line for unit in status.units if unit.error for line in _error_lines(unit)]
-        if len(lines) > 2 * _ERRORS_SHOWN:
-            more = len(lines) // 2 - _ERRORS_SHOWN
-            lines = [*lines[: 2 * _ERRORS_SHOWN], f"- and {more} more: see --json"]
+        status, lines = self.status, []
+        broken = [unit for unit in status.units if unit.error]
+        for unit in broken[:_ERRORS_SHOWN]:
+            lines += [f"- {unit.unit.name}: {unit.error}", f"  log: {unit.log or 'none'}"]
+        if len(broken) > _ERRORS_SHOWN:
+            lines.append(f"- and {len(broken) - _ERRORS_SHOWN} more: see --json")
         done = ", ".join(f"{status.done[name]} of {total} {name}" for name, total in status.total.items())
         states = Counter(unit.state for unit in status.units if unit.state not in ("done", "not started"))
         now = ", ".join(f"{states[state]} {state}" for state in get_args(State) if states[state])
@@ -86,23 +80,20 @@ def watch(
     """
     from rich.live import Live
 
-    status, shown = snapshot(), None
+    shown, in_place = None, console.is_terminal and not as_json
     try:
-        if console.is_terminal and not as_json:
-            with Live(StatusTable(status, watched=True), console=console, auto_refresh=False) as live:
-                while not status.finished:
-                    time.sleep(every_seconds)
-                    status = snapshot()
+        with Live(console=console, auto_refresh=False) if in_place else nullcontext() as live:
+            while True:
+                status = snapshot()
+                units = [replace(unit, seconds_left=None, steps_per_second=None) for unit in status.units]  # no clocks
+                if live is not None:
                     live.update(StatusTable(status, watched=True), refresh=True)
-            return
-        while True:
-            if (news := _without_clocks(status)) != shown:
-                shown = news
-                show(status, console, as_json, indent=None)
-            if status.finished:
-                return
-            time.sleep(every_seconds)
-            status = snapshot()
+                elif (news := replace(status, units=units).document()) != shown:
+                    shown = news
+                    show(status, console, as_json, indent=None)
+                if status.finished:
+                    return
+                time.sleep(every_seconds)
     except KeyboardInterrupt:
         return
 
@@ -118,21 +109,10 @@ def show(status: RunStatus, console: Console, as_json: bool = False, indent: int
 def short_duration(seconds: float) -> str:
     """For example ``2d03h``, ``3h58m``, ``58m`` or ``45s``."""
     minutes, rest = divmod(max(0, int(seconds)), 60)
-    hours, days = minutes // 60, minutes // 1440
-    if days:
-        return f"{days}d{hours % 24:02d}h"
+    hours = minutes // 60
     if hours:
-        return f"{hours}h{minutes % 60:02d}m"
+        return f"{hours // 24}d{hours % 24:02d}h" if hours >= 24 else f"{hours}h{minutes % 60:02d}m"
     return f"{minutes}m" if minutes else f"{rest}s"
-
-
-def _without_clocks(status: RunStatus) -> dict[str, Any]:
-    units = [replace(unit, seconds_left=None, steps_per_second=None) for unit in status.units]
-    return replace(status, units=units).document()
-
-
-def _error_lines(unit: UnitStatus) -> tuple[str, str]:
-    return f"- {unit.unit.name}: {unit.error}", f"  log: {unit.log or 'none'}"
 
 
 def _rows(units: Sequence[UnitStatus]) -> list[Row]:
@@ -144,63 +124,43 @@ def _row(unit: UnitStatus, one_family: bool) -> Row:
     task = unit.unit.task if isinstance(unit.unit, TeacherUnit) else unit.unit.name
     if one_family and isinstance(unit.unit, TeacherUnit):
         task = task.partition("/")[2] or task
-    at_work = unit.state != "done"
-    reason = None if unit.reason == "FAILED" else unit.reason
-    said = [reason, unit.progress.text if unit.progress else None] if at_work else []
-    left = "" if unit.seconds_left is None or not at_work else short_duration(unit.seconds_left)
-    return {
-        "Task": task,
-        "State": unit.state,
-        "Progress": "; ".join(text for text in said if text),
-        "Steps/s": "" if unit.steps_per_second is None else _rate(unit.steps_per_second),
-        "Success": "" if unit.success is None else f"{unit.success:.0%}",
-        "Time left": left,
-        "Node": (unit.node or "") if at_work else "",
-        "Restarts": str(unit.restarts) if unit.restarts else "",
-    }
-
-
-def _rate(value: float) -> str:
-    return f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+    row = dict.fromkeys(_HEADINGS, "") | {"Task": task, "State": unit.state}
+    if unit.state != "done":
+        said = [None if unit.reason == "FAILED" else unit.reason, unit.progress.text if unit.progress else None]
+        row |= {"Progress": "; ".join(filter(None, said)), "Node": unit.node or ""}
+        row["Time left"] = "" if unit.seconds_left is None else short_duration(unit.seconds_left)
+    if unit.steps_per_second is not None:
+        row["Steps/s"] = f"{unit.steps_per_second:{'.1f' if unit.steps_per_second >= 1 else '.2g'}}"
+    if unit.success is not None:
+        row["Success"] = f"{unit.success:.0%}"
+    return row | ({"Restarts": str(unit.restarts)} if unit.restarts else {})
 
 
 def _merged(row: Row) -> Row:
     """All that has no column of its own in a narrow table, told in the column of the progress."""
-    restarts = row["Restarts"] + (" restart" if row["Restarts"] == "1" else " restarts")
-    parts = [
-        row["Progress"],
-        row["Steps/s"] and f"{row['Steps/s']} steps/s",
-        row["Time left"] and f"{row['Time left']} left",
-        row["Node"] and f"on {row['Node']}",
-        row["Restarts"] and restarts,
-    ]
-    return {**row, "Progress": ", ".join(part for part in parts if part)}
+    restarts = "{} restart" if row["Restarts"] == "1" else "{} restarts"
+    words = {"Progress": "{}", "Steps/s": "{} steps/s", "Time left": "{} left", "Node": "on {}", "Restarts": restarts}
+    return {**row, "Progress": ", ".join(told.format(row[name]) for name, told in words.items() if row[name])}
 
 
 def _lay_out(rows: list[Row], width: int) -> Iterator[Segment]:
-    """The lines of the table. Columns that nobody fills are left out."""
-    headings = _filled(rows, _HEADINGS)
-    widths = _shrunk(_natural(rows, headings), width, {"Progress": _LEAST_PROGRESS})
+    """The lines of the table."""
+    widths = _widths(rows, _HEADINGS, width, {"Progress": _LEAST_PROGRESS})
     if _total(widths) > width:
         rows = [_merged(row) for row in rows]
-        headings = _filled(rows, _NARROW)
-        widths = _shrunk(_natural(rows, headings), width, {"Progress": _LEAST_PROGRESS, "Task": 12})
-    yield from _cells({heading: heading for heading in headings}, widths, Style.parse("bold"))
+        widths = _widths(rows, _NARROW, width, {"Progress": _LEAST_PROGRESS, "Task": 12})
+    yield from _cells({heading: heading for heading in widths}, widths, Style.parse("bold"))
     yield from _line("─" * min(_total(widths), width), "dim")
     for row in rows:
         yield from _cells(row, widths, Style.parse(_STYLES[row["State"]]))
 
 
-def _filled(rows: list[Row], headings: Sequence[str]) -> list[str]:
-    return [heading for heading in headings if heading in ("Task", "State") or any(row[heading] for row in rows)]
-
-
-def _natural(rows: list[Row], headings: Sequence[str]) -> dict[str, int]:
-    return {heading: max([len(heading), *(len(row[heading]) for row in rows)]) for heading in headings}
-
-
-def _shrunk(widths: dict[str, int], width: int, least: Mapping[str, int]) -> dict[str, int]:
-    """Take from the columns of `least`, in turn, what is too much for `width`; their cells are wrapped."""
+def _widths(rows: list[Row], headings: Sequence[str], width: int, least: Mapping[str, int]) -> dict[str, int]:
+    """Of the columns that somebody fills. Those of `least` give up, in turn, what is too much for `width`; their cells
+    are wrapped.
+    """
+    filled = [heading for heading in headings if heading in ("Task", "State") or any(row[heading] for row in rows)]
+    widths = {heading: max([len(heading), *(len(row[heading]) for row in rows)]) for heading in filled}
     for heading, enough in least.items():
         excess = _total(widths) - width
         if heading in widths and excess > 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -23,20 +24,24 @@ ROW_INCHES = 0.24
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a picture. `ramp` runs from failure to success; the others are safe for colour-blind eyes."""
+    """Colours of a picture, unless given those of the light one. `ramp` runs from failure to success; the others are
+    safe for colour-blind eyes.
+    """
 
-    name: str
-    background: str
-    text: str
-    muted: str
-    line: str
-    band: str
-    teacher: str
-    student: str
-    earlier: str
-    loss: str
-    gain: str
-    ramp: tuple[tuple[float, str], ...]
+    name: str = "light"
+    background: str = "#ffffff"
+    text: str = "#1b2430"
+    muted: str = "#667282"
+    line: str = "#d9dfe6"
+    band: str = "#f5f7f9"
+    teacher: str = "#b7791f"
+    student: str = "#0b62a8"
+    earlier: str = "#9cc6e8"
+    loss: str = "#c8551b"
+    gain: str = "#1d8a6b"
+    ramp: tuple[tuple[float, str], ...] = (
+        *((0.0, "#f6ece6"), (0.4, "#d3e3ee"), (0.7, "#94c3e3"), (0.9, "#3f8fc8"), (1.0, "#0a4f8c")),
+    )
 
     @property
     def suffix(self) -> str:
@@ -53,20 +58,7 @@ class Theme:
         return LinearSegmentedColormap.from_list(f"share-{self.name}", [self.band, self.student])
 
 
-LIGHT = Theme(
-    name="light",
-    background="#ffffff",
-    text="#1b2430",
-    muted="#667282",
-    line="#d9dfe6",
-    band="#f5f7f9",
-    teacher="#b7791f",
-    student="#0b62a8",
-    earlier="#9cc6e8",
-    loss="#c8551b",
-    gain="#1d8a6b",
-    ramp=((0.0, "#f6ece6"), (0.4, "#d3e3ee"), (0.7, "#94c3e3"), (0.9, "#3f8fc8"), (1.0, "#0a4f8c")),
-)
+LIGHT = Theme()
 DARK = Theme(
     name="dark",
     background="#171c23",
@@ -84,20 +76,25 @@ DARK = Theme(
 THEMES = (LIGHT, DARK)
 
 
-def new_figure(theme: Theme, width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure of the given inches and its axes [rows, columns], painted in `theme`; no global state."""
+def new_figure(
+    theme: Theme, width: float, height: float, rows: int = 1, columns: int = 1, grid: Literal["x", "y"] | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of the given inches and its rows x columns axes, painted in `theme`; no global state.
+
+    `grid`: the axis whose ticks get lines, behind everything else.
+    """
     figure = Figure(figsize=(width, height), layout="constrained", facecolor=theme.background)
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes:
         ax.set_facecolor(theme.background)
         ax.tick_params(colors=theme.muted, labelcolor=theme.text, labelsize=8, length=0)
-        for side in ax.spines.values():
-            side.set_visible(False)
-        ax.xaxis.label.set_color(theme.muted)
-        ax.yaxis.label.set_color(theme.muted)
-        ax.xaxis.label.set_fontsize(8.5)
-        ax.yaxis.label.set_fontsize(8.5)
+        ax.spines[:].set_visible(False)
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.label.set(color=theme.muted, fontsize=8.5)
+        if grid is not None:
+            ax.grid(True, axis=grid, color=theme.line, linewidth=0.8)
+            ax.set_axisbelow(True)
     return figure, axes
 
 
@@ -117,17 +114,16 @@ def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Them
     right = ax.secondary_yaxis("right")
     right.tick_params(colors=theme.muted, labelcolor=theme.muted, labelsize=8, length=0)
     right.spines["right"].set_visible(False)
-    middles, labels = [], []
+    middles = {}
     for stage in sorted(set(stages)):
         members = [row for row, own in enumerate(stages) if own == stage]
         top, bottom = min(members) - 0.5, max(members) + 0.5
-        middles.append((top + bottom) / 2)
-        labels.append(f"stage {stage}")
+        middles[f"stage {stage}"] = (top + bottom) / 2
         if bands and stage % 2:
             ax.axhspan(top, bottom, color=theme.band, zorder=0, linewidth=0)
         if top > 0:
             ax.axhline(top, color=theme.line, linewidth=0.8, zorder=2.5)
-    right.set_yticks(middles, labels)
+    right.set_yticks(list(middles.values()), list(middles))
 
 
 def tiles(
@@ -138,44 +134,24 @@ def tiles(
     edges = np.arange(columns + 1) + left - 0.5, np.arange(rows + 1) - 0.5
     masked = np.ma.masked_invalid(np.clip(values, 0, 1))
     ax.pcolormesh(*edges, masked, cmap=colours, vmin=0, vmax=1, edgecolors=theme.background, linewidth=1.6, zorder=2)
-    if numbers:
-        size = 7.5 if columns <= 14 else 6.0
-        for row, column in zip(*np.nonzero(~np.isnan(values)), strict=True):
-            value = values[row, column]
+    style: dict[str, Any] = {"fontsize": 7.5 if columns <= 14 else 6.0, "ha": "center", "va": "center_baseline"}
+    for (row, column), value in np.ndenumerate(values):
+        if numbers and not np.isnan(value):
             ink = _ink(colours(float(np.clip(value, 0, 1))))
-            text = f"{100 * value:.0f}"
-            ax.text(left + column, row, text, color=ink, fontsize=size, ha="center", va="center_baseline")
+            ax.text(left + column, row, f"{100 * value:.0f}", color=ink, **style)
 
 
 def outline(ax: Axes, left: float, top: float, width: float, height: float, colour: str) -> None:
     """Draw a border around whole tiles."""
-    ax.add_patch(
-        Rectangle(
-            (left - 0.5, top - 0.5),
-            width,
-            height,
-            fill=False,
-            edgecolor=colour,
-            linewidth=1.4,
-            zorder=4,
-            clip_on=False,
-        )
-    )
+    style: dict[str, Any] = {"fill": False, "linewidth": 1.4, "zorder": 4, "clip_on": False}
+    ax.add_patch(Rectangle((left - 0.5, top - 0.5), width, height, edgecolor=colour, **style))
 
 
 def legend(ax: Axes, theme: Theme, columns: int = 3) -> None:
     """A quiet legend above the axes."""
-    ax.legend(
-        loc="lower left",
-        bbox_to_anchor=(0, 1.0),
-        ncols=columns,
-        frameon=False,
-        fontsize=8,
-        labelcolor=theme.text,
-        borderaxespad=0.4,
-        handletextpad=0.4,
-        columnspacing=1.4,
-    )
+    look: dict[str, Any] = {"frameon": False, "fontsize": 8, "borderaxespad": 0.4, "handletextpad": 0.4}
+    place: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "ncols": columns, "columnspacing": 1.4}
+    ax.legend(labelcolor=theme.text, **look, **place)
 
 
 def _ink(colour: ColorType) -> str:

@@ -8,25 +8,35 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hpc_cpd.report.run_results import Row, RunResults, read_results, short_names
+from hpc_cpd.report.run_results import RunResults, read_results, short_names
 from hpc_cpd.run.paths import Run
-
-HEADINGS = ("Task", "Stage", "Teacher", "After its stage", "At the end", "Forgetting")
-
-
-def final_table(run: Run) -> list[Row]:
-    """One row per task in the order of learning.
-
-    Keys: task, stage, episodes, teacher, after_own_stage, final, forgetting (rates, None where not known
-    yet), each rate with a NAME_interval. Raises UserError when `run` is not a run folder.
-    """
-    return read_results(run).rows
 
 
 def print_table(run: Run, console: Console | None = None) -> None:
-    """Print the table of `run`, with the means below."""
+    """Print the table of `run`, with the means below. Raises UserError when `run` is not a run folder."""
     facts = read_results(run)
-    (console or Console()).print(_rich(facts))
+    title = f"{facts.config.name}: success on {facts.config.evaluation.episodes} episodes per task"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in headings(facts):
+        left = name == "Task"
+        width = max(map(len, name.split()))
+        table.add_column(name, justify="left" if left else "right", no_wrap=left, min_width=width)
+    rows = iter(zip(short_names(facts.tasks), facts.rows, strict=True))
+    for stage, tasks in enumerate(facts.stages, 1):
+        for name, row in islice(rows, len(tasks)):
+            rates = (percent(row.get(key)) for key in ("teacher", "after_own_stage", "final"))
+            table.add_row(name, str(stage), *rates, points(row.get("forgetting")))
+        table.add_section()
+    means = facts.metrics or {}
+    rates = (percent(means.get(key)) for key in ("teacher_success", "average_after_own_stage", "average_success"))
+    table.add_row("mean", "", *rates, points(means.get("forgetting_mean")), style="bold")
+    (console or Console()).print(table)
+
+
+def headings(facts: RunResults) -> list[str]:
+    finished = len(facts.evaluations)
+    end = "At the end" if finished in (0, len(facts.stages)) else f"After stage {finished}"
+    return ["Task", "Stage", "Teacher", "After its stage", end, "Forgetting"]
 
 
 def percent(value: float | None) -> str:
@@ -36,38 +46,14 @@ def percent(value: float | None) -> str:
 
 def points(value: float | None, signed: bool = False) -> str:
     """A difference of two rates in percentage points; a dash where there is none."""
-    if value is None:
-        return "-"
-    return f"{'+' if signed and value > 0 else ''}{_hundredfold(value)} pp"
+    return "-" if value is None else f"{'+' if signed and value > 0 else ''}{_hundredfold(value)} pp"
+
+
+def interval(bounds: list[float] | None, unit: str, decimals: int) -> str:
+    """Two rates or differences in hundredths, as ``12 to 34%``; nothing where there are none."""
+    return f"{100 * bounds[0]:.{decimals}f} to {100 * bounds[1]:.{decimals}f}{unit}" if bounds else ""
 
 
 def _hundredfold(value: float) -> str:
     rounded = round(100 * value, 1) + 0.0  # no minus sign before a zero
     return f"{rounded:.0f}" if rounded == int(rounded) else f"{rounded:.1f}"
-
-
-def _rich(facts: RunResults) -> Table:
-    finished, total = len(facts.evaluations), len(facts.stages)
-    end = HEADINGS[4] if finished == total else f"After stage {finished}" if finished else HEADINGS[4]
-    table = Table(
-        title=f"{facts.config.name}: success on {facts.config.evaluation.episodes} episodes per task",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    for heading in HEADINGS:
-        first = heading == HEADINGS[0]
-        name = end if heading == HEADINGS[4] else heading
-        table.add_column(
-            name, justify="left" if first else "right", no_wrap=first, min_width=max(map(len, name.split()))
-        )
-    keys = ("teacher", "after_own_stage", "final")
-    rows = iter(zip(short_names(facts.tasks), facts.rows, strict=True))
-    for stage, tasks in enumerate(facts.stages, 1):
-        for name, row in islice(rows, len(tasks)):
-            table.add_row(name, str(stage), *(percent(row.get(key)) for key in keys), points(row.get("forgetting")))
-        table.add_section()
-    means = facts.metrics or {}
-    cells = [percent(means.get(key)) for key in ("teacher_success", "average_after_own_stage", "average_success")]
-    table.add_row("mean", "", *cells, points(means.get("forgetting_mean")), style="bold")
-    return table

@@ -1,10 +1,18 @@
-"""The frame of the HTML page: styles for light, dark and print, and nothing fetched from anywhere."""
+"""The frame of an HTML page: styles for light, dark and print, and nothing fetched from anywhere."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
-from hpc_cpd.report.style import THEMES
+from matplotlib.figure import Figure
+
+from hpc_cpd.report.style import THEMES, Theme, png
+from hpc_cpd.run.publish import write_bytes
+
+T = TypeVar("T")
 
 STYLE = """
 :root { color-scheme: light dark; --bg:#f4f6f8; --card:#fff; --text:#1b2430; --muted:#5c6877; --line:#dfe4ea;
@@ -66,12 +74,72 @@ PAGE = """<!doctype html>
 """
 
 
+def write_page(folder: Path, title: str, parts: Iterable[str]) -> Path:
+    """Write ``index.html``, whose body is `parts`, into `folder`; return it."""
+    page = PAGE.format(title=text(title), style=STYLE, body="\n".join(part for part in parts if part))
+    write_bytes(folder / "index.html", page.encode())
+    return folder / "index.html"
+
+
+def draw(figures: Mapping[str, Callable[[T, Theme], Figure | None]], results: T, folder: Path) -> list[str]:
+    """Write the pictures of `results`, light and dark, or delete what is left of earlier ones; return those drawn."""
+    drawn = []
+    for name, figure_of in figures.items():
+        for theme in THEMES:
+            figure, path = figure_of(results, theme), folder / f"{name}{theme.suffix}.png"
+            if figure is None:
+                path.unlink(missing_ok=True)
+            else:
+                write_bytes(path, png(figure))
+                drawn.append(name)
+    return list(dict.fromkeys(drawn))
+
+
+def opening(title: str, lead: str, anchors: Mapping[str, str], notes: Iterable[str]) -> list[str]:
+    """The parts above the first section. `anchors`: id of a place -> what the link to it is called."""
+    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in anchors.items())
+    warnings = "".join(f"<li>{text(note)}</li>" for note in notes)
+    return [
+        f'<header><h1>{text(title)}</h1><p class="lead">{text(lead)}</p></header>',
+        f"<nav>{links}</nav>",
+        f'<div class="notes" role="note"><ul>{warnings}</ul></div>' if warnings else "",
+    ]
+
+
+def section(anchor: str, title: str, content: str) -> str:
+    """`content` is HTML; `anchor`: the id of the place, empty: none."""
+    place = f' id="{anchor}"' if anchor else ""
+    return f"<section{place}><h2>{text(title)}</h2>{content}</section>"
+
+
+def again(commands: str) -> str:
+    """The section with what to type."""
+    return section("again", "Run it again", f"<p>From the root of the repository:</p><pre>{text(commands)}</pre>")
+
+
+def table(headings: Iterable[str], rows: Iterable[str], foot: str = "") -> str:
+    """A table that scrolls where it is too wide; `rows` and `foot` are HTML."""
+    head = "".join(f"<th>{text(heading)}</th>" for heading in headings)
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>{foot}"
+    return f'<div class="scroll"><table>{body}</table></div>'
+
+
+def small(words: str) -> str:
+    """What stands behind a number in small letters; nothing for nothing."""
+    return f"<small>{text(words)}</small>" if words else ""
+
+
+def text(value: Any) -> str:
+    """As HTML, in which nothing of it is markup."""
+    return html.escape(str(value), quote=True)
+
+
 def picture(name: str, title: str, caption: str) -> str:
     """A section around NAME.png, and its dark twin for who prefers it."""
     dark = next(theme.suffix for theme in THEMES if theme.suffix)
     return (
-        f'<section><h2>{html.escape(title)}</h2><figure><a href="{name}.png"><picture>'
+        f'<section><h2>{text(title)}</h2><figure><a href="{name}.png"><picture>'
         f'<source srcset="{name}{dark}.png" media="screen and (prefers-color-scheme: dark)">'
-        f'<img src="{name}.png" alt="{html.escape(title)}" loading="lazy"></picture></a>'
-        f"<figcaption><p>{html.escape(caption)}</p></figcaption></figure></section>"
+        f'<img src="{name}.png" alt="{text(title)}" loading="lazy"></picture></a>'
+        f"<figcaption><p>{text(caption)}</p></figcaption></figure></section>"
     )

@@ -7,14 +7,19 @@ seeds: [0]
 rows:
   ours: {seeds: [0, 1, 2], teaches: "one sentence, written when the numbers are known"}
   ewc: {settings: {method: {name: ewc, coefficient: 100}}, title: "EWC"}
+
+Teachers and trajectories that several runs ask for are made once, in SWEEP/shared/HASH. That folder is an ordinary run
+of which only the teachers are made; the runs hold relative links to it.
 """
 
 from __future__ import annotations
 
-import difflib
+import hashlib
 import itertools
+import json
 import os
 import re
+import secrets
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,19 +27,23 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
-from hpc_cpd.config import load_config, read_yaml
+from hpc_cpd.config import changed_keys, config_as_yaml, flat_settings, load_config, parse_config, read_mapping
 from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
+from hpc_cpd.plugins import hint
+from hpc_cpd.report.run_results import shown
 from hpc_cpd.run.paths import Run
-from hpc_cpd.settings import Config, PluginSettings, Settings
-from hpc_cpd.tasks.registry import stage_plan
+from hpc_cpd.run.publish import is_done, write_bytes
+from hpc_cpd.settings import Config, PluginSettings, group_within
+from hpc_cpd.tasks.registry import resolve_tasks, stage_plan
 
 ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
 FILE_KEYS = ("name", "config", "settings", "seeds", "rows")
-RESERVED = ("shared", "report", "logs")
+SHARED = "shared"
+RESERVED = (SHARED, "report", "logs")
 LAUNCHER = ("python", "-m", "hpc_cpd.launch")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,8 @@ def read_sweep(file: Path, folder: Path | None = None) -> Sweep:
     Raises UserError, one sentence with file and key: no such file, an unknown key, a wrong type, a config or setting
     that does not exist.
     """
-    values = _read(file)
+    absent = "there is no sweep file {}; give one of configs/sweeps/*.yaml"
+    values = read_mapping(file, absent, "a sweep: 'name:', 'config:' and 'rows:'")
     _check_keys(file, "", values, FILE_KEYS)
     name = _name(file, "name", values.get("name", file.stem))
     folder = Path("runs") / name if folder is None else folder
@@ -99,7 +109,7 @@ def read_sweep(file: Path, folder: Path | None = None) -> Sweep:
     made = []
     for key, value in rows.items():
         where = f"rows.{key}"
-        row = {} if value is None else _mapping(file, where, value)
+        row = _mapping(file, where, value)
         _check_keys(file, where, row, ROW_KEYS)
         _name(file, where, key)
         if key in RESERVED:
@@ -128,14 +138,95 @@ def choose(sweep: Sweep, only: Sequence[str]) -> list[Row]:
     known = [row.name for row in sweep.rows]
     for name in only:
         if name not in known:
-            raise UserError(f"{sweep.file} has no row '{name}'; {_near(name, known)}its rows: {', '.join(known)}")
+            raise UserError(
+                f"{sweep.file} has no row '{name}'; {hint(name, known, cutoffs=(0.5,))}its rows: {', '.join(known)}"
+            )
     return [row for row in sweep.rows if not only or row.name in only]
 
 
-def shown(path: Path) -> str:
-    """The path as one would type it in the working directory."""
-    absolute = Path(os.path.abspath(path))
-    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """Teachers and trajectories for some runs. `config`: the settings they are made with, and nothing else."""
+
+    run: Run
+    config: Config
+    command: tuple[str, ...]
+
+    @property
+    def file(self) -> Path:
+        """The config file that the sweep writes for them."""
+        return self.run.folder.with_suffix(".yaml")
+
+    @property
+    def done(self) -> bool:
+        tasks, run = resolve_tasks(self.config.stream.tasks), self.run
+        return all(is_done(run.teacher(task)) and is_done(run.trajectories(task)) for task in tasks)
+
+    def write_config(self) -> None:
+        data = config_as_yaml(self.config).encode()
+        if not self.file.is_file() or self.file.read_bytes() != data:
+            write_bytes(self.file, data)
+
+
+def shared_by(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Shared]:
+    """What each of `entries`, by name, shares; the same object for those that share."""
+    made: dict[Path, Shared] = {}
+    found = {}
+    for entry in entries:
+        config = _only_teachers(entry.config, sweep.data_seed)
+        folder = sweep.folder / SHARED / _hash(config)
+        words = ("--stage", "teachers", "--config", shown(folder.with_suffix(".yaml")), "--run", shown(folder))
+        found[entry.name] = made.setdefault(folder, Shared(Run(folder), config, (*LAUNCHER, *words)))
+    return found
+
+
+def link(entry: Entry, shared: Shared) -> None:
+    """Let the run of `entry` have the teachers and trajectories of `shared`; twice is once.
+
+    Raises UserError when the run, with the same settings, has others already.
+    """
+    folder = entry.run.folder
+    begun = entry.run.config_file.is_file()
+    for part in ("teachers", "trajectories"):
+        path, target = folder / part, target_of(entry, shared, part)
+        if path.is_symlink() and os.readlink(path) == target:
+            continue
+        if begun and changed_keys(entry.run.config(), entry.config):
+            return  # the launcher refuses such a run, and says why
+        if path.is_symlink() and not begun:
+            path.unlink()
+        elif path.is_symlink() or path.exists():
+            raise UserError(
+                f"{path} is not the {part} that the sweep asks for ({shared.run.folder / part}): its data have another "
+                "seed or were made apart; choose another --run, or delete the run"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{part}.{secrets.token_hex(4)}.tmp"
+        os.symlink(target, temporary)
+        os.replace(temporary, path)
+
+
+def target_of(entry: Entry, shared: Shared, part: str) -> str:
+    """Where the link `part` of the run of `entry` leads."""
+    return os.path.relpath(shared.run.folder / part, entry.run.folder)
+
+
+def _only_teachers(config: Config, seed: int) -> Config:
+    """The part of `config` that teachers and trajectories depend on; everything else has its default.
+
+    How the work is done (ranks, Slurm) is carried along, and is no part of the hash.
+    """
+    # of the evaluation, teachers take part in these two alone
+    kept: dict[str, Any] = dict.fromkeys(("teachers", "trajectories", "cluster", "checkpoint_every_seconds"), True)
+    values = config.model_dump(include=kept | {"evaluation": {"episodes", "seed"}})
+    stream = {"tasks": sorted(resolve_tasks(config.stream.tasks))}  # no draw depends on their order
+    return parse_config(values | {"name": "shared", "seed": seed, "stream": stream})  # whichever row comes first
+
+
+def _hash(config: Config) -> str:
+    """Of the settings that are not at their defaults, so that a setting which is new to a version changes nothing."""
+    values = flat_settings(config, changed_only=True)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, str], folder: Path) -> Entry:
@@ -150,33 +241,17 @@ def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, st
     return Entry(row, seed, run, checked, (*LAUNCHER, *where, *settings))
 
 
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"there is no sweep file {file}; give one of configs/sweeps/*.yaml")
-    try:
-        values = read_yaml(file.read_text())
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no UTF-8, a date that does not exist
-        raise UserError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{file} must hold a sweep: 'name:', 'config:' and 'rows:'")
-    return values
-
-
 def _check_keys(file: Path, where: str, values: Mapping[Any, Any], known: Sequence[str]) -> None:
     for key in values:
         if key not in known:
             full = f"{where}.{key}" if where else str(key)
-            raise UserError(f"{file}: unknown key '{full}'; {_near(str(key), known)}known here: {', '.join(known)}")
+            raise UserError(
+                f"{file}: unknown key '{full}'; {hint(str(key), known, cutoffs=(0.5,))}known here: {', '.join(known)}"
+            )
 
 
-def _near(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'? " if near else ""
-
-
-def _name(file: Path, key: str, value: Any) -> str:
-    name = key.removeprefix("rows.") if key.startswith("rows.") else value
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+def _name(file: Path, key: str, name: Any) -> str:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise UserError(f"{file}: '{key}' names a folder: letters, digits, '.', '_' and '-' only, but it is {name!r}")
     return name
 
@@ -208,16 +283,11 @@ def _words(file: Path, key: str, value: Any) -> dict[str, str]:
     for name, setting in _mapping(file, key, value).items():
         if name == "seed":
             raise UserError(f"{file}: '{key}.seed' is no setting of a row; write 'seeds: [{setting}]'")
-        if _is_group(str(name)):
+        kind: type[BaseModel] | None = Config
+        for part in str(name).split("."):
+            kind = group_within(kind, part)
+        if kind is not None and not issubclass(kind, PluginSettings):
             raise UserError(f"{file}: '{key}.{name}' is a group of settings; write '{name}.KEY: value', one by one")
         text = yaml.safe_dump(setting, default_flow_style=True, width=float("inf"), sort_keys=False)
         words[str(name)] = text.removesuffix("...\n").strip()
     return words
-
-
-def _is_group(key: str) -> bool:
-    kind: Any = Config
-    for part in key.split("."):
-        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, Settings) else {}
-        kind = fields[part].annotation if part in fields else None
-    return isinstance(kind, type) and issubclass(kind, Settings) and not issubclass(kind, PluginSettings)

@@ -16,8 +16,7 @@ from hpc_cpd.report.page import report_numbers
 from hpc_cpd.report.run_results import read_results
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import DONE, atomic_folder, is_done, read_json, write_json
-from hpc_cpd.sweep.plan import Entry, Row, Sweep
-from hpc_cpd.sweep.sharing import SHARED, shared_by, target_of
+from hpc_cpd.sweep.plan import SHARED, Entry, Row, Sweep, shared_by, target_of
 
 _TEACHERS = "teachers"
 _OF_STAGE = ("evaluation.json", "evaluation_before.json", "evaluation_inferred.json", DONE)
@@ -61,8 +60,8 @@ def _copy_teachers(shared: Run, copy: Path) -> None:
         evaluation = read_json(file.parent / "evaluation.json")
         evaluation.pop("while_training", None)  # the story of the training is long
         write_json(to / "evaluation.json", evaluation)
-    shutil.copyfile(shared.config_file, copy / "config.yaml")
-    shutil.copyfile(shared.provenance_file, copy / "provenance.json")
+    for path in (shared.config_file, shared.provenance_file):
+        shutil.copyfile(path, copy / path.name)
 
 
 def _copy_run(run: Run, copy: Path) -> None:
@@ -71,11 +70,11 @@ def _copy_run(run: Run, copy: Path) -> None:
     for path in (run.config_file, run.provenance_file):
         shutil.copyfile(path, copy / path.name)
     for stage, seconds in facts.wall_clock().items():
-        from_, to = run.stage(stage), copy / "stages" / str(stage)
+        to = copy / "stages" / str(stage)
         to.mkdir(parents=True)
-        for name in _OF_STAGE:
-            if (from_ / name).is_file():
-                shutil.copyfile(from_ / name, to / name)
+        for path in (run.stage(stage) / name for name in _OF_STAGE):
+            if path.is_file():
+                shutil.copyfile(path, to / path.name)
         if seconds is not None:  # of the attempts the time alone: whose machine it was is nobody's business
             write_json(to / "attempt.json", {"number": 1, "started": 0.0, "ended": seconds})
     write_json(copy / "report" / "metrics.json", report_numbers(facts))

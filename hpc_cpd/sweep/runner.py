@@ -1,33 +1,117 @@
-"""Do what a sweep's file asks for: teachers first, each kind once, then every row, one seed of each after the other."""
+"""Do what a sweep's file asks for: teachers first, each kind once, then every row, one seed of each after the other.
+
+Each launcher is a process of its own with a log. A signal to the sweep reaches the sweep alone, which passes it on:
+every launcher then saves and leaves, as if it had been asked itself. Launchers of a killed sweep are killed by the
+kernel, and end their ranks.
+"""
 
 from __future__ import annotations
 
 import os
 import shlex
+import subprocess
 import sys
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from hpc_cpd.cluster.preemption import StopFlag
+from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
 from hpc_cpd.cluster.ranks import usable_cores
 from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
-from hpc_cpd.cluster.supervisor import Outcome, supervise
-from hpc_cpd.cluster.units import request_of
+from hpc_cpd.cluster.supervisor import LAST_LINES, Outcome, end_in_words, supervise, tethered
+from hpc_cpd.cluster.units import Unit, not_done, request_of
 from hpc_cpd.config import changed_keys
-from hpc_cpd.errors import (
-    EXIT_DONE,
-    EXIT_FAULT,
-    EXIT_STOPPED,
-    EXIT_USER_ERROR,
-    StopRequested,
-    UserError,
-)
+from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
+from hpc_cpd.progress import Reader
 from hpc_cpd.report.comparison import write_sweep_file
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.publish import is_done
-from hpc_cpd.sweep.launches import Launch
-from hpc_cpd.sweep.plan import Entry, Row, Sweep, in_turn
-from hpc_cpd.sweep.sharing import Shared, link, shared_by
+from hpc_cpd.sweep.plan import Entry, Row, Shared, Sweep, in_turn, link, shared_by
 from hpc_cpd.tasks.registry import run_plan
+
+LOOK_EVERY_SECONDS = 1.0
+
+
+@dataclass
+class Launch:
+    """A launcher to start. `argv`: the words after ``python``; `threads`: of each rank, None: the launcher decides.
+
+    `units`: what it works on, whose progress is shown.
+    """
+
+    name: str
+    argv: Sequence[str]
+    log: Path
+    threads: int | None = None
+    units: Sequence[Unit] = ()
+
+    def start(self) -> Launch:
+        self._began = time.monotonic()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
+        with open(self.log, "ab") as log:
+            self._from = log.tell()
+            self._process = subprocess.Popen(
+                tethered([sys.executable, *self.argv]),
+                env={**threads, **os.environ, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._lines = [f"begins; its log: {self.log}"]
+        self._readers = {unit: Reader(unit.folder) for unit in not_done(self.units)}
+        self._phases: dict[Unit, str] = {}
+        self._looked_at = float("-inf")
+        self._stopped = False
+        return self
+
+    def pass_on(self, stop: StopFlag) -> None:
+        """The same signal: the first makes it save and leave, a second Ctrl-C kills its ranks."""
+        self._stopped = True
+        if self._process.poll() is None and stop.last is not None:
+            self._process.send_signal(stop.last)
+
+    def news(self) -> list[str]:
+        """What each unit does, when that is something else than before, and how the launch began and ended."""
+        lines, self._lines = self._lines, []
+        return lines
+
+    def poll(self) -> Outcome | None:
+        code, now = self._process.poll(), time.monotonic()
+        if code is not None or now - self._looked_at >= LOOK_EVERY_SECONDS:
+            self._looked_at = now
+            for unit, reader in self._readers.items():
+                news = reader.read()
+                if news is not None and news.phase != self._phases.get(unit):
+                    self._phases[unit] = news.phase
+                    self._lines.append(f"{unit.name}: {news.phase}")
+        if code is None:
+            return None
+        outcome = self._outcome(code)
+        word = {EXIT_DONE: "done", EXIT_STOPPED: "stopped, saved"}.get(outcome.code, "failed")
+        self._lines.append(f"{word} after {now - self._began:.0f} s")
+        return outcome
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _outcome(self, code: int) -> Outcome:
+        if code == EXIT_DONE:
+            return Outcome(self.name, code)
+        if self._stopped and (code == EXIT_STOPPED or -code in STOP_SIGNALS):  # may come before it can catch any
+            return Outcome(self.name, EXIT_STOPPED)
+        with open(self.log, "rb") as file:
+            file.seek(self._from)
+            text = "\n" + file.read().decode(errors="replace").strip()
+        _, found, sentence = text.rpartition("\nstopped: " if code == EXIT_STOPPED else "\nerror: ")
+        if not found:
+            shown = "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
+            sentence = f"its launcher {end_in_words(code)}; its log {self.log} ends with\n{shown}"
+        return Outcome(self.name, EXIT_FAULT if code < 0 else code, sentence)
 
 
 def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> int:
@@ -49,13 +133,12 @@ def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> 
     for outcome in failed:
         print(f"error: {outcome.name}: {outcome.sentence or 'stopped'}", file=sys.stderr, flush=True)
     codes = {outcome.code for outcome in failed}
-    for code in (EXIT_FAULT, EXIT_USER_ERROR):
-        if code in codes:
-            return code
-    if stop() or EXIT_STOPPED in codes:
+    if bad := codes - {EXIT_STOPPED}:
+        return EXIT_USER_ERROR if bad == {EXIT_USER_ERROR} else EXIT_FAULT
+    if stop() or codes:
         raise StopRequested("the same command goes on from here")
-    if queues:
-        for entry in (entry for entry in todo if not finished(entry)):
+    for entry in todo if queues else ():
+        if not finished(entry):
             _say(f"{entry.name}: submitted; look: hpc-cpd status {shlex.quote(str(entry.run.folder))}")
     return EXIT_DONE
 
@@ -79,20 +162,12 @@ def show_plan(sweep: Sweep, rows: Sequence[Row]) -> None:
 
 def note_rows(sweep: Sweep) -> None:
     """Write ``sweep.json`` beside the runs, for the pages."""
-    write_sweep_file(
-        sweep.folder,
-        sweep.name,
-        {
-            row.name: {
-                "seeds": [entry.seed for entry in row.entries],
-                "title": row.title,
-                "teaches": row.teaches,
-                "command": sweep.command(row.name),
-                "launches": {str(entry.seed): shlex.join(entry.command) for entry in row.entries},
-            }
-            for row in sweep.rows
-        },
-    )
+    rows: dict[str, dict[str, Any]] = {}
+    for row in sweep.rows:
+        launches = {str(entry.seed): shlex.join(entry.command) for entry in row.entries}
+        said = {"title": row.title, "teaches": row.teaches, "command": sweep.command(row.name), "launches": launches}
+        rows[row.name] = {"seeds": [entry.seed for entry in row.entries], **said}
+    write_sweep_file(sweep.folder, sweep.name, rows)
 
 
 def finished(entry: Entry) -> bool:
@@ -108,8 +183,9 @@ def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once
     kinds = [one for one in dict.fromkeys(shared.values()) if not one.done]
     for one in kinds:
         one.write_config()
-    outcomes = supervise([_teachers(one, where, queues) for one in kinds], 1, stop, _show)  # each uses all the cores
-    bad = [one for one in outcomes if one.code != EXIT_DONE]
+    words = [where, *(["--wait"] if queues else [])]
+    teachers = [_launch(one, "teachers", f"teachers {one.run.folder.name}", words) for one in kinds]
+    outcomes = supervise(teachers, 1, stop, _show)  # each uses all the cores
     launches = []
     for entry in todo if not stop() else ():
         if not shared[entry.name].done:
@@ -117,24 +193,17 @@ def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once
         try:
             link(entry, shared[entry.name])
         except UserError as error:
-            bad.append(Outcome(entry.name, EXIT_USER_ERROR, str(error)))
-            continue
-        launches.append(_launch(entry, where, at_once))
-    outcomes = supervise(launches, 1 if queues else at_once, stop, _show)
-    return [*bad, *(one for one in outcomes if one.code != EXIT_DONE)]
+            outcomes.append(Outcome(entry.name, EXIT_USER_ERROR, str(error)))
+        else:
+            threads = max(1, usable_cores() // (at_once * entry.config.distill.ranks)) if at_once > 1 else None
+            launches.append(_launch(entry, "all", entry.name, [where], threads))
+    outcomes += supervise(launches, 1 if queues else at_once, stop, _show)
+    return [outcome for outcome in outcomes if outcome.code != EXIT_DONE]
 
 
-def _teachers(shared: Shared, where: str, queues: bool) -> Launch:
-    argv = [*shared.command[1:], "--cluster", where, *(["--wait"] if queues else [])]
-    units = request_of(shared.run, shared.config, run_plan(shared.run, shared.config), "teachers").units
-    return Launch(f"teachers {shared.run.folder.name}", argv, shared.run.logs / "sweep.log", units=units)
-
-
-def _launch(entry: Entry, where: str, at_once: int) -> Launch:
-    threads = max(1, usable_cores() // (at_once * entry.config.distill.ranks)) if at_once > 1 else None
-    units = request_of(entry.run, entry.config, run_plan(entry.run, entry.config), "all").units
-    argv = [*entry.command[1:], "--cluster", where]
-    return Launch(entry.name, argv, entry.run.logs / "sweep.log", threads, units)
+def _launch(one: Entry | Shared, asked: str, name: str, words: Sequence[str], threads: int | None = None) -> Launch:
+    units = request_of(one.run, one.config, run_plan(one.run, one.config), asked).units
+    return Launch(name, [*one.command[1:], "--cluster", *words], one.run.logs / "sweep.log", threads, units)
 
 
 def _where(cluster: str, sweep: Sweep) -> tuple[str, bool]:

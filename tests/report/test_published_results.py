@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hpc_cpd.config import load_config
-from hpc_cpd.report.differences import flat_settings
+from hpc_cpd.config import flat_settings, load_config
 from hpc_cpd.run.publish import read_json
 from hpc_cpd.sweep.plan import read_sweep
 

@@ -14,10 +14,9 @@ from hpc_cpd.errors import StopRequested, UserError
 from hpc_cpd.launch import _parser
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done
-from hpc_cpd.sweep.plan import choose, read_sweep
+from hpc_cpd.sweep.plan import choose, link, read_sweep, shared_by
 from hpc_cpd.sweep.publish import publish_sweep
 from hpc_cpd.sweep.runner import finished, note_rows, run_sweep
-from hpc_cpd.sweep.sharing import link, shared_by
 
 GOOD = """
 name: two

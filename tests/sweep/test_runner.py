@@ -9,8 +9,7 @@ import pytest
 from hpc_cpd.cluster.supervisor import Outcome
 from hpc_cpd.run.publish import mark_done
 from hpc_cpd.sweep import runner
-from hpc_cpd.sweep.plan import read_sweep
-from hpc_cpd.sweep.sharing import shared_by
+from hpc_cpd.sweep.plan import read_sweep, shared_by
 
 SWEEP = """
 config: base.yaml
