@@ -23,7 +23,7 @@ from hpc_cpd.progress import Reader
 LOOK_EVERY_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Launch:
     """A launcher to start. `argv`: the words after ``python``; `threads`: of each rank, None: the launcher decides.
 
@@ -36,33 +36,25 @@ class Launch:
     threads: int | None = None
     units: Sequence[Unit] = ()
 
-    def start(self) -> RunningLaunch:
-        return RunningLaunch(self)
-
-
-class RunningLaunch:
-    """The process of a launch."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-        self.name = launch.name
+    def start(self) -> None:
+        """Start its process."""
         self._began = time.monotonic()
-        launch.log.parent.mkdir(parents=True, exist_ok=True)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        if launch.threads is not None:
-            environment.setdefault("OMP_NUM_THREADS", str(launch.threads))
-        with open(launch.log, "ab") as log:
+        if self.threads is not None:
+            environment.setdefault("OMP_NUM_THREADS", str(self.threads))
+        with open(self.log, "ab") as log:
             self._from = log.tell()
             self._process = subprocess.Popen(
-                tethered([sys.executable, *launch.argv]),
+                tethered([sys.executable, *self.argv]),
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self._lines = [f"begins; its log: {launch.log}"]
-        self._readers = {unit: Reader(unit.folder) for unit in not_done(launch.units)}
+        self._lines = [f"begins; its log: {self.log}"]
+        self._readers = {unit: Reader(unit.folder) for unit in not_done(self.units)}
         self._phases: dict[Unit, str] = {}
         self._looked_at = float("-inf")
         self._stopped = False
@@ -103,11 +95,11 @@ class RunningLaunch:
             return Outcome(self.name, code)
         if self._stopped and (code == EXIT_STOPPED or -code in STOP_SIGNALS):  # may come before it can catch any
             return Outcome(self.name, EXIT_STOPPED)
-        with open(self.launch.log, "rb") as file:
+        with open(self.log, "rb") as file:
             file.seek(self._from)
             text = "\n" + file.read().decode(errors="replace").strip()
         _, found, sentence = text.rpartition("\nstopped: " if code == EXIT_STOPPED else "\nerror: ")
         if not found:
             shown = "\n".join(f"    {line}" for line in text.splitlines()[-LAST_LINES:])
-            sentence = f"its launcher {end_in_words(code)}; its log {self.launch.log} ends with\n{shown}"
+            sentence = f"its launcher {end_in_words(code)}; its log {self.log} ends with\n{shown}"
         return Outcome(self.name, EXIT_FAULT if code < 0 else code, sentence)

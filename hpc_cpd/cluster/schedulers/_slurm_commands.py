@@ -5,10 +5,11 @@ Nothing else in the package runs a Slurm command. Each is given the environment 
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +17,16 @@ from hpc_cpd.cluster.schedulers.base import JobState, Phase
 from hpc_cpd.errors import UserError
 
 SUBMIT_ATTEMPTS = 4
-_RUNNING = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}
-_WAITING = {"PENDING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"}
-_WAITING |= {"SPECIAL_EXIT", "RESV_DEL_HOLD"}
-_ENDS: dict[str, Phase] = {
-    "COMPLETED": "done",
-    "PREEMPTED": "interrupted",
-    "NODE_FAIL": "interrupted",
-    "BOOT_FAIL": "interrupted",
-    "REVOKED": "interrupted",
-    "CANCELLED": "cancelled",
-    "TIMEOUT": "timeout",
-    "DEADLINE": "timeout",
+_WORDS: dict[Phase, str] = {  # any other word: failed
+    "waiting": "PENDING CONFIGURING SUSPENDED STOPPED REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD",
+    "running": "RUNNING COMPLETING SIGNALING STAGE_OUT RESIZING",
+    "done": "COMPLETED",
+    "interrupted": "PREEMPTED NODE_FAIL BOOT_FAIL REVOKED",
+    "cancelled": "CANCELLED",
+    "timeout": "TIMEOUT DEADLINE",
 }
+_PHASES = {word: phase for phase, words in _WORDS.items() for word in words.split()}
+_ERRORS = (OSError, subprocess.SubprocessError)  # of a command that is not there, fails, or does not answer
 
 
 @dataclass(frozen=True)
@@ -41,18 +39,16 @@ class Site:
 
 def slurm_answers() -> bool:
     """Whether sbatch can be run here."""
-    if shutil.which("sbatch") is None:
-        return False
-    try:
+    with suppress(*_ERRORS):
         _ask(["sbatch", "--version"])
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+        return True
+    return False
 
 
 def ask_site() -> Site:
     """Read the controller's settings. Raises UserError when Slurm does not answer."""
-    values = dict(_pairs(_ask_or_say(["scontrol", "show", "config"]).splitlines(), "="))
+    told = _ask_or_say(["scontrol", "show", "config"])
+    values = dict(re.findall(r"^(\w+) *= *(.*?) *$", told, re.MULTILINE))
     storage = values.get("AccountingStorageType", "")
     return Site(int(values.get("MaxArraySize", Site.max_array_size)), storage.endswith("slurmdbd"))
 
@@ -112,7 +108,7 @@ def _from_sacct(line: str) -> tuple[str, JobState]:
 
 
 def _state(word: str, reason: str, nodes: str, left: float | None) -> JobState:
-    phase: Phase = "running" if word in _RUNNING else "waiting" if word in _WAITING else _ENDS.get(word, "failed")
+    phase = _PHASES.get(word, "failed")
     if phase == "cancelled" and reason == "DependencyNeverSatisfied":
         phase = "unmet"
     return JobState(word, phase, "" if reason == "None" else reason, nodes, left)
@@ -120,22 +116,18 @@ def _state(word: str, reason: str, nodes: str, left: float | None) -> JobState:
 
 def parse_duration(text: str) -> float | None:
     """Seconds of Slurm's ``[D-][HH:]MM:SS``; None for UNLIMITED, INVALID and whatever else is no duration."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not days) or not 2 <= len(parts) <= 3:
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if found is None:
         return None
-    seconds = 0.0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return seconds + 86400 * int(days or 0)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((24 * days + hours) * 60 + minutes) * 60 + seconds)
 
 
 def seconds_left(job: str) -> float | None:
     """How long `job` may still run; None where it has no end, or Slurm does not answer now."""
-    try:
+    with suppress(*_ERRORS):
         return parse_duration(_ask(["squeue", "--noheader", f"--jobs={job}", "--format=%L"]).strip())
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def requeue(job: str) -> str:
@@ -146,9 +138,9 @@ def requeue(job: str) -> str:
     try:
         if _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip() == "RUNNING":
             _ask(["scontrol", "requeue", job])
-    except (OSError, subprocess.SubprocessError) as error:
+        return ""
+    except _ERRORS as error:
         return _message(error)
-    return ""
 
 
 def cancel(jobs: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -167,16 +159,16 @@ def submit(folder: Path, name: str, text: str, environment: Mapping[str, str]) -
     script = folder / f".{time.time_ns()}.sh"
     script.write_text(text)
     try:
-        for attempt in range(SUBMIT_ATTEMPTS):
+        for attempt in range(1, SUBMIT_ATTEMPTS + 1):
             try:
                 job = _ask(["sbatch", "--parsable", str(script)], environment).strip().partition(";")[0]
                 script.rename(folder / f"{job}_submission.sh")
                 return job
-            except (OSError, subprocess.SubprocessError) as error:
+            except _ERRORS as error:
                 message = " ".join(_message(error).split())
-                if "contact" not in message.lower() or attempt == SUBMIT_ATTEMPTS - 1:
+                if "contact" not in message.lower() or attempt == SUBMIT_ATTEMPTS:
                     raise UserError(f"Slurm refused the job '{name}': {message[-600:]}") from None
-                time.sleep(5 * (attempt + 1))
+                time.sleep(5 * attempt)
     finally:
         script.unlink(missing_ok=True)
     raise AssertionError("unreachable")
@@ -190,7 +182,7 @@ def _ask_or_say(command: Sequence[str], but: str | None = None) -> str:
     """The answer, "" for an error that contains `but`, or UserError with Slurm's message."""
     try:
         return _ask(command)
-    except (OSError, subprocess.SubprocessError) as error:
+    except _ERRORS as error:
         message = _message(error)
         if but is not None and but in message:
             return ""
@@ -199,10 +191,3 @@ def _ask_or_say(command: Sequence[str], but: str | None = None) -> str:
 
 def _message(error: Exception) -> str:
     return (getattr(error, "stderr", "") or str(error)).strip()
-
-
-def _pairs(lines: Iterable[str], separator: str) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        key, found, value = line.partition(separator)
-        if found:
-            yield key.strip(), value.strip()

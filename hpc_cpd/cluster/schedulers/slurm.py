@@ -74,10 +74,6 @@ class SlurmSettings(PluginSettings):
     )
     chain_length: int = Field(4, ge=1, description="links of a chain")
 
-    @property
-    def cpus_of_stage_rank(self) -> int:
-        return self.stage_cpus_per_rank or self.cpus_per_rank
-
 
 @dataclass(frozen=True)
 class SlurmJob(Job):
@@ -104,21 +100,20 @@ class Slurm(Scheduler):
         """What the controller says about itself; the usual values where there is no Slurm (``--dry-run``)."""
         return commands.ask_site() if self.available() else commands.Site()
 
-    def scripts(self, request: LaunchRequest, python: str = sys.executable) -> Scripts:
-        return Scripts(request, self.settings, "$SLURM_ARRAY_TASK_ID", "$SLURM_JOB_ID", "$SLURMD_NODENAME", python)
+    def scripts(self, request: LaunchRequest) -> Scripts:
+        return Scripts(request, self.settings, "$SLURM_ARRAY_TASK_ID", "$SLURM_JOB_ID", "$SLURMD_NODENAME")
 
     def jobs(self, request: LaunchRequest, units: Sequence[Unit]) -> Sequence[SlurmJob]:
         """The arrays of teachers, no larger than the site allows, then each stage, in order."""
         logs, scripts, size = request.run.logs.absolute(), self.scripts(request), self.site.max_array_size
         teachers = [unit for unit in units if isinstance(unit, TeacherUnit)]
         chunks = [teachers[begin : begin + size] for begin in range(0, len(teachers), size)]
-        first = 1 + sum(1 for _ in logs.glob("teachers-*.json"))
+        at_once = max(1, self.settings.array_parallelism // max(1, len(chunks)))
         made = []
-        for number, chunk in enumerate(chunks, first):
+        for number, chunk in enumerate(chunks, 1 + len(list(logs.glob("teachers-*.json")))):
             array = logs / f"teachers-{number}.json"
-            at_once = max(1, self.settings.array_parallelism // len(chunks))
             made.append(SlurmJob(request, chunk, [], scripts.teachers(array, len(chunk), at_once), array))
-        stages = [unit for unit in units if not isinstance(unit, TeacherUnit)]
+        stages = units[len(teachers) :]
         return made + [SlurmJob(request, [one], one.needs(request.plan), scripts.stage(one)) for one in stages]
 
     def describe(self, job: Job, after: Mapping[Unit, str]) -> str:
@@ -130,8 +125,7 @@ class Slurm(Scheduler):
         assert isinstance(job, SlurmJob)
         logs, waits = self._logs(job.request.run), self._dependency(job, after)
         if job.array is not None:
-            tasks = [unit.task for unit in job.units if isinstance(unit, TeacherUnit)]
-            write_json(job.array, {"tasks": tasks})
+            write_json(job.array, {"tasks": [unit.task for unit in job.units if isinstance(unit, TeacherUnit)]})
         for _ in range(self.settings.chain_length if self.settings.continuation == "chain" else 1):
             made = self._submit(logs, job.name, job.script, waits, avoid)
             yield [made] if job.array is None else [f"{made}_{index}" for index in range(len(job.units))]
@@ -207,7 +201,7 @@ class Slurm(Scheduler):
             size=int(size),
             local_rank=int(environment.get("SLURM_LOCALID", "0")),
             scheduler="slurm",
-            job=JobStart(_job_id(environment), _number(environment.get("SLURM_RESTART_COUNT"))),
+            job=JobStart(_job_id(environment), int(environment.get("SLURM_RESTART_COUNT", "0"))),
         )
 
     def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
@@ -247,10 +241,11 @@ class Slurm(Scheduler):
         end = ("--kill-on-bad-exit=1", "--unbuffered")
         if isinstance(unit, TeacherUnit):
             cpus = self.settings.cpus_per_rank
-            cores = sum(expand(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")))
+            counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))  # 4(x2),8
+            cores = sum(int(number) * int(times or 1) for number, times in counts)
             words = ("srun", "--exact", "--nodes=1", f"--ntasks={ranks}", f"--mpi={self.settings.mpi_plugin}")
             return Starter((*words, f"--cpus-per-task={cpus}", *end), cpus, max(1, cores // (ranks * cpus)))
-        cpus = self.settings.cpus_of_stage_rank
+        cpus = self.settings.stage_cpus_per_rank or self.settings.cpus_per_rank
         return Starter(("srun", f"--nodes={nodes}", f"--ntasks={ranks}", f"--cpus-per-task={cpus}", *end), cpus, 1)
 
 
@@ -267,16 +262,3 @@ def _job_id(environment: Mapping[str, str]) -> str | None:
     """``12``, or ``12_3`` in an array, whose last element has the number of the array itself."""
     array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0
-
-
-def expand(text: str) -> list[int]:
-    """Slurm's ``4(x2),8`` as [4, 4, 8]."""
-    counts = []
-    for part in text.split(","):
-        number, _, times = part.partition("(x")
-        counts += [int(number)] * int(times.rstrip(")") or 1)
-    return counts
