@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -60,7 +61,10 @@ def launch(arguments: argparse.Namespace) -> int:
         _announce(request, scheduler)
         _print_plan(request, scheduler)
         return EXIT_DONE
-    _make_folder(request.run.folder)
+    try:
+        request.run.folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise _no_place(request.run.folder, str(error.strerror)) from None
     wait = SUBMISSION_SECONDS if scheduler.queues else 0.0
     with Lock(request.run.folder, f"the run {request.run.folder}", wait_seconds=wait, stop=stop):
         _open(request, scheduler)
@@ -105,25 +109,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="key=value overrides a setting, for example seed=1 or distill.ranks=4. "
         "Exit codes: 0 done or submitted, 2 a mistake you can mend, 3 stopped with work left, 1 a fault of ours.",
     )
-    parser.add_argument("--stage", required=True, metavar="{teachers,1,2,..,all}", help="what to do")
-    parser.add_argument("--config", help="settings (YAML), for example configs/quickstart.yaml")
-    parser.add_argument("--run", help="run folder; default runs/NAME")
-    parser.add_argument(
-        "--cluster",
-        metavar="{auto,local,slurm,..}",
-        default="auto",
-        help="a scheduler (see hpc-cpd plugins); auto, the default: the configured one where it answers, else local",
-    )
-    parser.add_argument("--ranks", type=int, help="ranks of each teacher and of each stage")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and the job scripts; submit nothing")
-    parser.add_argument("--wait", action="store_true", help="return when the submitted jobs have ended")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="a stage does without the tasks whose teachers are missing, for good",
-    )
-    parser.add_argument("--retry", action="store_true", help=argparse.SUPPRESS)  # what a resubmitter's job runs
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    where = "a scheduler (see hpc-cpd plugins); auto, the default: the configured one where it answers, else local"
+    add("--stage", required=True, metavar="{teachers,1,2,..,all}", help="what to do")
+    add("--config", help="settings (YAML), for example configs/quickstart.yaml")
+    add("--run", help="run folder; default runs/NAME")
+    add("--cluster", metavar="{auto,local,slurm,..}", default="auto", help=where)
+    add("--ranks", type=int, help="ranks of each teacher and of each stage")
+    flag("--dry-run", help="print the plan and the job scripts; submit nothing")
+    flag("--wait", help="return when the submitted jobs have ended")
+    flag("--allow-missing", help="a stage does without the tasks whose teachers are missing, for good")
+    flag("--retry", help=argparse.SUPPRESS)  # what a resubmitter's job runs
+    add("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
 
 
@@ -139,10 +136,9 @@ def read_request(arguments: argparse.Namespace) -> LaunchRequest:
         overrides += [f"teachers.ranks={arguments.ranks}", f"distill.ranks={arguments.ranks}"]
     source = arguments.config
     if source is None and arguments.run is not None:
-        stored = Run(arguments.run).config_file
-        if not stored.is_file():
+        source = Run(arguments.run).config_file
+        if not source.is_file():
             raise UserError(f"there is no run in {arguments.run}; give --config to start one there")
-        source = stored
     config = load_config(source, overrides)
     run = Run(arguments.run or Path("runs") / config.name)
     plan = run_plan(run, config)
@@ -174,7 +170,13 @@ def check(request: LaunchRequest, scheduler: Scheduler) -> None:
     if live_owner(run.folder) is None:  # else another launch may be submitting what is missing: asked again after it
         submit.require_one_stage(request, submit.queued(request, scheduler) if scheduler.available() else set())
     scheduler.check(request)
-    _require_place(run.folder)
+    there = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise _no_place(run.folder, f"{there} is a file")
+
+
+def _no_place(folder: Path, why: str) -> UserError:
+    return UserError(f"cannot make the run folder {folder}: {why}; choose another with --run")
 
 
 def _goes_on_longer(request: LaunchRequest) -> bool:
@@ -185,31 +187,20 @@ def _goes_on_longer(request: LaunchRequest) -> bool:
     return not shared and lengthens(request.run.config(), request.config)
 
 
-def _require_place(folder: Path) -> None:
-    """Refuse a run folder that cannot be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"cannot make the run folder {folder}: {there} is a file; choose another with --run")
-
-
 # ---- what is done
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another with --run") from None
 
 
 def _open(request: LaunchRequest, scheduler: Scheduler) -> None:
     """Make the run, or tell in what this launch differs from the one before."""
-    old = request.run.config() if request.run.config_file.is_file() else None
-    longer = old is not None and _goes_on_longer(request)
-    request.run.open(request.config, _provenance(request), longer)
+    run, config = request.run, request.config
+    if not run.config_file.is_file():
+        run.open(config, _provenance(request))
+        return
+    old, longer = run.config(), _goes_on_longer(request)
+    run.open(config, {}, longer)
     if longer:
-        _say(f"{len(request.plan)} stages, there were fewer: {request.run.folder} goes on with further tasks")
-    for sentence in taken_over(old, request.config) if old is not None else ():
+        _say(f"{len(request.plan)} stages, there were fewer: {run.folder} goes on with further tasks")
+    for sentence in taken_over(old, config):
         queued = " (jobs in the queue keep what they were submitted with)" if scheduler.queues else ""
         _say(f"From now on: {sentence}{queued}")
 
@@ -218,8 +209,6 @@ def _provenance(request: LaunchRequest) -> dict[str, object]:
     """Written once, when the run begins."""
     from hpc_cpd.tasks.registry import describe
 
-    if request.run.config_file.is_file():
-        return {}
     specs = [describe(task) for tasks in request.plan for task in tasks]
     return describe_origin() | {
         "seed": request.config.seed,
@@ -250,7 +239,10 @@ def _announce(request: LaunchRequest, scheduler: Scheduler) -> None:
     def part(what: str, total: int, left: int) -> str:
         return f"{what}: {total - left} of {total} done" + (f", {left} to do" if left else "")
 
-    _say(f"Run {request.run.folder} ({scheduler.title})")
+    where = f"through {scheduler.name}"
+    if isinstance(scheduler, Local):
+        where = "on this machine" if scheduler.around is None else "in this allocation"
+    _say(f"Run {request.run.folder} ({where})")
     for name, version in untested_versions().items():
         _say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
     left = not_done(request.stages)

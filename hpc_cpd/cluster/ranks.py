@@ -18,7 +18,6 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, STDOUT, Popen
 from typing import Any
 
 from hpc_cpd.cluster.preemption import StopFlag
@@ -64,14 +64,12 @@ class Lifelines:
 
     def ended(self) -> list[int]:
         """The process ids of the holders that have ended since the last call, in the order of their ends."""
-        while True:
-            try:
-                line = self._listener.accept()[0]
-            except BlockingIOError:
-                break
-            pid = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-            self._held[line.fileno()] = line, pid
-            self._epoll.register(line, 0)  # a hang-up is always told
+        with suppress(BlockingIOError):  # nobody else has connected
+            while True:
+                line, _ = self._listener.accept()
+                pid = struct.unpack("3i", line.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+                self._held[line.fileno()] = line, pid
+                self._epoll.register(line, 0)  # a hang-up is always told
         gone = [self._held.pop(descriptor) for descriptor, _ in self._epoll.poll(0)]
         for line, _ in gone:
             line.close()
@@ -90,7 +88,7 @@ def hold_lifeline(address: str) -> None:
 class _Process:
     """One child: a rank, or the mpiexec of several."""
 
-    popen: subprocess.Popen[bytes]
+    popen: Popen[bytes]
     rank: int | None
     text: bytes = b""
     other: list[str] = field(default_factory=list)
@@ -174,14 +172,7 @@ class RankedJob:
         }
 
     def _spawn(self, command: Sequence[str], environment: Mapping[str, str], rank: int | None) -> None:
-        popen = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        popen = Popen(command, env=environment, stdin=DEVNULL, stdout=PIPE, stderr=STDOUT, start_new_session=True)
         assert popen.stdout is not None
         os.set_blocking(popen.stdout.fileno(), False)
         self._processes.append(_Process(popen, rank))

@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.style import Style
 
-from hpc_cpd.cluster.status_model import RunStatus, State, UnitStatus
+from hpc_cpd.cluster.status import RunStatus, State, UnitStatus
 from hpc_cpd.cluster.units import TeacherUnit
 
 Row = dict[str, str]
@@ -146,7 +146,7 @@ def _row(unit: UnitStatus, one_family: bool) -> Row:
         task = task.partition("/")[2] or task
     at_work = unit.state != "done"
     reason = None if unit.reason == "FAILED" else unit.reason
-    said = [reason, unit.progress.text if unit.progress else None] if at_work else []
+    said = [reason, unit.progress.place if unit.progress else None] if at_work else []
     left = "" if unit.seconds_left is None or not at_work else short_duration(unit.seconds_left)
     return {
         "Task": task,

@@ -7,12 +7,12 @@ been asked itself. Launchers of a killed sweep are killed by the kernel, and end
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen
 
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
 from hpc_cpd.cluster.supervisor import LAST_LINES, Outcome, end_in_words, tethered
@@ -45,13 +45,9 @@ class Launch:
             environment.setdefault("OMP_NUM_THREADS", str(self.threads))
         with open(self.log, "ab") as log:
             self._from = log.tell()
-            self._process = subprocess.Popen(
-                tethered([sys.executable, *self.argv]),
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            command = tethered([sys.executable, *self.argv])
+            self._process = Popen(
+                command, env=environment, stdin=DEVNULL, stdout=log, stderr=STDOUT, start_new_session=True
             )
         self._lines = [f"begins; its log: {self.log}"]
         self._readers = {unit: Reader(unit.folder) for unit in not_done(self.units)}

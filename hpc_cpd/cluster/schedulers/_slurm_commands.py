@@ -26,6 +26,15 @@ _WORDS: dict[Phase, str] = {  # any other word: failed
     "timeout": "TIMEOUT DEADLINE",
 }
 _PHASES = {word: phase for phase, words in _WORDS.items() for word in words.split()}
+# "--states=all" or jobs that have ended are not told
+_SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%L")
+_SACCT = (
+    "sacct",
+    "--noheader",
+    "--parsable2",
+    "--allocations",
+    "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed",
+)
 _ERRORS = (OSError, subprocess.SubprocessError)  # of a command that is not there, fails, or does not answer
 
 
@@ -58,40 +67,19 @@ def job_states(jobs: Iterable[str], accounting: bool = False) -> dict[str, JobSt
 
     The controller is asked first: it alone knows a job from the moment of its submission. It forgets jobs a while after
     their end (MinJobAge); those the database is asked about, with `accounting`, which lags behind. Elements of an array
-    that never began may be told as one, under the array's id. Raises UserError when Slurm does not answer.
+    that never began may be told as one, under the array's id: once they are cancelled those are called ``7``; while
+    they wait, sacct says ``7_[0-2]``. Raises UserError when Slurm does not answer.
     """
-    wanted = set(jobs)
-    states = _known_to_squeue(wanted)
-    return states | (_known_to_sacct(wanted - states.keys()) if accounting else {})
-
-
-def _known_to_squeue(jobs: set[str]) -> dict[str, JobState]:
-    # "--states=all" or jobs that have ended are not told; of several unknown ids squeue says nothing, of one it fails
-    command = ["squeue", "--noheader", "--array", "--states=all", _ids(jobs), "--format=%i|%T|%r|%N|%L"]
-    answer = _ask_or_say(command, but="Invalid job id") if jobs else ""
-    return _states_of(jobs, map(_from_squeue, answer.splitlines()))
-
-
-def _known_to_sacct(jobs: set[str]) -> dict[str, JobState]:
-    fields = "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed"
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", _ids(jobs), fields]
-    answer = _ask_or_say(command) if jobs else ""
-    return _states_of(jobs, map(_from_sacct, answer.splitlines()))
-
-
-def _states_of(jobs: set[str], told: Iterable[tuple[str, JobState]]) -> dict[str, JobState]:
-    """The state of each of `jobs`: its own, or the one told of all elements of its array that never began.
-
-    Once they are cancelled those are called ``7``; while they wait, sacct says ``7_[0-2]``.
-    """
-    states = dict(told)
-    unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}
-    found = {job: states.get(job) or unbegun.get(job.partition("_")[0]) for job in jobs}
-    return {job: state for job, state in found.items() if state is not None}
-
-
-def _ids(jobs: set[str]) -> str:
-    return f"--jobs={','.join(sorted({job.partition('_')[0] for job in jobs}))}"
+    found: dict[str, JobState] = {}
+    for command, read in ((_SQUEUE, _from_squeue), (_SACCT, _from_sacct))[: 1 + accounting]:
+        left = set(jobs) - found.keys()
+        if left:
+            ids = ",".join(sorted({job.partition("_")[0] for job in left}))
+            states = dict(map(read, _ask_or_say([*command, f"--jobs={ids}"]).splitlines()))
+            unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}
+            told = {job: states.get(job) or unbegun.get(job.partition("_")[0]) for job in left}
+            found |= {job: state for job, state in told.items() if state is not None}
+    return found
 
 
 def _from_squeue(line: str) -> tuple[str, JobState]:
@@ -178,13 +166,13 @@ def _ask(command: Sequence[str], environment: Mapping[str, str] | None = None) -
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def _ask_or_say(command: Sequence[str], but: str | None = None) -> str:
-    """The answer, "" for an error that contains `but`, or UserError with Slurm's message."""
+def _ask_or_say(command: Sequence[str]) -> str:
+    """The answer, or UserError with Slurm's message."""
     try:
         return _ask(command)
     except _ERRORS as error:
         message = _message(error)
-        if but is not None and but in message:
+        if "Invalid job id" in message:  # of several unknown ids squeue says nothing, of one it fails
             return ""
         raise UserError(f"Slurm does not answer ({command[0]}: {message}); try again, or use --cluster local") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -14,7 +14,7 @@ from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.ranks import RankedJob, find_mpiexec, usable_cores
 from hpc_cpd.cluster.schedulers.base import Job, JobState, RankInfo, Scheduler, Starter
 from hpc_cpd.cluster.supervisor import supervise
-from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit, not_done
+from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit, not_done
 from hpc_cpd.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.settings import PluginSettings
 
@@ -37,10 +37,6 @@ class Local(Scheduler):
         """`around`: the scheduler whose allocation this process lives in."""
         super().__init__(settings or LocalSettings())
         self.around = around
-
-    @property
-    def title(self) -> str:
-        return "on this machine" if self.around is None else "in this allocation"
 
     def available(self) -> bool:
         return True
@@ -74,7 +70,7 @@ class Local(Scheduler):
         rank = int(environment.get("RANK", environment.get("PMI_RANK", "0")))
         return RankInfo(rank, int(environment["HPC_CPD_RANKS"]), int(environment.get("LOCAL_RANK", rank)))
 
-    def run(self, request: LaunchRequest, stop: StopFlag, say: Callable[[str], None]) -> None:
+    def run(self, request: LaunchRequest, stop: StopFlag, say: Say) -> None:
         """Do all that is left of `request`. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
         logs = (request.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
         cores = usable_cores()
@@ -83,42 +79,29 @@ class Local(Scheduler):
             starter, ranks = self._starter(teachers[0], request), teachers[0].ranks(request.config)
             at_once = starter.at_once if starter is not None else max(1, cores // ranks)
             threads = max(1, cores // (ranks * at_once))
-            _run_jobs([self._job(unit, request, logs, threads) for unit in teachers], at_once, stop, say, request)
+            jobs = [self._job(unit, request, logs, threads) for unit in teachers]
+            _run_jobs(jobs, at_once, stop, say, request.allow_missing)
         for unit in not_done(request.stages):
             threads = max(1, cores // unit.ranks(request.config))
-            _run_jobs([self._job(unit, request, logs, threads)], 1, stop, say)
+            _run_jobs([self._job(unit, request, logs, threads)], 1, stop, say, go_on=False)
 
     def _starter(self, unit: Unit, request: LaunchRequest) -> Starter | None:
         return None if self.around is None else self.around.starter(unit, request.config)
 
     def _job(self, unit: Unit, request: LaunchRequest, logs: Path, threads: int) -> RankedJob:
-        starter = self._starter(unit, request)
-        folder = logs / "teachers" / unit.task if isinstance(unit, TeacherUnit) else logs / unit.name.replace(" ", "-")
-        return RankedJob(
-            unit.name,
-            request.arguments(unit),
-            unit.ranks(request.config),
-            unit.uses_mpi,
-            folder,
-            threads if starter is None else starter.threads,
-            starter=() if starter is None else starter.command,
-            scheduler="" if self.around is None else self.around.name,
-            progress=unit.folder,
-        )
+        words, ranks, starter = request.arguments(unit), unit.ranks(request.config), self._starter(unit, request)
+        place = logs / "teachers" / unit.task if isinstance(unit, TeacherUnit) else logs / unit.name.replace(" ", "-")
+        job = RankedJob(unit.name, words, ranks, unit.uses_mpi, place, unit.folder, threads)
+        if self.around is not None and starter is not None:
+            job.threads, job.starter, job.scheduler = starter.threads, starter.command, self.around.name
+        return job
 
 
 plugin = Local
 
 
-def _run_jobs(
-    jobs: Sequence[RankedJob],
-    at_once: int,
-    stop: StopFlag,
-    say: Callable[[str], None],
-    request: LaunchRequest | None = None,
-) -> None:
-    """Run and show `jobs`. Where the `request` allows missing teachers, those that fail are told and left behind."""
-    go_on = request is not None and request.allow_missing
+def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, say: Say, go_on: bool) -> None:
+    """Run and show `jobs`. With `go_on` those that fail are told and left behind."""
     console = Console()
     live = console.is_terminal
     with console.status("starting") as status:

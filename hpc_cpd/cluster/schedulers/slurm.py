@@ -90,6 +90,11 @@ class Slurm(Scheduler):
     settings: SlurmSettings
     variables: ClassVar[tuple[str, ...]] = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
 
+    def __init__(self, settings: SlurmSettings) -> None:
+        super().__init__(settings)
+        self.lead_seconds = settings.signal_seconds_before_end
+        self.requeues = settings.continuation == "requeue"
+
     # ---- before and while jobs are submitted
 
     def available(self) -> bool:
@@ -113,7 +118,7 @@ class Slurm(Scheduler):
         for number, chunk in enumerate(chunks, 1 + len(list(logs.glob("teachers-*.json")))):
             array = logs / f"teachers-{number}.json"
             made.append(SlurmJob(request, chunk, [], scripts.teachers(array, len(chunk), at_once), array))
-        stages = units[len(teachers) :]
+        stages = [unit for unit in units if not isinstance(unit, TeacherUnit)]
         return made + [SlurmJob(request, [one], one.needs(request.plan), scripts.stage(one)) for one in stages]
 
     def describe(self, job: Job, after: Mapping[Unit, str]) -> str:
@@ -196,13 +201,12 @@ class Slurm(Scheduler):
         if "SLURM_STEP_ID" not in environment:
             return None
         size = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-        return RankInfo(
-            rank=int(environment.get("SLURM_PROCID", "0")),
-            size=int(size),
-            local_rank=int(environment.get("SLURM_LOCALID", "0")),
-            scheduler="slurm",
-            job=JobStart(_job_id(environment), int(environment.get("SLURM_RESTART_COUNT", "0"))),
-        )
+        rank, local_rank = (int(environment.get(name, "0")) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+        # 12, or 12_3 in an array, whose last element has the number of the array itself
+        array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        id = f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
+        job = JobStart(id, int(environment.get("SLURM_RESTART_COUNT", "0")))
+        return RankInfo(rank, int(size), local_rank, scheduler="slurm", job=job)
 
     def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
         """The first host of the job, and a port from its number: two jobs on one node must not share it."""
@@ -213,14 +217,6 @@ class Slurm(Scheduler):
 
     def seconds_left(self, job: JobStart) -> float | None:
         return None if job.id is None else commands.seconds_left(job.id)
-
-    @property
-    def lead_seconds(self) -> float:
-        return self.settings.signal_seconds_before_end
-
-    @property
-    def requeues(self) -> bool:
-        return self.settings.continuation == "requeue"
 
     def requeue(self, job: JobStart) -> None:
         failure = commands.requeue(str(job.id))
@@ -256,9 +252,3 @@ def dependency(teachers: Sequence[str], stages: Sequence[str], any_end: bool) ->
     """What sbatch is told to wait for: success of these jobs, or with `any_end` merely the end of the teachers."""
     groups = [("afterany", teachers), ("afterok", stages)] if any_end else [("afterok", [*teachers, *stages])]
     return ",".join(f"{word}:{':'.join(jobs)}" for word, jobs in groups if jobs)
-
-
-def _job_id(environment: Mapping[str, str]) -> str | None:
-    """``12``, or ``12_3`` in an array, whose last element has the number of the array itself."""
-    array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
