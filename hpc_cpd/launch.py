@@ -38,7 +38,6 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 
 HERE = "python -m hpc_cpd.launch"
-SUBMISSION_SECONDS = 300.0  # most that another launch's submitting is waited for, as of two sbatch commands in a row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,7 +64,7 @@ def launch(arguments: argparse.Namespace) -> int:
         request.run.folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
         raise _no_place(request.run.folder, str(error.strerror)) from None
-    wait = SUBMISSION_SECONDS if scheduler.queues else 0.0
+    wait = 300.0 if scheduler.queues else 0.0  # for another launch that submits, as of two sbatch commands in a row
     with Lock(request.run.folder, f"the run {request.run.folder}", wait_seconds=wait, stop=stop):
         _open(request, scheduler)
         _announce(request, scheduler)

@@ -69,14 +69,9 @@ def _seconds(folder: Path, record: JobRecord) -> float | None:
     earlier = 0.0 if record.number == 1 else record.seconds_before
     if earlier is None:
         return None
-    ended = _last_saved(folder) if record.ended is None else record.ended
-    return earlier + max(0.0, ended - record.started)
-
-
-def _last_saved(folder: Path) -> float:
-    """When a checkpoint or a result of a unit was last written, in seconds since the epoch; 0: never."""
     results = ("start", "draft", "student", "memory", "routing.json", "policy.safetensors", "evaluation*.json")
-    return newest([folder], ("checkpoints/*", *results))
+    ended = newest([folder], ("checkpoints/*", *results)) if record.ended is None else record.ended
+    return earlier + max(0.0, ended - record.started)
 
 
 def _who() -> str:

@@ -18,7 +18,6 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 Stop = Callable[[], bool]
-_PR_SET_PDEATHSIG = 1
 
 
 class StopFlag:
@@ -86,6 +85,6 @@ def die_with_parent(parent: int | None = None) -> None:
     With `parent`, leave at once when that process is gone already. Linux only; elsewhere nothing happens.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if parent is not None and os.getppid() != parent:
         os._exit(1)

@@ -13,7 +13,6 @@ from typing import Protocol
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.errors import EXIT_USER_ERROR
 
-POLL_SECONDS = 0.1
 LAST_LINES = 15
 
 # The kernel's promise to kill a command with its parent must be asked for before the command replaces this process.
@@ -57,20 +56,18 @@ Show = Callable[[str, str], None]
 """(name of the work, one line)"""
 
 
-def supervise(
-    work: Sequence[Work], at_once: int, stop: StopFlag, show: Show, after_mistake: bool = True
-) -> list[Outcome]:
+def supervise(work: Sequence[Work], at_once: int, stop: StopFlag, show: Show, go_on: bool = True) -> list[Outcome]:
     """Do `work`, at most `at_once` pieces at a time; return the outcomes of those that were started.
 
     One that fails does not disturb the others. Every signal is passed on to all that run, and no other is started
-    then; nor, without `after_mistake`, after a user's mistake, for the others would make it too.
+    then; nor, without `go_on`, after a user's mistake, for the others would make it too.
     """
     waiting, running, outcomes = list(work), list[Work](), list[Outcome]()
     passed_on = 0
     try:
         while running or waiting:
             mistake = any(outcome.code == EXIT_USER_ERROR for outcome in outcomes)
-            if stop() or (mistake and not after_mistake):
+            if stop() or (mistake and not go_on):
                 waiting.clear()
             while waiting and len(running) < at_once:
                 waiting[0].start()
@@ -87,7 +84,7 @@ def supervise(
                     outcomes.append(outcome)
             passed_on = heard
             if running:
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.1)
     finally:
         for begun in running:
             begun.kill()

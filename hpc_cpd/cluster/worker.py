@@ -37,10 +37,6 @@ from hpc_cpd.run.job import set_this_job
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
 
-FIRST_RANK_SPEAKS_SECONDS = 2.0
-LOCK_WAIT_SECONDS = 120.0
-REQUEUE_SECONDS = 60.0
-
 
 def rendezvous(info: RankInfo, scheduler: Scheduler) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torch.distributed reads them."""
@@ -89,7 +85,7 @@ def learn(unit: StageUnit, info: RankInfo, stop: Stop, allow_missing: bool) -> N
 
 def _lock(unit: Unit, what: str, info: RankInfo, stop: Stop) -> Lock:
     """A job waits until the heart of a lost job has stopped; a person's launch is told at once who works there."""
-    wait = LOCK_WAIT_SECONDS if info.own_job else 0.0
+    wait = 120.0 if info.own_job else 0.0
     return Lock(unit.folder, what, wait_seconds=wait, on_lost=_fenced, stop=stop, also=unit.folders[1:])
 
 
@@ -132,7 +128,7 @@ def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = N
             sentence = str(error) if plain else disk_error_sentence(error) or f"{type(error).__name__}: {error}"
             lost = getattr(error, "ranks", [])
             if info.rank and not info.launcher and isinstance(error, UserError):
-                time.sleep(FIRST_RANK_SPEAKS_SECONDS)
+                time.sleep(2.0)  # rank 0 speaks first
             raise
 
     try:
@@ -151,7 +147,7 @@ def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = N
             if info.rank == 0:
                 scheduler.requeue(info.job)
             else:  # the step ends, and rank 0 before its word is out, as soon as one rank has ended
-                flag.wait(REQUEUE_SECONDS)
+                flag.wait(60.0)
     leave(code)
 
 
@@ -175,12 +171,10 @@ def _scheduler(info: RankInfo, run: Run) -> Scheduler:
 
 def _log_of(info: RankInfo, unit: Unit) -> Path:
     """Where this rank's output goes: relative to the run folder, which may be moved later, if it is there."""
-    run = unit.run
+    log, top = Path(os.environ.get("HPC_CPD_LOGS", "."), f"rank-{info.rank}.log"), unit.run.folder.absolute()
     if info.own_job:
-        log = _scheduler(info, run).log(run, str(info.job.id), info.rank).absolute()
-    else:
-        log = Path(os.environ.get("HPC_CPD_LOGS", "."), f"rank-{info.rank}.log").absolute()
-    return log.relative_to(run.folder.absolute()) if log.is_relative_to(run.folder.absolute()) else log
+        log = _scheduler(info, unit.run).log(unit.run, str(info.job.id), info.rank)
+    return log.absolute().relative_to(top) if log.absolute().is_relative_to(top) else log.absolute()
 
 
 def _leave_mpi() -> None:

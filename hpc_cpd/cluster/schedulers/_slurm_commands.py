@@ -28,13 +28,7 @@ _WORDS: dict[Phase, str] = {  # any other word: failed
 _PHASES = {word: phase for phase, words in _WORDS.items() for word in words.split()}
 # "--states=all" or jobs that have ended are not told
 _SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%L")
-_SACCT = (
-    "sacct",
-    "--noheader",
-    "--parsable2",
-    "--allocations",
-    "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed",
-)
+_SACCT = ("sacct", "--noheader", "--parsable2", "--allocations", "-oJobID,State,Reason,NodeList,Timelimit,Elapsed")
 _ERRORS = (OSError, subprocess.SubprocessError)  # of a command that is not there, fails, or does not answer
 
 

@@ -20,9 +20,6 @@ from hpc_cpd.errors import UserError
 if TYPE_CHECKING:
     from hpc_cpd.cluster.schedulers.slurm import SlurmSettings
 
-RESUBMITTER_MINUTES = 15
-HAND_OVERS = 3
-
 
 @dataclass(frozen=True)
 class Script:
@@ -33,8 +30,7 @@ class Script:
 
     def text(self, folder: Path, dependency: str = "", avoid: Sequence[str] = ()) -> str:
         """The batch script, which keeps its logs in `folder` and shuns the nodes `avoid`. Reads and submits nothing."""
-        more = {"dependency": dependency, "exclude": ",".join(avoid)}
-        parameters = {**self.parameters, **{key: value for key, value in more.items() if value}}
+        parameters = {**self.parameters, **_given(dependency=dependency, exclude=",".join(avoid))}
         try:  # submitit's function for it is private: no other place calls it
             from submitit.slurm.slurm import _make_sbatch_string
 
@@ -84,9 +80,8 @@ class Scripts:
             )
         cpus = settings.stage_cpus_per_rank or settings.cpus_per_rank
         parameters = self._parameters(unit.name.replace(" ", "-"), ranks, nodes, cpus)
-        parameters |= settings.model_dump(include={"constraint", "gres"}, exclude_none=True)
-        more = {"partition": settings.stage_partition, "gpus_per_node": gpus or None}
-        parameters |= {key: value for key, value in more.items() if value is not None}
+        parameters |= _given(partition=settings.stage_partition, constraint=settings.constraint)
+        parameters |= _given(gres=settings.gres, gpus_per_node=gpus)
         return Script(f"{self._worker} {shlex.join(self.request.arguments(unit))}", parameters)
 
     def resubmitter(self) -> Script:
@@ -100,12 +95,12 @@ class Scripts:
         launch += f" --cluster {self.settings.name} --retry" + " --allow-missing" * self.request.allow_missing
         command = (
             f"{launch} >> {_quote(log)} 2>&1 && exit\n"
-            f'[ "${{HPC_CPD_HANDED_OVER:=0}}" -lt {HAND_OVERS} ] || exit 1\n'
+            f'[ "${{HPC_CPD_HANDED_OVER:=0}}" -lt 3 ] || exit 1\n'
             "export HPC_CPD_HANDED_OVER=$((HPC_CPD_HANDED_OVER + 1))\n"
             f"export HPC_CPD_AVOID=${{HPC_CPD_AVOID:+$HPC_CPD_AVOID,}}{self.node}\n"
             f'exec sbatch --dependency=afterany:{self.job} --exclude="$HPC_CPD_AVOID" "$0"'
         )
-        parameters = self._common("resubmitter", RESUBMITTER_MINUTES, 1, 1, 1)
+        parameters = self._common("resubmitter", minutes=15, nodes=1, ranks_per_node=1, cpus=1)
         parameters["additional_parameters"]["output"] = "/dev/null"  # a log that cannot be opened would fail the job
         return Script(command, parameters | {"use_srun": False, "setup": list(self.settings.setup)})
 
@@ -119,12 +114,10 @@ class Scripts:
 
     def _common(self, name: str, minutes: int, nodes: int, ranks_per_node: int, cpus: int) -> dict[str, Any]:
         settings = self.settings
-        site = settings.model_dump(include={"partition", "account", "qos"}, exclude_none=True)
-        memory = {} if settings.memory_per_cpu is None else {"mem_per_cpu": settings.memory_per_cpu}
         requeue = "requeue" if settings.continuation == "requeue" else "no-requeue"
         return {
-            **site,
-            **memory,
+            **_given(partition=settings.partition, account=settings.account, qos=settings.qos),
+            **_given(mem_per_cpu=settings.memory_per_cpu),
             "job_name": f"{self.request.config.name}-{name}",
             "time": minutes,
             "nodes": nodes,
@@ -153,6 +146,10 @@ class Scripts:
             # srun does not inherit the cores; its logs must outlive a requeue; a rank that fails must end the others
             "srun_args": [f"--cpus-per-task={cpus}", "--open-mode=append", "--kill-on-bad-exit=1"],
         }
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value}
 
 
 def _quote(path: str | Path) -> str:

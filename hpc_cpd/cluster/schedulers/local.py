@@ -18,8 +18,6 @@ from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit, not_don
 from hpc_cpd.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.settings import PluginSettings
 
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
-
 
 class LocalSettings(PluginSettings):
     """Nothing to choose."""
@@ -48,7 +46,7 @@ class Local(Scheduler):
                 continue
             if unit.uses_mpi and ranks > 1:
                 find_mpiexec()
-            elif not unit.uses_mpi and NVIDIA_GPUS.is_dir():
+            elif not unit.uses_mpi and Path("/proc/driver/nvidia/gpus").is_dir():
                 from hpc_cpd.distributed.torch import require_gpus
 
                 require_gpus(ranks)
@@ -114,7 +112,7 @@ def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, say: Say,
             else:
                 say(line)
 
-        outcomes = supervise(jobs, at_once, stop, show, after_mistake=go_on)
+        outcomes = supervise(jobs, at_once, stop, show, go_on=go_on)
     for outcome in outcomes:
         if outcome.code == EXIT_FAULT or (go_on and outcome.code == EXIT_USER_ERROR):
             print(f"error: {outcome.sentence}", file=sys.stderr, flush=True)

@@ -23,8 +23,6 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import write_json
 from hpc_cpd.settings import Config, PluginSettings
 
-PORTS = (20000, 32000)  # where the ranks of a stage meet
-CONF = "SLURM_CONF"
 _MEMORY = re.compile(r"(?i:oom[-_ ]kill|exceeded (job )?memory limit)|: Out Of Memory")  # not: CUDA out of memory
 # What Slurm alone knows about the end of a job, and what to do about it.
 _ADVICE = {
@@ -51,7 +49,7 @@ class SlurmSettings(PluginSettings):
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each")
     cpus_per_rank: int = Field(1, ge=1, description="cores per rank")
     stage_cpus_per_rank: int | None = Field(
-        None, ge=1, description="cores per rank of a stage, where it has more than a teacher's"
+        None, ge=1, description="cores per rank of a stage, if more than a teacher's"
     )
     memory_per_cpu: str | None = Field(None, description="for example 4G")
     time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job")
@@ -60,13 +58,9 @@ class SlurmSettings(PluginSettings):
     )
     array_parallelism: int = Field(64, ge=1, description="teachers at once")
     mpi_plugin: str = Field("pmi2", description="srun --mpi plugin of the teachers")
-    network_interface: str | None = Field(
-        None, description="network that ranks of several nodes talk over, for example ib0"
-    )
+    network_interface: str | None = Field(None, description="network between the nodes of a stage, for example ib0")
     setup: list[str] = Field([], description="shell lines before each job: module load, conda activate")
-    options: dict[str, bool | int | str] = Field(
-        {}, description="further sbatch options of its jobs, by their long names"
-    )
+    options: dict[str, bool | int | str] = Field({}, description="further sbatch options, by their long names")
     continuation: Literal["requeue", "resubmit", "chain"] = Field(
         "requeue",
         description="how stopped work goes on: Slurm requeues its job; a new job is submitted for it; or, where jobs "
@@ -158,7 +152,9 @@ class Slurm(Scheduler):
         """A job submitted from inside a job must not inherit its memory and task settings, only where Slurm is."""
         ours = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "HPC_CPD_JOB")
         foreign = (*self.variables, *ours)
-        return {name: value for name, value in os.environ.items() if name == CONF or not name.startswith(foreign)}
+        return {
+            name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(foreign)
+        }
 
     def _dependency(self, job: Job, after: Mapping[Unit, str]) -> str:
         """What `job` waits for.
@@ -212,7 +208,7 @@ class Slurm(Scheduler):
         """The first host of the job, and a port from its number: two jobs on one node must not share it."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
-        port = PORTS[0] + int(environment["SLURM_JOB_ID"]) % (PORTS[1] - PORTS[0])
+        port = 20000 + int(environment["SLURM_JOB_ID"]) % 12000
         return SlurmJobEnvironment().hostnames[0], port
 
     def seconds_left(self, job: JobStart) -> float | None:
