@@ -104,7 +104,7 @@ def test_other_settings_for_an_existing_run_are_refused_key_by_key(begun):
     ("words", "part"),
     [
         (["--stage", "all", "seed=7"], "seed was 0 and is now 7"),
-        (["--stage", "all", "--ranks", "32"], "teachers.ppo.num_envs is 16"),
+        (["--stage", "all", "--ranks", "32"], "teachers.algorithm.num_envs is 16"),
         (["--stage", "2"], "stage 2 cannot start"),
     ],
 )

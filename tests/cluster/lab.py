@@ -42,9 +42,9 @@ def settings(tasks: Sequence[str], max_retries: int = 2, **scheduler: Any) -> di
         "trajectories": {"episodes": 8, "success_only": False, "episodes_per_shard": 4},
         "student": {
             "width": 16,
-            "heads": 2,
+            "backbone": {"heads": 2},
             "expert_hidden": 16,
-            "task_encoder": {"gradient_steps": 10, "windows_per_task": 4, "width": 16, "size": 4},
+            "task_embedding": {"gradient_steps": 10, "windows_per_task": 4, "width": 16, "size": 4},
         },
         "method": {"memory": {"budget_fraction": 0.5}},
         "distill": {"ranks": 2, "batch_size": 32, "phase1_steps": 40, "phase2_steps": 30, "warmup_steps": 5},
