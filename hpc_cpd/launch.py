@@ -31,7 +31,7 @@ from hpc_cpd.cluster.schedulers.local import Local
 from hpc_cpd.cluster.snapshot import live_owner
 from hpc_cpd.cluster.units import LaunchRequest, not_done, request_of
 from hpc_cpd.config import load_config, taken_over
-from hpc_cpd.errors import EXIT_DONE, EXIT_USER_ERROR, StopRequested, UserError, run_command
+from hpc_cpd.errors import EXIT_USER_ERROR, StopRequested, UserError, run_command
 from hpc_cpd.run.job import set_this_job
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
@@ -42,24 +42,23 @@ HERE = "python -m hpc_cpd.launch"
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: launch(arguments))
+    return run_command(partial(launch, arguments))
 
 
-def launch(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+def launch(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises StopRequested and UserError, or leaves by SystemExit."""
     stop = StopFlag().install()
     set_this_job(find_rank(os.environ).job)
     request = read_request(arguments)
     scheduler = choose(arguments.cluster, request.config)
     if not arguments.dry_run and not scheduler.available():
-        raise UserError(
-            f"{scheduler.name} does not answer here; log in to a node of the cluster, or use --cluster local"
-        )
+        advice = "log in to a node of the cluster, or use --cluster local"
+        raise UserError(f"{scheduler.name} does not answer here; {advice}")
     check(request, scheduler)
     if arguments.dry_run:
         _announce(request, scheduler)
         _print_plan(request, scheduler)
-        return EXIT_DONE
+        return
     try:
         request.run.folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
@@ -76,7 +75,7 @@ def launch(arguments: argparse.Namespace) -> int:
     if scheduler.queues:
         if not arguments.wait:
             _say(f"\nNext: hpc-cpd status {request.run.folder}")
-            return EXIT_DONE
+            return
         submit.wait_for(request, scheduler, stop)
         if stop():
             raise StopRequested("the jobs stay in the queue; the same command with --wait waits for them again")
@@ -86,7 +85,6 @@ def launch(arguments: argparse.Namespace) -> int:
                 f"{request.run.folder}. Then run the same command again"
             )
     _finish(request)
-    return EXIT_DONE
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,8 +7,11 @@ StopRequested. A handler that did more would interrupt a collective or a half-wr
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -88,3 +91,12 @@ def die_with_parent(parent: int | None = None) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def hold_lifeline(address: str) -> None:
+    """Hold a connection until this process ends: see `hpc_cpd.cluster.ranks.Lifelines`, whose `address` this is."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(b"\0" + address.encode())
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        high = 1000 if limit == resource.RLIM_INFINITY else min(1000, limit - 1)  # above the descriptors in use
+        fcntl.fcntl(line, fcntl.F_DUPFD_CLOEXEC, high)

@@ -8,11 +8,9 @@ whose end makes its proxy kill the ranks, and the proxy's end kills them too.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
-import resource
 import select
 import shutil
 import signal
@@ -36,7 +34,6 @@ from hpc_cpd.progress import Reader
 
 GRACE_SECONDS = 3.0
 PORTS = (20000, 32000)  # where the ranks of a stage meet
-HIGH = 1000  # a descriptor above those in use
 
 
 def usable_cores() -> int:
@@ -74,14 +71,6 @@ class Lifelines:
         for line, _ in gone:
             line.close()
         return [pid for _, pid in gone]
-
-
-def hold_lifeline(address: str) -> None:
-    """Hold a connection until this process ends."""
-    with socket.socket(socket.AF_UNIX) as line:
-        line.connect(b"\0" + address.encode())
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        fcntl.fcntl(line, fcntl.F_DUPFD_CLOEXEC, HIGH if limit == resource.RLIM_INFINITY else min(HIGH, limit - 1))
 
 
 @dataclass

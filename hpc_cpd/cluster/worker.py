@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from hpc_cpd.cluster.job_record import begin_job, end_job
-from hpc_cpd.cluster.preemption import Stop, StopFlag, Watch, die_with_parent
-from hpc_cpd.cluster.ranks import free_port, hold_lifeline
+from hpc_cpd.cluster.preemption import Stop, StopFlag, Watch, die_with_parent, hold_lifeline
+from hpc_cpd.cluster.ranks import free_port
 from hpc_cpd.cluster.schedulers.base import RankInfo, Scheduler, scheduler_of
 from hpc_cpd.cluster.units import StageUnit, TeacherUnit, Unit
 from hpc_cpd.errors import (
@@ -111,7 +111,11 @@ def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = N
     def guarded() -> None:
         nonlocal sentence, lost, scheduler
         try:
-            _redirect(info)
+            folder = os.environ.get("HPC_CPD_LOGS")
+            if info.launcher is not None and folder is not None:
+                with open(Path(folder, f"rank-{info.rank}.log"), "ab") as log:  # this rank's own
+                    os.dup2(log.fileno(), 1)
+                    os.dup2(log.fileno(), 2)
             stop: Stop = flag
             if unit is not None:
                 scheduler = _scheduler(info, unit.run)
@@ -197,15 +201,6 @@ def _connect(info: RankInfo) -> Callable[[dict[str, object]], None]:
 
     speak({"rank": info.rank, "pid": os.getpid()})
     return speak
-
-
-def _redirect(info: RankInfo) -> None:
-    """Under our launcher, send output to this rank's own log."""
-    folder = os.environ.get("HPC_CPD_LOGS")
-    if info.launcher is not None and folder is not None:
-        with open(Path(folder) / f"rank-{info.rank}.log", "ab") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
 
 
 def remove_leftovers(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:

@@ -11,7 +11,7 @@ from hpc_cpd.cluster.ranks import Lifelines
 
 RANK = """
 import os, signal, sys
-from hpc_cpd.cluster.ranks import hold_lifeline
+from hpc_cpd.cluster.preemption import hold_lifeline
 hold_lifeline(sys.argv[1])
 os.write(1, b"here")
 signal.pause()

@@ -41,12 +41,10 @@ class Local(Scheduler):
 
     def check(self, request: LaunchRequest) -> None:
         for unit in request.todo:
-            ranks = unit.ranks(request.config)
-            if self._starter(unit, request) is not None:
-                continue
-            if unit.uses_mpi and ranks > 1:
+            ranks, ours = unit.ranks(request.config), self._starter(unit, request) is None
+            if ours and unit.uses_mpi and ranks > 1:
                 find_mpiexec()
-            elif not unit.uses_mpi and Path("/proc/driver/nvidia/gpus").is_dir():
+            elif ours and not unit.uses_mpi and Path("/proc/driver/nvidia/gpus").is_dir():
                 from hpc_cpd.distributed.torch import require_gpus
 
                 require_gpus(ranks)
@@ -71,24 +69,22 @@ class Local(Scheduler):
     def run(self, request: LaunchRequest, stop: StopFlag, say: Say) -> None:
         """Do all that is left of `request`. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
         logs = (request.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
-        cores = usable_cores()
         teachers = not_done(request.teachers)
         if teachers:
             starter, ranks = self._starter(teachers[0], request), teachers[0].ranks(request.config)
-            at_once = starter.at_once if starter is not None else max(1, cores // ranks)
-            threads = max(1, cores // (ranks * at_once))
-            jobs = [self._job(unit, request, logs, threads) for unit in teachers]
+            at_once = starter.at_once if starter is not None else max(1, usable_cores() // ranks)
+            jobs = [self._job(unit, request, logs, at_once) for unit in teachers]
             _run_jobs(jobs, at_once, stop, say, request.allow_missing)
         for unit in not_done(request.stages):
-            threads = max(1, cores // unit.ranks(request.config))
-            _run_jobs([self._job(unit, request, logs, threads)], 1, stop, say, go_on=False)
+            _run_jobs([self._job(unit, request, logs, 1)], 1, stop, say, go_on=False)
 
     def _starter(self, unit: Unit, request: LaunchRequest) -> Starter | None:
         return None if self.around is None else self.around.starter(unit, request.config)
 
-    def _job(self, unit: Unit, request: LaunchRequest, logs: Path, threads: int) -> RankedJob:
+    def _job(self, unit: Unit, request: LaunchRequest, logs: Path, at_once: int) -> RankedJob:
         words, ranks, starter = request.arguments(unit), unit.ranks(request.config), self._starter(unit, request)
         place = logs / "teachers" / unit.task if isinstance(unit, TeacherUnit) else logs / unit.name.replace(" ", "-")
+        threads = max(1, usable_cores() // (ranks * at_once))
         job = RankedJob(unit.name, words, ranks, unit.uses_mpi, place, unit.folder, threads)
         if self.around is not None and starter is not None:
             job.threads, job.starter, job.scheduler = starter.threads, starter.command, self.around.name

@@ -48,9 +48,7 @@ class SlurmSettings(PluginSettings):
     nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job")
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each")
     cpus_per_rank: int = Field(1, ge=1, description="cores per rank")
-    stage_cpus_per_rank: int | None = Field(
-        None, ge=1, description="cores per rank of a stage, if more than a teacher's"
-    )
+    stage_cpus_per_rank: int | None = Field(None, ge=1, description="cores per rank of a stage; null: as a teacher's")
     memory_per_cpu: str | None = Field(None, description="for example 4G")
     time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job")
     signal_seconds_before_end: int = Field(
@@ -117,12 +115,12 @@ class Slurm(Scheduler):
 
     def describe(self, job: Job, after: Mapping[Unit, str]) -> str:
         assert isinstance(job, SlurmJob)
-        return job.script.text(self._logs(job.request.run), self._dependency(job, after))
+        return job.script.text(job.request.run.logs.absolute() / "slurm", self._dependency(job, after))
 
     def submit(self, job: Job, after: Mapping[Unit, str], avoid: Sequence[str]) -> Iterator[Sequence[str]]:
         """Submit the job, or the chain of them; every other link waits for the last."""
         assert isinstance(job, SlurmJob)
-        logs, waits = self._logs(job.request.run), self._dependency(job, after)
+        logs, waits = job.request.run.logs.absolute() / "slurm", self._dependency(job, after)
         if job.array is not None:
             write_json(job.array, {"tasks": [unit.task for unit in job.units if isinstance(unit, TeacherUnit)]})
         for _ in range(self.settings.chain_length if self.settings.continuation == "chain" else 1):
@@ -135,7 +133,7 @@ class Slurm(Scheduler):
             return None
         script = self.scripts(request).resubmitter()
         waits = "?".join(f"afternotok:{job}" for job in jobs)
-        return self._submit(self._logs(request.run), "resubmitter", script, waits, [])
+        return self._submit(request.run.logs.absolute() / "slurm", "resubmitter", script, waits, [])
 
     def cancel(self, jobs: Sequence[str]) -> None:
         commands.cancel(jobs, self._environment())
@@ -151,10 +149,8 @@ class Slurm(Scheduler):
     def _environment(self) -> dict[str, str]:
         """A job submitted from inside a job must not inherit its memory and task settings, only where Slurm is."""
         ours = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "HPC_CPD_JOB")
-        foreign = (*self.variables, *ours)
-        return {
-            name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(foreign)
-        }
+        names = [name for name in os.environ if name == "SLURM_CONF" or not name.startswith((*self.variables, *ours))]
+        return {name: os.environ[name] for name in names}
 
     def _dependency(self, job: Job, after: Mapping[Unit, str]) -> str:
         """What `job` waits for.
@@ -165,11 +161,6 @@ class Slurm(Scheduler):
         teachers = [id for unit, id in after.items() if isinstance(unit, TeacherUnit)]
         stages = [id for unit, id in after.items() if not isinstance(unit, TeacherUnit)]
         return dependency(teachers, stages, job.request.allow_missing and self.settings.continuation == "chain")
-
-    @staticmethod
-    def _logs(run: Run) -> Path:
-        """Where the jobs' logs and scripts are kept."""
-        return (run.logs / "slurm").absolute()
 
     # ---- questions about jobs
 
@@ -215,8 +206,7 @@ class Slurm(Scheduler):
         return None if job.id is None else commands.seconds_left(job.id)
 
     def requeue(self, job: JobStart) -> None:
-        failure = commands.requeue(str(job.id))
-        if failure:
+        if failure := commands.requeue(str(job.id)):
             message = f"could not requeue job {job.id} ({failure}); the resubmitter submits it anew"
             print(message, file=sys.stderr, flush=True)
 
