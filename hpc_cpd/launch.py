@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,38 +31,39 @@ from hpc_cpd.cluster.schedulers.local import Local
 from hpc_cpd.cluster.snapshot import live_owner
 from hpc_cpd.cluster.units import LaunchRequest, not_done, request_of
 from hpc_cpd.config import load_config, taken_over
-from hpc_cpd.errors import EXIT_DONE, EXIT_USER_ERROR, StopRequested, UserError, run_command
+from hpc_cpd.errors import EXIT_USER_ERROR, StopRequested, UserError, run_command
 from hpc_cpd.run.job import set_this_job
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 
 HERE = "python -m hpc_cpd.launch"
-SUBMISSION_SECONDS = 300.0  # most that another launch's submitting is waited for, as of two sbatch commands in a row
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_intermixed_args(argv)
-    return run_command(lambda: launch(arguments))
+    return run_command(partial(launch, arguments))
 
 
-def launch(arguments: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code."""
+def launch(arguments: argparse.Namespace) -> None:
+    """Do what the command line asks for. Raises StopRequested and UserError, or leaves by SystemExit."""
     stop = StopFlag().install()
     set_this_job(find_rank(os.environ).job)
     request = read_request(arguments)
     scheduler = choose(arguments.cluster, request.config)
     if not arguments.dry_run and not scheduler.available():
-        raise UserError(
-            f"{scheduler.name} does not answer here; log in to a node of the cluster, or use --cluster local"
-        )
+        advice = "log in to a node of the cluster, or use --cluster local"
+        raise UserError(f"{scheduler.name} does not answer here; {advice}")
     check(request, scheduler)
     if arguments.dry_run:
         _announce(request, scheduler)
         _print_plan(request, scheduler)
-        return EXIT_DONE
-    _make_folder(request.run.folder)
-    wait = SUBMISSION_SECONDS if scheduler.queues else 0.0
+        return
+    try:
+        request.run.folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        raise _no_place(request.run.folder, str(error.strerror)) from None
+    wait = 300.0 if scheduler.queues else 0.0  # for another launch that submits, as of two sbatch commands in a row
     with Lock(request.run.folder, f"the run {request.run.folder}", wait_seconds=wait, stop=stop):
         _open(request, scheduler)
         _announce(request, scheduler)
@@ -73,7 +75,7 @@ def launch(arguments: argparse.Namespace) -> int:
     if scheduler.queues:
         if not arguments.wait:
             _say(f"\nNext: hpc-cpd status {request.run.folder}")
-            return EXIT_DONE
+            return
         submit.wait_for(request, scheduler, stop)
         if stop():
             raise StopRequested("the jobs stay in the queue; the same command with --wait waits for them again")
@@ -83,7 +85,6 @@ def launch(arguments: argparse.Namespace) -> int:
                 f"{request.run.folder}. Then run the same command again"
             )
     _finish(request)
-    return EXIT_DONE
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,25 +106,18 @@ def _parser() -> argparse.ArgumentParser:
         epilog="key=value overrides a setting, for example seed=1 or distill.ranks=4. "
         "Exit codes: 0 done or submitted, 2 a mistake you can mend, 3 stopped with work left, 1 a fault of ours.",
     )
-    parser.add_argument("--stage", required=True, metavar="{teachers,1,2,..,all}", help="what to do")
-    parser.add_argument("--config", help="settings (YAML), for example configs/quickstart.yaml")
-    parser.add_argument("--run", help="run folder; default runs/NAME")
-    parser.add_argument(
-        "--cluster",
-        metavar="{auto,local,slurm,..}",
-        default="auto",
-        help="a scheduler (see hpc-cpd plugins); auto, the default: the configured one where it answers, else local",
-    )
-    parser.add_argument("--ranks", type=int, help="ranks of each teacher and of each stage")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan and the job scripts; submit nothing")
-    parser.add_argument("--wait", action="store_true", help="return when the submitted jobs have ended")
-    parser.add_argument(
-        "--allow-missing",
-        action="store_true",
-        help="a stage does without the tasks whose teachers are missing, for good",
-    )
-    parser.add_argument("--retry", action="store_true", help=argparse.SUPPRESS)  # what a resubmitter's job runs
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that override the file's")
+    add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
+    where = "a scheduler (see hpc-cpd plugins); auto, the default: the configured one where it answers, else local"
+    add("--stage", required=True, metavar="{teachers,1,2,..,all}", help="what to do")
+    add("--config", help="settings (YAML), for example configs/quickstart.yaml")
+    add("--run", help="run folder; default runs/NAME")
+    add("--cluster", metavar="{auto,local,slurm,..}", default="auto", help=where)
+    add("--ranks", type=int, help="ranks of each teacher and of each stage")
+    flag("--dry-run", help="print the plan and the job scripts; submit nothing")
+    flag("--wait", help="return when the submitted jobs have ended")
+    flag("--allow-missing", help="a stage does without the tasks whose teachers are missing, for good")
+    flag("--retry", help=argparse.SUPPRESS)  # what a resubmitter's job runs
+    add("settings", nargs="*", metavar="key=value", help="settings that override the file's")
     return parser
 
 
@@ -139,10 +133,9 @@ def read_request(arguments: argparse.Namespace) -> LaunchRequest:
         overrides += [f"teachers.ranks={arguments.ranks}", f"distill.ranks={arguments.ranks}"]
     source = arguments.config
     if source is None and arguments.run is not None:
-        stored = Run(arguments.run).config_file
-        if not stored.is_file():
+        source = Run(arguments.run).config_file
+        if not source.is_file():
             raise UserError(f"there is no run in {arguments.run}; give --config to start one there")
-        source = stored
     config = load_config(source, overrides)
     run = Run(arguments.run or Path("runs") / config.name)
     plan = run_plan(run, config)
@@ -174,7 +167,13 @@ def check(request: LaunchRequest, scheduler: Scheduler) -> None:
     if live_owner(run.folder) is None:  # else another launch may be submitting what is missing: asked again after it
         submit.require_one_stage(request, submit.queued(request, scheduler) if scheduler.available() else set())
     scheduler.check(request)
-    _require_place(run.folder)
+    there = next(path for path in (run.folder, *run.folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise _no_place(run.folder, f"{there} is a file")
+
+
+def _no_place(folder: Path, why: str) -> UserError:
+    return UserError(f"cannot make the run folder {folder}: {why}; choose another with --run")
 
 
 def _goes_on_longer(request: LaunchRequest) -> bool:
@@ -185,31 +184,20 @@ def _goes_on_longer(request: LaunchRequest) -> bool:
     return not shared and lengthens(request.run.config(), request.config)
 
 
-def _require_place(folder: Path) -> None:
-    """Refuse a run folder that cannot be made."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"cannot make the run folder {folder}: {there} is a file; choose another with --run")
-
-
 # ---- what is done
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
-        raise UserError(f"cannot make the run folder {folder}: {error.strerror}; choose another with --run") from None
 
 
 def _open(request: LaunchRequest, scheduler: Scheduler) -> None:
     """Make the run, or tell in what this launch differs from the one before."""
-    old = request.run.config() if request.run.config_file.is_file() else None
-    longer = old is not None and _goes_on_longer(request)
-    request.run.open(request.config, _provenance(request), longer)
+    run, config = request.run, request.config
+    if not run.config_file.is_file():
+        run.open(config, _provenance(request))
+        return
+    old, longer = run.config(), _goes_on_longer(request)
+    run.open(config, {}, longer)
     if longer:
-        _say(f"{len(request.plan)} stages, there were fewer: {request.run.folder} goes on with further tasks")
-    for sentence in taken_over(old, request.config) if old is not None else ():
+        _say(f"{len(request.plan)} stages, there were fewer: {run.folder} goes on with further tasks")
+    for sentence in taken_over(old, config):
         queued = " (jobs in the queue keep what they were submitted with)" if scheduler.queues else ""
         _say(f"From now on: {sentence}{queued}")
 
@@ -218,8 +206,6 @@ def _provenance(request: LaunchRequest) -> dict[str, object]:
     """Written once, when the run begins."""
     from hpc_cpd.tasks.registry import describe
 
-    if request.run.config_file.is_file():
-        return {}
     specs = [describe(task) for tasks in request.plan for task in tasks]
     return describe_origin() | {
         "seed": request.config.seed,
@@ -250,7 +236,10 @@ def _announce(request: LaunchRequest, scheduler: Scheduler) -> None:
     def part(what: str, total: int, left: int) -> str:
         return f"{what}: {total - left} of {total} done" + (f", {left} to do" if left else "")
 
-    _say(f"Run {request.run.folder} ({scheduler.title})")
+    where = f"through {scheduler.name}"
+    if isinstance(scheduler, Local):
+        where = "on this machine" if scheduler.around is None else "in this allocation"
+    _say(f"Run {request.run.folder} ({where})")
     for name, version in untested_versions().items():
         _say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
     left = not_done(request.stages)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FILE = "progress.json"
@@ -20,16 +19,23 @@ class News:
     name: str
     text: str
     phase: str
-    step: int | None
-    total: int | None
-    loss: float | None
-    steps_per_second: float | None
-    seconds: float
+    step: int | None = None
+    total: int | None = None
+    loss: float | None = None
+    steps_per_second: float | None = None
+    seconds: float = 0.0
 
     @property
     def line(self) -> str:
         """The line of the log."""
         return f"{self.name}: {self.text}"
+
+    @property
+    def place(self) -> str:
+        """``phase 2: 900/2000, loss 0.1``, or the phase alone, such as ``evaluating 10 tasks``."""
+        of = "" if self.total is None else f"/{self.total}"
+        step = "" if self.step is None else f": {self.step}{of}"
+        return f"{self.phase}{step}" + ("" if self.loss is None else f", loss {self.loss:.3g}")
 
 
 def latest_news(folder: Path) -> News | None:
@@ -40,21 +46,19 @@ def latest_news(folder: Path) -> News | None:
 
 
 class Reader:
-    """Tells each piece of news from `folder` once, and nothing of what was there before. None: there is no folder."""
+    """Tells each piece of news from `folder` once, and nothing of what was there before."""
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._last = None if folder is None else latest_news(folder)
+        self._last = latest_news(folder)
 
     def read(self) -> News | None:
         """The newest, if it has not been told yet."""
-        news = None if self._folder is None else latest_news(self._folder)
-        if news is None or news == self._last:
-            return None
-        self._last = news
-        return news
+        before, self._last = self._last, latest_news(self._folder) or self._last
+        return None if self._last == before else self._last
 
 
+@dataclass
 class Progress:
     """Prints ``name: text`` when `every_seconds` have passed, and always the last line.
 
@@ -62,15 +66,12 @@ class Progress:
     waits for the disk, and a file that cannot be written is no error.
     """
 
-    def __init__(
-        self, name: str, every_seconds: float = 30.0, enabled: bool = True, folder: Path | None = None
-    ) -> None:
-        self.name = name
-        self.every_seconds = every_seconds
-        self.enabled = enabled
-        self.folder = folder
-        self._last = float("-inf")
-        self._place: tuple[str | None, int] | None = None
+    name: str
+    every_seconds: float = 30.0
+    enabled: bool = True
+    folder: Path | None = None
+    _last: float = field(default=float("-inf"), init=False)
+    _place: tuple[str | None, int] | None = field(default=None, init=False)
 
     def update(
         self,
@@ -93,14 +94,11 @@ class Progress:
                 text += f", {rate:.1f} steps/s" if rate >= 1 else f", {rate:.2g} steps/s"
             self._place = (phase, step)
         self._last = now
-        print(f"{self.name}: {text}", file=sys.stdout, flush=True)
+        news = News(self.name, text, phase or text, step, total, loss, rate, time.time())
+        print(news.line, flush=True)
         if self.folder is not None:
-            self._write(self.folder, News(self.name, text, phase or text, step, total, loss, rate, time.time()))
-
-    @staticmethod
-    def _write(folder: Path, news: News) -> None:
-        temporary = folder / f".{FILE}.{os.getpid()}.tmp"
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(asdict(news)) + "\n")
-            os.replace(temporary, folder / FILE)
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                temporary = self.folder / f".{FILE}.{os.getpid()}.tmp"
+                temporary.write_text(json.dumps(asdict(news)) + "\n")
+                os.replace(temporary, self.folder / FILE)

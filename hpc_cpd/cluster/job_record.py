@@ -8,15 +8,16 @@ from __future__ import annotations
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from hpc_cpd.cluster.units import newest
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.job import this_job
 from hpc_cpd.run.publish import read_json, write_json
 
 FILE = "attempt.json"
-SENTENCE_LENGTH = 2000
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,9 @@ def begin_job(folder: Path, log: Path) -> None:
     before = read_job_record(folder)
     if before is not None and before.who == _who():
         return
-    record = JobRecord(
-        number=1 if before is None else before.number + 1,
-        who=_who(),
-        job=this_job().id,
-        restart=this_job().restart,
-        host=socket.gethostname(),
-        log=str(log),
-        started=time.time(),
-        seconds_before=0.0 if before is None else _seconds(folder, before),
-    )
+    number, seconds = (1, 0.0) if before is None else (before.number + 1, _seconds(folder, before))
+    who, job, restart, host = _who(), this_job().id, this_job().restart, socket.gethostname()
+    record = JobRecord(number, who, job, restart, host, str(log), time.time(), seconds_before=seconds)
     write_json(folder / FILE, asdict(record))
 
 
@@ -66,7 +60,7 @@ def end_job(folder: Path, log: Path, code: int, sentence: str) -> None:
     """
     record = read_job_record(folder)
     if record is not None and record.code is None and record.who == _who():
-        ended = replace(record, ended=time.time(), code=code, sentence=sentence[:SENTENCE_LENGTH], log=str(log))
+        ended = replace(record, ended=time.time(), code=code, sentence=sentence[:2000], log=str(log))
         write_json(folder / FILE, asdict(ended))
 
 
@@ -75,15 +69,9 @@ def _seconds(folder: Path, record: JobRecord) -> float | None:
     earlier = 0.0 if record.number == 1 else record.seconds_before
     if earlier is None:
         return None
-    ended = _last_saved(folder) if record.ended is None else record.ended
-    return earlier + max(0.0, ended - record.started)
-
-
-def _last_saved(folder: Path) -> float:
-    """When a checkpoint or a result of a unit was last written, in seconds since the epoch; 0: never."""
     results = ("start", "draft", "student", "memory", "routing.json", "policy.safetensors", "evaluation*.json")
-    paths = [path for pattern in ("checkpoints/*", *results) for path in folder.glob(pattern)]
-    return max((path.stat().st_mtime for path in paths), default=0.0)
+    ended = newest([folder], ("checkpoints/*", *results)) if record.ended is None else record.ended
+    return earlier + max(0.0, ended - record.started)
 
 
 def _who() -> str:
@@ -96,9 +84,6 @@ def _who() -> str:
 
 def read_job_record(folder: Path) -> JobRecord | None:
     """The record of the last start on the unit of `folder`; None: there is none, or it is damaged (it is only news)."""
-    if not (folder / FILE).is_file():
-        return None
-    try:
+    with suppress(UserError, TypeError):
         return JobRecord(**read_json(folder / FILE))
-    except (UserError, TypeError):
-        return None
+    return None

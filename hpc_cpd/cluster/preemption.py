@@ -7,16 +7,20 @@ StopRequested. A handler that did more would interrupt a collective or a half-wr
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import resource
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_PR_SET_PDEATHSIG = 1
+Stop = Callable[[], bool]
 
 
 class StopFlag:
@@ -46,47 +50,35 @@ class StopFlag:
             time.sleep(0.1)
 
 
+@dataclass
 class Watch:
     """Calling it tells whether this rank was asked to stop: by a signal, by the run's file STOP, or by the clock.
 
     The clock: a job that nears its time limit. The scheduler is asked how long is left, again just before the end, for
     an administrator may have moved it. Files and clock are looked at once a second; one rank that does is enough.
+    `seconds_left`: asks the scheduler; None: no limit. `lead_seconds`: how long before the limit to stop.
     """
 
-    LOOK_EVERY_SECONDS = 1.0
+    flag: StopFlag
+    stop_file: Path
+    seconds_left: Callable[[], float | None]
+    lead_seconds: float
 
-    def __init__(
-        self,
-        flag: StopFlag,
-        stop_file: Path,
-        seconds_left: Callable[[], float | None] = lambda: None,
-        lead_seconds: float = 0.0,
-    ) -> None:
-        """`seconds_left`: asks the scheduler; None: no limit. `lead_seconds`: how long before the limit to stop."""
-        self.flag = flag
-        self.why = ""
-        self._file = stop_file
-        self._seconds_left = seconds_left
-        self._lead = lead_seconds
-        self._looked_at = float("-inf")
-        self._end = self._ask()
+    def __post_init__(self) -> None:
+        self._asked, self._looked_at, self._end = False, float("-inf"), self._ask()
 
     def __call__(self) -> bool:
-        if self.flag():
-            self.why = self.why or "a signal"
         now = time.monotonic()
-        if not self.why and now - self._looked_at >= self.LOOK_EVERY_SECONDS:
+        self._asked = self._asked or self.flag()
+        if not self._asked and now - self._looked_at >= 1.0:
             self._looked_at = now
-            if self._file.exists():
-                self.why = f"the file {self._file}"
-            elif now >= self._end - self._lead:
+            if now >= self._end - self.lead_seconds:
                 self._end = self._ask()
-                if now >= self._end - self._lead:
-                    self.why = "the job's time limit"
-        return bool(self.why)
+            self._asked = self.stop_file.exists() or now >= self._end - self.lead_seconds
+        return self._asked
 
     def _ask(self) -> float:
-        left = self._seconds_left()
+        left = self.seconds_left()
         return float("inf") if left is None else time.monotonic() + left
 
 
@@ -96,6 +88,15 @@ def die_with_parent(parent: int | None = None) -> None:
     With `parent`, leave at once when that process is gone already. Linux only; elsewhere nothing happens.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if parent is not None and os.getppid() != parent:
         os._exit(1)
+
+
+def hold_lifeline(address: str) -> None:
+    """Hold a connection until this process ends: see `hpc_cpd.cluster.ranks.Lifelines`, whose `address` this is."""
+    with socket.socket(socket.AF_UNIX) as line:
+        line.connect(b"\0" + address.encode())
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        high = 1000 if limit == resource.RLIM_INFINITY else min(1000, limit - 1)  # above the descriptors in use
+        fcntl.fcntl(line, fcntl.F_DUPFD_CLOEXEC, high)

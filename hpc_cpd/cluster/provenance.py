@@ -7,24 +7,12 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = (
-    "hpc_cpd",
-    "torch",
-    "deepspeed",
-    "numpy",
-    "scipy",
-    "gymnasium",
-    "metaworld",
-    "mujoco",
-    "h5py",
-    "mpi4py",
-    "mpich",
-    "submitit",
-)
+PACKAGES = "hpc_cpd torch deepspeed numpy scipy gymnasium metaworld mujoco h5py mpi4py mpich submitit"
 TESTED = {"metaworld": "3.1.1", "mujoco": "3.3.0"}
 """The simulators that published results come from; with another version, rewards and success can be others."""
 
@@ -35,7 +23,7 @@ def describe_origin() -> dict[str, Any]:
     return {
         "commit": commit,
         "uncommitted_changes": dirty,
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES.split()},
         "untested_versions": untested_versions(),
         "python": platform.python_version(),
         "host": {
@@ -59,11 +47,10 @@ def _commit() -> tuple[str | None, bool | None]:
     folder = Path(__file__).resolve().parents[2]
     if not (folder / ".git").exists():
         return None, None
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         commit = _git(folder, "rev-parse", "HEAD")
         return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.SubprocessError):
-        return None, None
+    return None, None
 
 
 def _git(folder: Path, *words: str) -> str:
@@ -72,15 +59,13 @@ def _git(folder: Path, *words: str) -> str:
 
 
 def _version(name: str) -> str | None:
-    try:
+    with suppress(metadata.PackageNotFoundError):
         return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return None
 
 
 def _processor() -> str | None:
-    try:
+    with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or None
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
+    return platform.processor() or None

@@ -9,28 +9,23 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hpc_cpd.cluster.job_record import FILE as RECORD
 from hpc_cpd.cluster.job_record import JobRecord, read_job_record
-from hpc_cpd.cluster.status_model import UnitProgress
 from hpc_cpd.cluster.units import TeacherUnit, Unit
 from hpc_cpd.progress import FILE as NEWS
 from hpc_cpd.progress import News, latest_news
 from hpc_cpd.run.lock import STALE_SECONDS, lives_here
 from hpc_cpd.run.publish import DONE
 
-_TAIL_BYTES = 8192
-
 
 @dataclass(frozen=True)
 class Owner:
     """Who holds a lock. `job`: its scheduler's job, None for one of this machine."""
 
-    pid: int
     host: str
     job: str | None
 
@@ -51,10 +46,6 @@ class UnitSnapshot:
     def done(self) -> bool:
         return all(self.parts)
 
-    @property
-    def progress(self) -> UnitProgress | None:
-        return None if self.news is None else UnitProgress.of(self.news)
-
 
 def snapshot_of(unit: Unit) -> UnitSnapshot:
     """What is there now, in one look at each folder."""
@@ -72,10 +63,19 @@ def snapshot_of(unit: Unit) -> UnitSnapshot:
 
 def _success(unit: Unit, published: bool, names: set[str]) -> float | None:
     """The success rate of what is published, or of a teacher's last evaluation on the way there."""
-    if isinstance(unit, TeacherUnit):
-        return _number(_read(unit.folder / DONE).get("success")) if published else _last_success(unit.folder, names)
-    tasks = _read(unit.folder / "evaluation.json").get("tasks") if published else None
-    return _mean_success(tasks) if isinstance(tasks, dict) else None
+    teaches, lines = isinstance(unit, TeacherUnit), list[str]()
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+        if published and teaches:
+            return float(json.loads((unit.folder / DONE).read_bytes())["success"])
+        if published:
+            tasks = json.loads((unit.folder / "evaluation.json").read_bytes())["tasks"]
+            return sum(task["successes"] / task["episodes"] for task in tasks.values()) / len(tasks)
+    if teaches and not published and "metrics.jsonl" in names:
+        lines = [line for line in tail(unit.folder / "metrics.jsonl") if '"success"' in line]
+    for line in lines:  # one may be cut short by a kill, or by the beginning of the tail
+        with suppress(ValueError, TypeError, KeyError):
+            return float(json.loads(line)["success"])
+    return None
 
 
 def live_owner(folder: Path) -> Owner | None:
@@ -84,62 +84,27 @@ def live_owner(folder: Path) -> Owner | None:
     try:
         owner = json.loads(path.read_text())
         age = time.time() - path.stat().st_mtime
-        pid, host, job = int(owner["pid"]), str(owner["host"]), owner.get("job")
+        host, job = str(owner["host"]), owner.get("job")
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     if lives_here(owner) is False or age >= STALE_SECONDS:
         return None
-    return Owner(pid, host, None if job is None else str(job))
+    return Owner(host, None if job is None else str(job))
 
 
 def _names(folder: Path) -> set[str]:
     """What a folder holds, in one request: asking for each file would cost a network file system many."""
-    try:
+    with suppress(OSError):
         return set(os.listdir(folder))
-    except OSError:
-        return set()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, for this is news and not the work itself."""
-    try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
-
-
-def _mean_success(tasks: Mapping[str, Any]) -> float | None:
-    try:
-        rates = [task["successes"] / task["episodes"] for task in tasks.values()]
-    except (TypeError, KeyError, ZeroDivisionError):
-        return None
-    return sum(rates) / len(rates) if rates else None
+    return set()
 
 
 def tail(path: Path) -> list[str]:
     """The last lines of a file, newest first."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            return file.read().decode(errors="replace").splitlines()[::-1]
-    except OSError:
-        return []
-
-
-def _last_success(folder: Path, names: set[str]) -> float | None:
-    """The last success among the metrics."""
-    for line in tail(folder / "metrics.jsonl") if "metrics.jsonl" in names else ():
-        if '"success"' in line:
-            try:
-                return _number(json.loads(line)["success"])
-            except (ValueError, TypeError, KeyError):
-                continue  # cut short by a kill, or by the beginning of the tail
-    return None
+    with suppress(OSError), open(path, "rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 8192))
+        return file.read().decode(errors="replace").splitlines()[::-1]
+    return []
 
 
 def foreign(host: str, job: str | None) -> str | None:

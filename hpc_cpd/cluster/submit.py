@@ -8,21 +8,83 @@ what is left, for a bounded number of times. So the work goes on without a human
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from hpc_cpd.cluster.job_record import JobRecord, read_job_record
-from hpc_cpd.cluster.schedulers.base import JobState, Scheduler
-from hpc_cpd.cluster.submissions import Submission, Submissions
-from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit
+from hpc_cpd.cluster.preemption import Stop
+from hpc_cpd.cluster.schedulers.base import JobState, Phase, Scheduler
+from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit
 from hpc_cpd.errors import EXIT_STOPPED, StopRequested, UserError
+from hpc_cpd.run.paths import Run
+from hpc_cpd.run.publish import read_json, write_json
 
-Say = Callable[[str], None]
 MOST_UNHEARD_SECONDS = 600.0
 
 
-def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, say: Say, stop: Callable[[], bool]) -> None:
+@dataclass(frozen=True)
+class Submission:
+    """The newest job of a unit. `failures`: how many before it failed in a row; `avoid`: nodes on which they died."""
+
+    job: str
+    failures: int = 0
+    avoid: tuple[str, ...] = ()
+
+
+@dataclass
+class Submissions:
+    """What was submitted for `run`, by the names of units: ``logs/submitted.json``.
+
+    Every change is on disk before the next job is submitted. `scheduler`: whose jobs they are; `resubmitter`: the job
+    that launches again what ends unfinished.
+    """
+
+    run: Run
+    scheduler: str | None = None
+    units: dict[str, Submission] = field(default_factory=dict)
+    resubmitter: str | None = None
+
+    @classmethod
+    def read(cls, run: Run) -> Submissions:
+        """Those of `run`, empty if nothing was submitted yet. Raises UserError when the file is damaged."""
+        path = run.logs / "submitted.json"
+        if not path.is_file():
+            return cls(run)
+        values: dict[str, Any] = read_json(path)
+        try:
+            units = {name: Submission(**one | {"avoid": tuple(one["avoid"])}) for name, one in values["units"].items()}
+            return cls(run, values["scheduler"], units, values["resubmitter"])
+        except (AttributeError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged; delete it when no job of the run is in the queue") from None
+
+    @classmethod
+    def of(cls, run: Run, scheduler: str) -> Submissions:
+        """Those that `scheduler` knows: empty where the last ones went to another. Raises UserError: damaged."""
+        found = cls.read(run)
+        return found if found.scheduler == scheduler else cls(run, scheduler)
+
+    def write(self) -> None:
+        """Replace the file."""
+        values = {name: value for name, value in asdict(self).items() if name != "run"}
+        write_json(self.run.logs / "submitted.json", values)
+
+    def add(self, units: Mapping[str, Submission]) -> None:
+        """Note `units` and write."""
+        self.units |= units
+        self.write()
+
+    def jobs(self, units: Iterable[Unit] | None = None) -> list[str]:
+        """The jobs of `units` (all), and the resubmitter."""
+        names = self.units if units is None else [unit.name for unit in units if unit.name in self.units]
+        return [self.units[name].job for name in names] + ([self.resubmitter] if self.resubmitter else [])
+
+    def live(self, states: Mapping[str, JobState]) -> set[str]:
+        """The names of the units whose jobs wait or run."""
+        return {name for name, one in self.units.items() if one.job in states and states[one.job].live}
+
+
+def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, say: Say, stop: Stop) -> None:
     """Submit what `request` asks for and is neither done nor in the queue.
 
     With `retry` (the resubmitter's way) only what was submitted before and ended unfinished, unless it failed too often
@@ -31,17 +93,21 @@ def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, say: S
     """
     submissions = Submissions.of(request.run, scheduler.name)
     states = scheduler.states(submissions.jobs())
-    live = _live(submissions, states)
+    live = submissions.live(states)
     if retry:
         todo = _worth_another_try(request, submissions, states, live, say)
     else:
         require_one_stage(request, live)
         todo = {
-            unit.name: _again(unit, submissions.units.get(unit.name), states, failures=0)
+            unit.name: _again(unit, submissions.units.get(unit.name, Submission("")), states, failures=0)
             for unit in request.todo
             if unit.name not in live
         }
-    _tell_queued(request, submissions, live, say)
+    there = [unit.name for unit in request.todo if unit.name in live]
+    for name in there[:3]:
+        say(f"  {name}: in the queue already as job {submissions.units[name].job}")
+    if len(there) > 3:
+        say(f"  and {len(there) - 3} more in the queue already")
     # all jobs are planned, or refused, before any is submitted
     for job in scheduler.jobs(request, [unit for unit in request.todo if unit.name in todo]):
         lost = [unit for unit in job.needs if unit.name not in live]
@@ -60,27 +126,28 @@ def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, say: S
         text = ids[0] if len(ids) == 1 else f"{ids[0]} to {ids[-1]}"
         say(f"  {job.name}: job {text}" + (f", after {', '.join(unit.name for unit in after)}" if after else ""))
     _leave_if(stop)
-    _replace_resubmitter(request, scheduler, submissions, live, say)
+    jobs = sorted({submissions.units[name].job for name in live})
+    made_to_watch = scheduler.watch(request, jobs) if jobs else None
+    if made_to_watch is not None:
+        old, submissions.resubmitter = submissions.resubmitter, made_to_watch
+        submissions.write()
+        if old is not None:
+            scheduler.cancel([old])
+        say(f"  resubmitter: job {made_to_watch}, starts if one of them ends unfinished")
 
 
 def queued(request: LaunchRequest, scheduler: Scheduler) -> set[str]:
     """The names of the units of the run that wait or run now. Raises UserError: the scheduler does not answer."""
     submissions = Submissions.of(request.run, scheduler.name)
-    return _live(submissions, scheduler.states(list(submissions.jobs()))) if submissions.units else set()
+    return submissions.live(scheduler.states(submissions.jobs())) if submissions.units else set()
 
 
-def _live(submissions: Submissions, states: Mapping[str, JobState]) -> set[str]:
-    return {name for name, one in submissions.units.items() if one.job in states and states[one.job].live}
-
-
-def _leave_if(stop: Callable[[], bool]) -> None:
+def _leave_if(stop: Stop) -> None:
     if stop():
         raise StopRequested("not all jobs were submitted; the same command submits the others")
 
 
-def wait_for(
-    request: LaunchRequest, scheduler: Scheduler, stop: Callable[[], bool], every_seconds: float = 10.0
-) -> None:
+def wait_for(request: LaunchRequest, scheduler: Scheduler, stop: Stop, every_seconds: float = 10.0) -> None:
     """Return when all of `request` is done, when no job of it waits or runs any more, or when `stop()` is true.
 
     Looks twice before it says so: a resubmitter that hands over is unknown for a moment. Raises UserError when the
@@ -91,12 +158,11 @@ def wait_for(
         submissions = Submissions.of(request.run, scheduler.name)
         try:
             states = scheduler.states(submissions.jobs(request.todo))
+            heard = time.monotonic()
+            silent = 0 if any(state.live for state in states.values()) else silent + 1
         except UserError:
             if time.monotonic() - heard > MOST_UNHEARD_SECONDS:
                 raise
-        else:
-            heard = time.monotonic()
-            silent = 0 if any(state.live for state in states.values()) else silent + 1
         if silent == 2:
             return
         deadline = time.monotonic() + every_seconds
@@ -117,14 +183,6 @@ def require_one_stage(request: LaunchRequest, in_queue: set[str]) -> None:
     sentence = refusal(request.run, request.plan, stage.stage) if lost else None
     if sentence is not None:  # None: published since we looked
         raise UserError(sentence)
-
-
-def _tell_queued(request: LaunchRequest, submissions: Submissions, live: set[str], say: Say) -> None:
-    names = [unit.name for unit in request.todo if unit.name in live]
-    for name in names[:3]:
-        say(f"  {name}: in the queue already as job {submissions.units[name].job}")
-    if len(names) > 3:
-        say(f"  and {len(names) - 3} more in the queue already")
 
 
 # ---- jobs that ended unfinished
@@ -152,46 +210,29 @@ def _worth_another_try(
     return todo
 
 
-def classify_exit(
-    unit: Unit, last: Submission, state: JobState | None, record: JobRecord | None
-) -> tuple[Literal["interrupted", "failed", "cancelled"], str]:
-    """Why the job of a unit ended without finishing it, with a sentence. Only failures are counted."""
-    ran = record is not None and record.job == last.job
+def classify_exit(unit: Unit, last: Submission, state: JobState | None, record: JobRecord | None) -> tuple[Phase, str]:
+    """Why the job of a unit ended without finishing it (interrupted, failed, cancelled), with a sentence.
+
+    Only failures are counted. `record`: of the unit's last start, whichever job that was.
+    """
+    own = record if record is not None and record.job == last.job else None
     phase, word = ("failed", "UNKNOWN") if state is None else (state.phase, state.word)
     if phase == "unmet":
         return "interrupted", "what it waited for had failed"
     if phase == "cancelled":
         return "cancelled", f"job {last.job} was cancelled"
-    if phase == "interrupted" or (ran and record is not None and record.code == EXIT_STOPPED):
+    if phase == "interrupted" or (own is not None and own.code == EXIT_STOPPED):
         return "interrupted", f"job {last.job} was stopped early ({word})"
-    if phase == "timeout" and ran and record is not None:
-        if unit.last_trace() > record.started:
+    if phase == "timeout" and own is not None:
+        if unit.last_trace() > own.started:
             return "interrupted", f"job {last.job} ran out of time"
         return "failed", f"job {last.job} ran out of time before its first checkpoint; give it more"
-    said = record.sentence if ran and record is not None else "it left no word"
+    said = "it left no word" if own is None else own.sentence
     return "failed", f"job {last.job} failed ({word}): {said or 'it was killed without a word'}"
 
 
-def _again(unit: Unit, last: Submission | None, states: Mapping[str, JobState], failures: int) -> Submission:
+def _again(unit: Unit, last: Submission, states: Mapping[str, JobState], failures: int) -> Submission:
     """What the next job of `unit` must know of `last`: above all, a node on which it died before it could speak."""
-    if last is None:
-        return Submission("")
     state, record = states.get(last.job), read_job_record(unit.folder)
-    silent = state is not None and state.word == "FAILED" and (record is None or record.job != last.job)
-    nodes = {state.nodes} if silent and state is not None and state.nodes else set()
-    return Submission("", failures, tuple(sorted({*last.avoid, *nodes})))
-
-
-def _replace_resubmitter(
-    request: LaunchRequest, scheduler: Scheduler, submissions: Submissions, live: set[str], say: Say
-) -> None:
-    """Replace the resubmitter by one that watches all that is in the queue now."""
-    jobs = sorted({submissions.units[name].job for name in live})
-    made = scheduler.watch(request, jobs) if jobs else None
-    if made is None:
-        return
-    old, submissions.resubmitter = submissions.resubmitter, made
-    submissions.write()
-    if old is not None:
-        scheduler.cancel([old])
-    say(f"  resubmitter: job {made}, starts if one of them ends unfinished")
+    died = state is not None and state.word == "FAILED" and state.nodes and (record is None or record.job != last.job)
+    return Submission("", failures, tuple(sorted({*last.avoid, state.nodes} if died and state else last.avoid)))

@@ -13,7 +13,6 @@ from typing import Protocol
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.errors import EXIT_USER_ERROR
 
-POLL_SECONDS = 0.1
 LAST_LINES = 15
 
 # The kernel's promise to kill a command with its parent must be asked for before the command replaces this process.
@@ -32,10 +31,13 @@ class Outcome:
     sentence: str = ""
 
 
-class Running(Protocol):
-    """Work that was started."""
+class Work(Protocol):
+    """Work that supervise() starts, once, and looks after."""
 
     name: str
+
+    def start(self) -> None:
+        """Start its processes."""
 
     def pass_on(self, stop: StopFlag) -> None:
         """A signal came: see `stop.count` and `stop.last`."""
@@ -50,46 +52,39 @@ class Running(Protocol):
         """End all of its processes now."""
 
 
-class Startable(Protocol):
-    """Work that can be started."""
-
-    def start(self) -> Running: ...
-
-
 Show = Callable[[str, str], None]
 """(name of the work, one line)"""
 
 
-def supervise(
-    work: Sequence[Startable], at_once: int, stop: StopFlag, show: Show, after_mistake: bool = True
-) -> list[Outcome]:
+def supervise(work: Sequence[Work], at_once: int, stop: StopFlag, show: Show, go_on: bool = True) -> list[Outcome]:
     """Do `work`, at most `at_once` pieces at a time; return the outcomes of those that were started.
 
     One that fails does not disturb the others. Every signal is passed on to all that run, and no other is started
-    then; nor, without `after_mistake`, after a user's mistake, for the others would make it too.
+    then; nor, without `go_on`, after a user's mistake, for the others would make it too.
     """
-    waiting, running, outcomes = list(work), list[Running](), list[Outcome]()
+    waiting, running, outcomes = list(work), list[Work](), list[Outcome]()
     passed_on = 0
     try:
         while running or waiting:
             mistake = any(outcome.code == EXIT_USER_ERROR for outcome in outcomes)
-            if stop() or (mistake and not after_mistake):
+            if stop() or (mistake and not go_on):
                 waiting.clear()
             while waiting and len(running) < at_once:
-                running.append(waiting.pop(0).start())
-            if stop.count > passed_on:
-                passed_on = stop.count
-                for begun in running:
-                    begun.pass_on(stop)
+                waiting[0].start()
+                running.append(waiting.pop(0))
+            heard = stop.count
             for begun in list(running):
+                if heard > passed_on:
+                    begun.pass_on(stop)
                 outcome = begun.poll()
                 for line in begun.news():
                     show(begun.name, line)
                 if outcome is not None:
                     running.remove(begun)
                     outcomes.append(outcome)
+            passed_on = heard
             if running:
-                time.sleep(POLL_SECONDS)
+                time.sleep(0.1)
     finally:
         for begun in running:
             begun.kill()
@@ -103,9 +98,5 @@ def tethered(command: Sequence[str]) -> list[str]:
 
 def end_in_words(code: int) -> str:
     """``was killed by SIGKILL`` or ``ended with exit code 1``."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was killed by signal {-code}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {names.get(-code, f'signal {-code}')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -12,20 +12,28 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import Config
 
+Say = Callable[[str], None]
+"""Shows a person one line."""
+
 
 @dataclass(frozen=True)
 class Unit(ABC):
-    """One teacher or one stage of `run`. `uses_mpi`: whether its ranks find each other by MPI."""
+    """One teacher or one stage of `run`. `uses_mpi`: whether its ranks find each other by MPI.
+
+    `kind`: what it is, in one word; `key`: the field that tells it from the others of its kind.
+    """
 
     run: Run
+    kind: ClassVar[str]
+    key: ClassVar[str]
     uses_mpi: ClassVar[bool] = False
     traces: ClassVar[Sequence[str]] = ("checkpoints/*",)
     """What it leaves in its folders while it is at work."""
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """``teacher TASK`` or ``stage K``: what messages, logs and ``hpc-cpd status`` call it."""
+        return f"{self.kind} {getattr(self, self.key)}"
 
     @property
     @abstractmethod
@@ -33,9 +41,9 @@ class Unit(ABC):
         """What it publishes. The first one also holds its lock, its checkpoints and its job record."""
 
     @property
-    @abstractmethod
     def arguments(self) -> list[str]:
         """The words after ``python -m hpc_cpd.worker`` that make one rank of it."""
+        return [self.kind, "--run", str(self.run.folder.absolute()), f"--{self.key}", str(getattr(self, self.key))]
 
     @abstractmethod
     def ranks(self, config: Config) -> int:
@@ -55,8 +63,7 @@ class Unit(ABC):
 
     def last_trace(self) -> float:
         """When it last wrote a checkpoint or a shard, in seconds since the epoch; 0: never."""
-        paths = [path for folder in self.folders for pattern in self.traces for path in folder.glob(pattern)]
-        return max((path.stat().st_mtime for path in paths), default=0.0)
+        return newest(self.folders, self.traces)
 
 
 @dataclass(frozen=True)
@@ -64,20 +71,13 @@ class TeacherUnit(Unit):
     """The teacher of `task`, and the trajectories that it records."""
 
     task: str
+    kind, key = "teacher", "task"
     uses_mpi: ClassVar[bool] = True
     traces: ClassVar[Sequence[str]] = ("checkpoints/*", "shard-*")
 
     @property
-    def name(self) -> str:
-        return f"teacher {self.task}"
-
-    @property
     def folders(self) -> list[Path]:
         return [self.run.teacher(self.task), self.run.trajectories(self.task)]
-
-    @property
-    def arguments(self) -> list[str]:
-        return ["teacher", "--run", str(self.run.folder.absolute()), "--task", self.task]
 
     def ranks(self, config: Config) -> int:
         return config.teachers.ranks
@@ -88,18 +88,11 @@ class StageUnit(Unit):
     """Stage `stage` of the stream, counted from 1."""
 
     stage: int
-
-    @property
-    def name(self) -> str:
-        return f"stage {self.stage}"
+    kind, key = "stage", "stage"
 
     @property
     def folders(self) -> list[Path]:
         return [self.run.stage(self.stage)]
-
-    @property
-    def arguments(self) -> list[str]:
-        return ["stage", "--run", str(self.run.folder.absolute()), "--stage", str(self.stage)]
 
     def ranks(self, config: Config) -> int:
         return config.distill.ranks
@@ -142,6 +135,12 @@ class LaunchRequest:
     def arguments(self, unit: Unit) -> list[str]:
         """The worker's words for `unit`, as this launch wants it done."""
         return unit.arguments + ["--allow-missing"] * (self.allow_missing and isinstance(unit, StageUnit))
+
+
+def newest(folders: Sequence[Path], patterns: Sequence[str]) -> float:
+    """When the youngest file that matches was written, in seconds since the epoch; 0: there is none."""
+    paths = [path for folder in folders for pattern in patterns for path in folder.glob(pattern)]
+    return max((path.stat().st_mtime for path in paths), default=0.0)
 
 
 def not_done(units: Sequence[SomeUnit]) -> list[SomeUnit]:

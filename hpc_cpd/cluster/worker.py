@@ -6,24 +6,21 @@ cluster. Exit codes are those of the launcher: 0 done, 3 stopped with a checkpoi
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from hpc_cpd.cluster.exit_order import hold_lifeline
 from hpc_cpd.cluster.job_record import begin_job, end_job
-from hpc_cpd.cluster.mpich_cleanup import remove_leftovers
-from hpc_cpd.cluster.preemption import StopFlag, Watch, die_with_parent
+from hpc_cpd.cluster.preemption import Stop, StopFlag, Watch, die_with_parent, hold_lifeline
 from hpc_cpd.cluster.ranks import free_port
-from hpc_cpd.cluster.schedulers.base import RankInfo, Scheduler, find_rank, scheduler_of
+from hpc_cpd.cluster.schedulers.base import RankInfo, Scheduler, scheduler_of
 from hpc_cpd.cluster.units import StageUnit, TeacherUnit, Unit
 from hpc_cpd.errors import (
     EXIT_DONE,
@@ -39,12 +36,6 @@ from hpc_cpd.errors import (
 from hpc_cpd.run.job import set_this_job
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
-from hpc_cpd.run.publish import read_json
-
-FIRST_RANK_SPEAKS_SECONDS = 2.0
-LOCK_WAIT_SECONDS = 120.0
-REQUEUE_SECONDS = 60.0
-Stop = Callable[[], bool]
 
 
 def rendezvous(info: RankInfo, scheduler: Scheduler) -> dict[str, str]:
@@ -66,8 +57,13 @@ def train(unit: TeacherUnit, info: RankInfo, stop: Stop) -> None:
 
     remove_leftovers()
     communicator = open_communicator(info.size)
-    lock, log = _lock(unit, f"the teacher of {unit.task}", info, stop), _log_of(info, unit)
-    communicator.on_root(lambda: _enter(lock, log))
+    lock = _lock(unit, f"the teacher of {unit.task}", info, stop)
+
+    def enter() -> None:  # the lock itself must not travel to the other ranks
+        lock.__enter__()
+        begin_job(unit.folder, _log_of(info, unit))
+
+    communicator.on_root(enter)
     try:
         make_teacher(unit.run, unit.task, communicator, stop)
         collect_trajectories(unit.run, unit.task, communicator, stop)
@@ -76,44 +72,27 @@ def train(unit: TeacherUnit, info: RankInfo, stop: Stop) -> None:
             lock.__exit__()
 
 
-def _enter(lock: Lock, log: Path) -> None:
-    """Take the lock, and note who works here. The lock itself must not travel to the other ranks."""
-    lock.__enter__()
-    begin_job(lock.path.parent, log)
-
-
-def _lock(unit: Unit, what: str, info: RankInfo, stop: Stop) -> Lock:
-    """A job waits until the heart of a lost job has stopped; a person's launch is told at once who works there."""
-    wait = LOCK_WAIT_SECONDS if info.own_job else 0.0
-    return Lock(unit.folder, what, wait_seconds=wait, on_lost=_fenced, stop=stop, also=unit.folders[1:])
-
-
-def _fenced() -> None:
-    print(
-        "another job took this work over, for the scheduler says that this one is over: it ends here", file=sys.stderr
-    )
-    sys.stderr.flush()
-    os._exit(EXIT_FAULT)  # from the heartbeat's thread: the others may be waiting in a collective
-
-
-def learn(
-    unit: StageUnit, info: RankInfo, stop: Stop, allow_missing: bool, after_stage: Callable[[Run], object]
-) -> None:
+def learn(unit: StageUnit, info: RankInfo, stop: Stop, allow_missing: bool) -> None:
     """One rank of one stage. The other ranks wait in the first collective until rank 0 holds the lock."""
     os.environ.update(rendezvous(info, _scheduler(info, unit.run)))
     from hpc_cpd.distill.stage import run_stage
 
-    if info.rank != 0:
+    with _lock(unit, unit.name, info, stop) if info.rank == 0 else nullcontext():
+        if info.rank == 0:
+            begin_job(unit.folder, _log_of(info, unit))
         run_stage(unit.run, unit.stage, stop, allow_missing)
-        return
-    lock = _lock(unit, unit.name, info, stop)
-    _enter(lock, _log_of(info, unit))
-    try:
-        run_stage(unit.run, unit.stage, stop, allow_missing)
-    finally:
-        lock.__exit__()
-    if info.own_job:  # elsewhere the launcher does this
-        after_stage(unit.run)
+
+
+def _lock(unit: Unit, what: str, info: RankInfo, stop: Stop) -> Lock:
+    """A job waits until the heart of a lost job has stopped; a person's launch is told at once who works there."""
+    wait = 120.0 if info.own_job else 0.0
+    return Lock(unit.folder, what, wait_seconds=wait, on_lost=_fenced, stop=stop, also=unit.folders[1:])
+
+
+def _fenced() -> None:
+    sentence = "another job took this work over, for the scheduler says that this one is over: it ends here"
+    print(sentence, file=sys.stderr, flush=True)
+    os._exit(EXIT_FAULT)  # from the heartbeat's thread: the others may be waiting in a collective
 
 
 def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = None) -> NoReturn:
@@ -126,14 +105,17 @@ def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = N
     set_this_job(info.job)
     flag = StopFlag().install()
     speak = _connect(info)
-    sentence = ""
-    lost: list[int] = []
+    sentence, lost = "", list[int]()
     scheduler: Scheduler | None = None
 
     def guarded() -> None:
         nonlocal sentence, lost, scheduler
         try:
-            _redirect(info)
+            folder = os.environ.get("HPC_CPD_LOGS")
+            if info.launcher is not None and folder is not None:
+                with open(Path(folder, f"rank-{info.rank}.log"), "ab") as log:  # this rank's own
+                    os.dup2(log.fileno(), 1)
+                    os.dup2(log.fileno(), 2)
             stop: Stop = flag
             if unit is not None:
                 scheduler = _scheduler(info, unit.run)
@@ -145,18 +127,13 @@ def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = N
                     left = partial(scheduler.seconds_left, info.job)
                     stop = Watch(flag, unit.run.stop_file, left, scheduler.lead_seconds)
             work(stop)
-        except (UserError, StopRequested, LockLost) as error:
-            sentence = str(error)
-            raise
-        except RankLost as error:
-            sentence, lost = str(error), error.ranks
-            raise
         except Exception as error:
-            sentence = disk_error_sentence(error) or f"{type(error).__name__}: {error}"
+            plain = isinstance(error, UserError | StopRequested | LockLost | RankLost)
+            sentence = str(error) if plain else disk_error_sentence(error) or f"{type(error).__name__}: {error}"
+            lost = getattr(error, "ranks", [])
+            if info.rank and not info.launcher and isinstance(error, UserError):
+                time.sleep(2.0)  # rank 0 speaks first
             raise
-        finally:
-            if info.rank and not info.launcher and isinstance(sys.exc_info()[1], UserError):
-                time.sleep(FIRST_RANK_SPEAKS_SECONDS)
 
     try:
         code = run_command(guarded)
@@ -174,7 +151,7 @@ def run_rank(work: Callable[[Stop], None], info: RankInfo, unit: Unit | None = N
             if info.rank == 0:
                 scheduler.requeue(info.job)
             else:  # the step ends, and rank 0 before its word is out, as soon as one rank has ended
-                flag.wait(REQUEUE_SECONDS)
+                flag.wait(60.0)
     leave(code)
 
 
@@ -198,12 +175,10 @@ def _scheduler(info: RankInfo, run: Run) -> Scheduler:
 
 def _log_of(info: RankInfo, unit: Unit) -> Path:
     """Where this rank's output goes: relative to the run folder, which may be moved later, if it is there."""
-    run = unit.run
+    log, top = Path(os.environ.get("HPC_CPD_LOGS", "."), f"rank-{info.rank}.log"), unit.run.folder.absolute()
     if info.own_job:
-        log = _scheduler(info, run).log(run, str(info.job.id), info.rank).absolute()
-    else:
-        log = Path(os.environ.get("HPC_CPD_LOGS", "."), f"rank-{info.rank}.log").absolute()
-    return log.relative_to(run.folder.absolute()) if log.is_relative_to(run.folder.absolute()) else log
+        log = _scheduler(info, unit.run).log(unit.run, str(info.job.id), info.rank)
+    return log.absolute().relative_to(top) if log.absolute().is_relative_to(top) else log.absolute()
 
 
 def _leave_mpi() -> None:
@@ -228,47 +203,27 @@ def _connect(info: RankInfo) -> Callable[[dict[str, object]], None]:
     return speak
 
 
-def _redirect(info: RankInfo) -> None:
-    """Under our launcher, send output to this rank's own log."""
-    folder = os.environ.get("HPC_CPD_LOGS")
-    if info.launcher is not None and folder is not None:
-        log = os.open(Path(folder) / f"rank-{info.rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
+def remove_leftovers(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:
+    """Delete this user's MPICH files that no living process maps; returns their names.
 
-
-def main(argv: Sequence[str] | None = None, after_stage: Callable[[Run], object] = lambda run: None) -> int:
-    """Be one rank; `argv`: the words of the command line. `after_stage` is called when a job has published a stage."""
-    return run_command(lambda: _main(argv, after_stage))
-
-
-def _main(argv: Sequence[str] | None, after_stage: Callable[[Run], object]) -> NoReturn:
-    parser = argparse.ArgumentParser(prog="python -m hpc_cpd.worker", description="One rank of one job.")
-    kinds = parser.add_subparsers(dest="kind", required=True)
-    teacher = kinds.add_parser("teacher")
-    which = teacher.add_mutually_exclusive_group(required=True)
-    which.add_argument("--task")
-    which.add_argument("--index", type=int)
-    teacher.add_argument("--plan", type=Path)
-    stage = kinds.add_parser("stage")
-    stage.add_argument("--stage", type=int, required=True)
-    for kind in (teacher, stage):
-        kind.add_argument("--run", type=Path, required=True)
-    stage.add_argument("--allow-missing", action="store_true")
-    arguments = parser.parse_args(argv)
-    info = find_rank(os.environ)
-    run = Run(arguments.run)
-    if arguments.kind == "stage":
-        unit = StageUnit(run, arguments.stage)
-        run_rank(lambda stop: learn(unit, info, stop, arguments.allow_missing, after_stage), info, unit)
-    task = arguments.task
-    if task is None and arguments.plan is None:
-        parser.error("--index needs --plan, the file that maps it to a task")
-    elif task is None:
-        tasks = read_json(arguments.plan)["tasks"]
-        if not 0 <= arguments.index < len(tasks):
-            parser.error(f"{arguments.plan} has no element {arguments.index}; it has {len(tasks)}")
-        task = tasks[arguments.index]
-    teacher_unit = TeacherUnit(run, task)
-    run_rank(lambda stop: train(teacher_unit, info, stop), info, teacher_unit)
+    MPICH's ranks on one node find each other through a file in /dev/shm whose name is made from the job's and step's
+    number. Killed ranks leave it there. A requeued job has the same number: on the same node its ranks would read the
+    dead ones' addresses and fail in MPI_Init, each time anew. Every rank calls this before it starts MPI, so none can
+    meet an old file. Files of other jobs on this node are mapped, or (for a moment while they are made) young.
+    """
+    candidates = {}
+    for path in folder.glob("mpich_shm_*"):
+        with suppress(OSError):
+            status = path.stat()
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > 2.0:
+                candidates[str(path)] = path
+    if not candidates:
+        return []
+    for maps in processes.glob("[0-9]*/maps"):
+        with suppress(OSError):  # gone, or of another user, who cannot map our files
+            text = maps.read_text(errors="replace")
+            candidates = {name: path for name, path in candidates.items() if name not in text}
+    for path in candidates.values():
+        with suppress(OSError):  # another rank was faster
+            path.unlink()
+    return sorted(path.name for path in candidates.values())

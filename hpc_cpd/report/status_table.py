@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleOptions
 from rich.segment import Segment
 from rich.style import Style
 
-from hpc_cpd.cluster.status_model import RunStatus, State, UnitStatus
+from hpc_cpd.cluster.status import RunStatus, State, UnitStatus
 from hpc_cpd.cluster.units import TeacherUnit
 
 Row = dict[str, str]
@@ -126,7 +126,7 @@ def _row(unit: UnitStatus, one_family: bool) -> Row:
         task = task.partition("/")[2] or task
     row = dict.fromkeys(_HEADINGS, "") | {"Task": task, "State": unit.state}
     if unit.state != "done":
-        said = [None if unit.reason == "FAILED" else unit.reason, unit.progress.text if unit.progress else None]
+        said = [None if unit.reason == "FAILED" else unit.reason, unit.progress.place if unit.progress else None]
         row |= {"Progress": "; ".join(filter(None, said)), "Node": unit.node or ""}
         row["Time left"] = "" if unit.seconds_left is None else short_duration(unit.seconds_left)
     if unit.steps_per_second is not None:

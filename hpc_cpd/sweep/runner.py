@@ -34,7 +34,7 @@ from hpc_cpd.tasks.registry import run_plan
 LOOK_EVERY_SECONDS = 1.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Launch:
     """A launcher to start. `argv`: the words after ``python``; `threads`: of each rank, None: the launcher decides.
 
@@ -47,7 +47,8 @@ class Launch:
     threads: int | None = None
     units: Sequence[Unit] = ()
 
-    def start(self) -> Launch:
+    def start(self) -> None:
+        """Start its process."""
         self._began = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         threads = {} if self.threads is None else {"OMP_NUM_THREADS": str(self.threads)}
@@ -66,7 +67,6 @@ class Launch:
         self._phases: dict[Unit, str] = {}
         self._looked_at = float("-inf")
         self._stopped = False
-        return self
 
     def pass_on(self, stop: StopFlag) -> None:
         """The same signal: the first makes it save and leave, a second Ctrl-C kills its ranks."""

@@ -10,9 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hpc_cpd.cluster.status import snapshot
-from hpc_cpd.cluster.status_model import UnitStatus
-from hpc_cpd.cluster.submissions import Submission, Submissions
+from hpc_cpd.cluster.status import UnitStatus, snapshot
+from hpc_cpd.cluster.submit import Submission, Submissions
 from hpc_cpd.config import config_as_yaml, load_config
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done, write_json

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from hpc_cpd.cluster.exit_order import Lifelines
+from hpc_cpd.cluster.ranks import Lifelines
 
 RANK = """
 import os, signal, sys
-from hpc_cpd.cluster.exit_order import hold_lifeline
+from hpc_cpd.cluster.preemption import hold_lifeline
 hold_lifeline(sys.argv[1])
 os.write(1, b"here")
 signal.pause()

@@ -144,10 +144,10 @@ def test_after_a_mistake_no_other_job_is_begun_unless_it_was_said_to_go_on(tmp_p
     def job(act: str) -> RankedJob:
         folder = tmp_path / act
         folder.mkdir()
-        return RankedJob(act, [act, str(folder)], 1, False, folder / "logs", module="tests.cluster.rank_worker")
+        return RankedJob(act, [act, str(folder)], 1, False, folder / "logs", folder, module="tests.cluster.rank_worker")
 
     jobs = [job("mistake-0"), job("done")]
-    outcomes = supervise(jobs, 1, StopFlag(), lambda name, line: None, after_mistake=go_on)
+    outcomes = supervise(jobs, 1, StopFlag(), lambda name, line: None, go_on=go_on)
     assert [outcome.code for outcome in outcomes] == ([2, 0] if go_on else [2])
 
 

@@ -9,7 +9,7 @@ import pytest
 from hpc_cpd.cluster import submit
 from hpc_cpd.cluster.schedulers import _slurm_commands as commands
 from hpc_cpd.cluster.schedulers.base import JobState, scheduler_of
-from hpc_cpd.cluster.submissions import Submissions
+from hpc_cpd.cluster.submit import Submissions
 from hpc_cpd.cluster.units import LaunchRequest, StageUnit, Unit, request_of
 from hpc_cpd.config import parse_config
 from hpc_cpd.errors import UserError

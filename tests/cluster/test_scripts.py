@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,6 @@ from hpc_cpd.run.paths import Run
 GOLDEN = Path(__file__).with_name("golden_scripts.txt")
 FOLDER = Path("/site/runs/mt")
 LOGS = FOLDER / "logs/slurm"
-PYTHON = "/site/.venv/bin/python"
 
 
 def site_config(cluster=(), **more):
@@ -43,10 +43,15 @@ def site_config(cluster=(), **more):
     )
 
 
-def scripts_of(config, run=FOLDER, python=PYTHON) -> Scripts:
+@pytest.fixture(autouse=True)
+def python_of_the_site(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/site/.venv/bin/python")
+
+
+def scripts_of(config, run=FOLDER) -> Scripts:
     slurm = scheduler_of(config)
     assert isinstance(slurm, Slurm)
-    return slurm.scripts(request_of(Run(run), config, [["a"], ["b"]], "all"), python)
+    return slurm.scripts(request_of(Run(run), config, [["a"], ["b"]], "all"))
 
 
 def stage_of(config, number=1, **more):
@@ -95,7 +100,7 @@ def test_where_work_does_not_go_on_by_requeueing_slurm_is_told_not_to(way):
 
 
 def test_a_folder_with_blanks_and_quotes_is_one_word_of_the_command():
-    command = stage_of(site_config(), run="/site/my runs/it's", python="/py").command
+    command = stage_of(site_config(), run="/site/my runs/it's").command
     done = subprocess.run(["bash", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
     words = done.stdout.split("\n")
     assert words[words.index("--run") + 1] == "/site/my runs/it's"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_cpd.cluster.status import snapshot
-from hpc_cpd.cluster.submissions import Submission
+from hpc_cpd.cluster.submit import Submission
 from hpc_cpd.run.paths import Run
 from tests.cluster.half_done import (
     ONE,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Choice
-from hpc_cpd.trajectories import open_trajectories
+from hpc_cpd.trajectories.store import open_trajectories
 from hpc_cpd.trajectories.memory import select_memory
 from tests.trajectories.recorded import TASK, make_episode, write_folder
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hpc_cpd.cluster.status import snapshot
-from hpc_cpd.cluster.status_model import RunStatus, UnitProgress, UnitStatus
+from hpc_cpd.cluster.status import RunStatus, UnitStatus, snapshot
 from hpc_cpd.cluster.units import TeacherUnit
+from hpc_cpd.progress import News
 from hpc_cpd.report.status_table import StatusTable, short_duration, watch
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
@@ -55,7 +55,7 @@ def example(run: Run) -> RunStatus:
         job="1_1",
         node="gpu-[017-018]",
         restarts=2,
-        progress=UnitProgress("phase 2", 900, 1500, 0.00166),
+        progress=News("it", "", "phase 2", 900, 1500, 0.00166),
         steps_per_second=8.44,
         success=0.85,
         seconds_left=14280.0,

@@ -43,6 +43,7 @@ class Folder(Scheduler):
 
     Settings = FolderSettings
     variables = ("FOLDER_",)  # of a job around us: they must not reach the ranks of another
+    requeues = True  # a stopped job goes back into the queue, by `requeue`
 
     def available(self) -> bool:
         return True
@@ -80,10 +81,6 @@ class Folder(Scheduler):
 
     def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
         return "127.0.0.1", int(environment["FOLDER_PORT"])
-
-    @property
-    def requeues(self) -> bool:
-        return True
 
     def requeue(self, job: JobStart) -> None:
         Path(self.settings.folder, f"{job.id}.again").touch()  # the runner looks for it when all ranks have ended

@@ -5,10 +5,11 @@ Nothing else in the package runs a Slurm command. Each is given the environment 
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +17,19 @@ from hpc_cpd.cluster.schedulers.base import JobState, Phase
 from hpc_cpd.errors import UserError
 
 SUBMIT_ATTEMPTS = 4
-_RUNNING = {"RUNNING", "COMPLETING", "SIGNALING", "STAGE_OUT", "RESIZING"}
-_WAITING = {"PENDING", "CONFIGURING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD"}
-_WAITING |= {"SPECIAL_EXIT", "RESV_DEL_HOLD"}
-_ENDS: dict[str, Phase] = {
-    "COMPLETED": "done",
-    "PREEMPTED": "interrupted",
-    "NODE_FAIL": "interrupted",
-    "BOOT_FAIL": "interrupted",
-    "REVOKED": "interrupted",
-    "CANCELLED": "cancelled",
-    "TIMEOUT": "timeout",
-    "DEADLINE": "timeout",
+_WORDS: dict[Phase, str] = {  # any other word: failed
+    "waiting": "PENDING CONFIGURING SUSPENDED STOPPED REQUEUED REQUEUE_FED REQUEUE_HOLD SPECIAL_EXIT RESV_DEL_HOLD",
+    "running": "RUNNING COMPLETING SIGNALING STAGE_OUT RESIZING",
+    "done": "COMPLETED",
+    "interrupted": "PREEMPTED NODE_FAIL BOOT_FAIL REVOKED",
+    "cancelled": "CANCELLED",
+    "timeout": "TIMEOUT DEADLINE",
 }
+_PHASES = {word: phase for phase, words in _WORDS.items() for word in words.split()}
+# "--states=all" or jobs that have ended are not told
+_SQUEUE = ("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N|%L")
+_SACCT = ("sacct", "--noheader", "--parsable2", "--allocations", "-oJobID,State,Reason,NodeList,Timelimit,Elapsed")
+_ERRORS = (OSError, subprocess.SubprocessError)  # of a command that is not there, fails, or does not answer
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,16 @@ class Site:
 
 def slurm_answers() -> bool:
     """Whether sbatch can be run here."""
-    if shutil.which("sbatch") is None:
-        return False
-    try:
+    with suppress(*_ERRORS):
         _ask(["sbatch", "--version"])
-    except (OSError, subprocess.SubprocessError):
-        return False
-    return True
+        return True
+    return False
 
 
 def ask_site() -> Site:
     """Read the controller's settings. Raises UserError when Slurm does not answer."""
-    values = dict(_pairs(_ask_or_say(["scontrol", "show", "config"]).splitlines(), "="))
+    told = _ask_or_say(["scontrol", "show", "config"])
+    values = dict(re.findall(r"^(\w+) *= *(.*?) *$", told, re.MULTILINE))
     storage = values.get("AccountingStorageType", "")
     return Site(int(values.get("MaxArraySize", Site.max_array_size)), storage.endswith("slurmdbd"))
 
@@ -62,40 +61,19 @@ def job_states(jobs: Iterable[str], accounting: bool = False) -> dict[str, JobSt
 
     The controller is asked first: it alone knows a job from the moment of its submission. It forgets jobs a while after
     their end (MinJobAge); those the database is asked about, with `accounting`, which lags behind. Elements of an array
-    that never began may be told as one, under the array's id. Raises UserError when Slurm does not answer.
+    that never began may be told as one, under the array's id: once they are cancelled those are called ``7``; while
+    they wait, sacct says ``7_[0-2]``. Raises UserError when Slurm does not answer.
     """
-    wanted = set(jobs)
-    states = _known_to_squeue(wanted)
-    return states | (_known_to_sacct(wanted - states.keys()) if accounting else {})
-
-
-def _known_to_squeue(jobs: set[str]) -> dict[str, JobState]:
-    # "--states=all" or jobs that have ended are not told; of several unknown ids squeue says nothing, of one it fails
-    command = ["squeue", "--noheader", "--array", "--states=all", _ids(jobs), "--format=%i|%T|%r|%N|%L"]
-    answer = _ask_or_say(command, but="Invalid job id") if jobs else ""
-    return _states_of(jobs, map(_from_squeue, answer.splitlines()))
-
-
-def _known_to_sacct(jobs: set[str]) -> dict[str, JobState]:
-    fields = "--format=JobID,State,Reason,NodeList,Timelimit,Elapsed"
-    command = ["sacct", "--noheader", "--parsable2", "--allocations", _ids(jobs), fields]
-    answer = _ask_or_say(command) if jobs else ""
-    return _states_of(jobs, map(_from_sacct, answer.splitlines()))
-
-
-def _states_of(jobs: set[str], told: Iterable[tuple[str, JobState]]) -> dict[str, JobState]:
-    """The state of each of `jobs`: its own, or the one told of all elements of its array that never began.
-
-    Once they are cancelled those are called ``7``; while they wait, sacct says ``7_[0-2]``.
-    """
-    states = dict(told)
-    unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}
-    found = {job: states.get(job) or unbegun.get(job.partition("_")[0]) for job in jobs}
-    return {job: state for job, state in found.items() if state is not None}
-
-
-def _ids(jobs: set[str]) -> str:
-    return f"--jobs={','.join(sorted({job.partition('_')[0] for job in jobs}))}"
+    found: dict[str, JobState] = {}
+    for command, read in ((_SQUEUE, _from_squeue), (_SACCT, _from_sacct))[: 1 + accounting]:
+        left = set(jobs) - found.keys()
+        if left:
+            ids = ",".join(sorted({job.partition("_")[0] for job in left}))
+            states = dict(map(read, _ask_or_say([*command, f"--jobs={ids}"]).splitlines()))
+            unbegun = {job.partition("_")[0]: state for job, state in states.items() if "_" not in job or "[" in job}
+            told = {job: states.get(job) or unbegun.get(job.partition("_")[0]) for job in left}
+            found |= {job: state for job, state in told.items() if state is not None}
+    return found
 
 
 def _from_squeue(line: str) -> tuple[str, JobState]:
@@ -112,7 +90,7 @@ def _from_sacct(line: str) -> tuple[str, JobState]:
 
 
 def _state(word: str, reason: str, nodes: str, left: float | None) -> JobState:
-    phase: Phase = "running" if word in _RUNNING else "waiting" if word in _WAITING else _ENDS.get(word, "failed")
+    phase = _PHASES.get(word, "failed")
     if phase == "cancelled" and reason == "DependencyNeverSatisfied":
         phase = "unmet"
     return JobState(word, phase, "" if reason == "None" else reason, nodes, left)
@@ -120,22 +98,18 @@ def _state(word: str, reason: str, nodes: str, left: float | None) -> JobState:
 
 def parse_duration(text: str) -> float | None:
     """Seconds of Slurm's ``[D-][HH:]MM:SS``; None for UNLIMITED, INVALID and whatever else is no duration."""
-    days, _, clock = text.rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in parts) or not (days.isdigit() or not days) or not 2 <= len(parts) <= 3:
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if found is None:
         return None
-    seconds = 0.0
-    for part in parts:
-        seconds = seconds * 60 + int(part)
-    return seconds + 86400 * int(days or 0)
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(((24 * days + hours) * 60 + minutes) * 60 + seconds)
 
 
 def seconds_left(job: str) -> float | None:
     """How long `job` may still run; None where it has no end, or Slurm does not answer now."""
-    try:
+    with suppress(*_ERRORS):
         return parse_duration(_ask(["squeue", "--noheader", f"--jobs={job}", "--format=%L"]).strip())
-    except (OSError, subprocess.SubprocessError):
-        return None
+    return None
 
 
 def requeue(job: str) -> str:
@@ -146,9 +120,9 @@ def requeue(job: str) -> str:
     try:
         if _ask(["squeue", "--noheader", f"--jobs={job}", "--format=%T"]).strip() == "RUNNING":
             _ask(["scontrol", "requeue", job])
-    except (OSError, subprocess.SubprocessError) as error:
+        return ""
+    except _ERRORS as error:
         return _message(error)
-    return ""
 
 
 def cancel(jobs: Sequence[str], environment: Mapping[str, str]) -> None:
@@ -167,16 +141,16 @@ def submit(folder: Path, name: str, text: str, environment: Mapping[str, str]) -
     script = folder / f".{time.time_ns()}.sh"
     script.write_text(text)
     try:
-        for attempt in range(SUBMIT_ATTEMPTS):
+        for attempt in range(1, SUBMIT_ATTEMPTS + 1):
             try:
                 job = _ask(["sbatch", "--parsable", str(script)], environment).strip().partition(";")[0]
                 script.rename(folder / f"{job}_submission.sh")
                 return job
-            except (OSError, subprocess.SubprocessError) as error:
+            except _ERRORS as error:
                 message = " ".join(_message(error).split())
-                if "contact" not in message.lower() or attempt == SUBMIT_ATTEMPTS - 1:
+                if "contact" not in message.lower() or attempt == SUBMIT_ATTEMPTS:
                     raise UserError(f"Slurm refused the job '{name}': {message[-600:]}") from None
-                time.sleep(5 * (attempt + 1))
+                time.sleep(5 * attempt)
     finally:
         script.unlink(missing_ok=True)
     raise AssertionError("unreachable")
@@ -186,23 +160,16 @@ def _ask(command: Sequence[str], environment: Mapping[str, str] | None = None) -
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60).stdout
 
 
-def _ask_or_say(command: Sequence[str], but: str | None = None) -> str:
-    """The answer, "" for an error that contains `but`, or UserError with Slurm's message."""
+def _ask_or_say(command: Sequence[str]) -> str:
+    """The answer, or UserError with Slurm's message."""
     try:
         return _ask(command)
-    except (OSError, subprocess.SubprocessError) as error:
+    except _ERRORS as error:
         message = _message(error)
-        if but is not None and but in message:
+        if "Invalid job id" in message:  # of several unknown ids squeue says nothing, of one it fails
             return ""
         raise UserError(f"Slurm does not answer ({command[0]}: {message}); try again, or use --cluster local") from None
 
 
 def _message(error: Exception) -> str:
     return (getattr(error, "stderr", "") or str(error)).strip()
-
-
-def _pairs(lines: Iterable[str], separator: str) -> Iterator[tuple[str, str]]:
-    for line in lines:
-        key, found, value = line.partition(separator)
-        if found:
-            yield key.strip(), value.strip()

@@ -20,9 +20,6 @@ from hpc_cpd.errors import UserError
 if TYPE_CHECKING:
     from hpc_cpd.cluster.schedulers.slurm import SlurmSettings
 
-RESUBMITTER_MINUTES = 15
-HAND_OVERS = 3
-
 
 @dataclass(frozen=True)
 class Script:
@@ -33,25 +30,16 @@ class Script:
 
     def text(self, folder: Path, dependency: str = "", avoid: Sequence[str] = ()) -> str:
         """The batch script, which keeps its logs in `folder` and shuns the nodes `avoid`. Reads and submits nothing."""
-        parameters = dict(self.parameters)
-        if dependency:
-            parameters["dependency"] = dependency
-        if avoid:
-            parameters["exclude"] = ",".join(avoid)
-        return sbatch_string(self.command, folder, parameters)
+        parameters = {**self.parameters, **_given(dependency=dependency, exclude=",".join(avoid))}
+        try:  # submitit's function for it is private: no other place calls it
+            from submitit.slurm.slurm import _make_sbatch_string
 
-
-def sbatch_string(command: str, folder: Path, parameters: Mapping[str, Any]) -> str:
-    """The text of a batch script, by submitit, whose function for it is private: no other place calls it."""
-    try:
-        from submitit.slurm.slurm import _make_sbatch_string
-
-        return str(_make_sbatch_string(command=command, folder=folder, **parameters))
-    except (ImportError, TypeError) as error:
-        raise UserError(
-            f"submitit {metadata.version('submitit')} writes job scripts in another way than the tested 1.5 ({error}); "
-            "install it with: pip install 'submitit>=1.5.3,<1.6'"
-        ) from None
+            return str(_make_sbatch_string(command=self.command, folder=folder, **parameters))
+        except (ImportError, TypeError) as error:
+            raise UserError(
+                f"submitit {metadata.version('submitit')} writes job scripts in another way than the tested 1.5 "
+                f"({error}); install it with: pip install 'submitit>=1.5.3,<1.6'"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -65,16 +53,14 @@ class Scripts:
     index: str
     job: str
     node: str
-    python: str = sys.executable
 
     def teachers(self, plan: Path, count: int, at_once: int) -> Script:
         """An array of `count` teachers, `at_once` at a time; element i trains the i-th task of the file `plan`."""
-        config, cpus = self.request.config, self.settings.cpus_per_rank
+        ranks, cpus = self.request.config.teachers.ranks, self.settings.cpus_per_rank
         where = f"--run {_quote(self._folder)} --index {self.index} --plan {_quote(plan)}"
-        parameters = self._parameters(f"{config.name}-teachers", config.teachers.ranks, nodes=1, cpus=cpus)
-        parameters["srun_args"] = [f"--mpi={self.settings.mpi_plugin}", *parameters["srun_args"]]
-        parameters["map_count"] = count
-        parameters["array_parallelism"] = at_once
+        parameters = self._parameters("teachers", ranks, 1, cpus)
+        parameters |= {"map_count": count, "array_parallelism": at_once}
+        parameters["srun_args"].insert(0, f"--mpi={self.settings.mpi_plugin}")
         return Script(f"{self._worker} teacher {where}", parameters)
 
     def stage(self, unit: Unit) -> Script:
@@ -92,17 +78,11 @@ class Scripts:
                 f"(cluster.scheduler.nodes_per_stage, cluster.scheduler.gpus_per_node) take {nodes * gpus}, one rank "
                 f"per GPU; set distill.ranks={nodes * gpus}"
             )
-        command = f"{self._worker} {shlex.join(self.request.arguments(unit))}"
-        name = f"{self.request.config.name}-{unit.name.replace(' ', '-')}"
-        parameters = self._parameters(name, ranks, nodes, settings.cpus_of_stage_rank)
-        special = {
-            "partition": settings.stage_partition,
-            "constraint": settings.constraint,
-            "gres": settings.gres,
-            "gpus_per_node": gpus or None,
-        }
-        parameters |= {key: value for key, value in special.items() if value is not None}
-        return Script(command, parameters)
+        cpus = settings.stage_cpus_per_rank or settings.cpus_per_rank
+        parameters = self._parameters(unit.name.replace(" ", "-"), ranks, nodes, cpus)
+        parameters |= _given(partition=settings.stage_partition, constraint=settings.constraint)
+        parameters |= _given(gres=settings.gres, gpus_per_node=gpus)
+        return Script(f"{self._worker} {shlex.join(self.request.arguments(unit))}", parameters)
 
     def resubmitter(self) -> Script:
         """The small job that starts when another one ended unfinished, and launches what is left again.
@@ -111,25 +91,18 @@ class Scripts:
         fails, it hands over to a copy of itself on another node, a few times.
         """
         log = self.request.run.logs.absolute() / "resubmitter.log"
-        launch = f"{_quote(self.python)} -u -m hpc_cpd.launch --stage all --run {_quote(self._folder)}"
+        launch = f"{_quote(sys.executable)} -u -m hpc_cpd.launch --stage all --run {_quote(self._folder)}"
         launch += f" --cluster {self.settings.name} --retry" + " --allow-missing" * self.request.allow_missing
         command = (
             f"{launch} >> {_quote(log)} 2>&1 && exit\n"
-            f'[ "${{HPC_CPD_HANDED_OVER:=0}}" -lt {HAND_OVERS} ] || exit 1\n'
+            f'[ "${{HPC_CPD_HANDED_OVER:=0}}" -lt 3 ] || exit 1\n'
             "export HPC_CPD_HANDED_OVER=$((HPC_CPD_HANDED_OVER + 1))\n"
             f"export HPC_CPD_AVOID=${{HPC_CPD_AVOID:+$HPC_CPD_AVOID,}}{self.node}\n"
             f'exec sbatch --dependency=afterany:{self.job} --exclude="$HPC_CPD_AVOID" "$0"'
         )
-        parameters = self._common(f"{self.request.config.name}-resubmitter") | {
-            "time": RESUBMITTER_MINUTES,
-            "nodes": 1,
-            "ntasks_per_node": 1,
-            "cpus_per_task": 1,
-            "use_srun": False,
-            "setup": list(self.settings.setup),
-        }
+        parameters = self._common("resubmitter", minutes=15, nodes=1, ranks_per_node=1, cpus=1)
         parameters["additional_parameters"]["output"] = "/dev/null"  # a log that cannot be opened would fail the job
-        return Script(command, parameters)
+        return Script(command, parameters | {"use_srun": False, "setup": list(self.settings.setup)})
 
     @property
     def _folder(self) -> Path:
@@ -137,22 +110,22 @@ class Scripts:
 
     @property
     def _worker(self) -> str:
-        return f"{_quote(self.python)} -u -m hpc_cpd.worker"
+        return f"{_quote(sys.executable)} -u -m hpc_cpd.worker"
 
-    def _common(self, name: str) -> dict[str, Any]:
+    def _common(self, name: str, minutes: int, nodes: int, ranks_per_node: int, cpus: int) -> dict[str, Any]:
         settings = self.settings
-        wanted = {
-            "partition": settings.partition,
-            "account": settings.account,
-            "qos": settings.qos,
-            "mem_per_cpu": settings.memory_per_cpu,
-        }
-        requeue = {"requeue": True} if settings.continuation == "requeue" else {"no-requeue": True}
-        return {key: value for key, value in wanted.items() if value is not None} | {
-            "job_name": name,
+        requeue = "requeue" if settings.continuation == "requeue" else "no-requeue"
+        return {
+            **_given(partition=settings.partition, account=settings.account, qos=settings.qos),
+            **_given(mem_per_cpu=settings.memory_per_cpu),
+            "job_name": f"{self.request.config.name}-{name}",
+            "time": minutes,
+            "nodes": nodes,
+            "ntasks_per_node": ranks_per_node,
+            "cpus_per_task": cpus,
             "stderr_to_stdout": True,
             # a job whose needs failed would wait for ever; the resubmitter submits it again
-            "additional_parameters": {**requeue, "kill-on-invalid-dep": "yes"},
+            "additional_parameters": {requeue: True, "kill-on-invalid-dep": "yes"},
         }
 
     def _parameters(self, name: str, ranks: int, nodes: int, cpus: int) -> dict[str, Any]:
@@ -165,18 +138,18 @@ class Scripts:
         exports = [f"OMP_NUM_THREADS={cpus}", "OMP_WAIT_POLICY=passive", "HDF5_USE_FILE_LOCKING=FALSE"]
         if settings.network_interface is not None:
             exports += [f"{name}_SOCKET_IFNAME={settings.network_interface}" for name in ("GLOO", "NCCL")]
-        common = self._common(name)
+        common = self._common(name, settings.time_limit_minutes, nodes, ranks // nodes, cpus)
         common["additional_parameters"] |= settings.options
         return common | {
-            "time": settings.time_limit_minutes,
-            "nodes": nodes,
-            "ntasks_per_node": ranks // nodes,
-            "cpus_per_task": cpus,
             "signal_delay_s": settings.signal_seconds_before_end,
             "setup": [f"export {' '.join(exports)}", *settings.setup],
             # srun does not inherit the cores; its logs must outlive a requeue; a rank that fails must end the others
             "srun_args": [f"--cpus-per-task={cpus}", "--open-mode=append", "--kill-on-bad-exit=1"],
         }
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value}
 
 
 def _quote(path: str | Path) -> str:

@@ -97,6 +97,10 @@ class Scheduler(ABC):
     """How its environment variables begin: those of a job around it must not reach the ranks of another one."""
     queues: ClassVar[bool] = True
     """Whether jobs are submitted, and run without the launcher."""
+    lead_seconds: float = 0.0
+    """How long before its time limit a job saves and leaves."""
+    requeues: bool = False
+    """Whether a job that was asked to stop puts itself back into the queue, by `requeue`."""
 
     def __init__(self, settings: Any) -> None:
         """`settings`: an instance of `Settings`."""
@@ -105,11 +109,6 @@ class Scheduler(ABC):
     @property
     def name(self) -> str:
         return str(self.settings.name)
-
-    @property
-    def title(self) -> str:
-        """Where its jobs run, in words: ``through slurm``."""
-        return f"through {self.name}"
 
     # ---- before and while jobs are submitted
 
@@ -181,16 +180,6 @@ class Scheduler(ABC):
     def seconds_left(self, job: JobStart) -> float | None:
         """How long the job of this process may still run; None: no limit, or no answer."""
         return None
-
-    @property
-    def lead_seconds(self) -> float:
-        """How long before its time limit a job saves and leaves."""
-        return 0.0
-
-    @property
-    def requeues(self) -> bool:
-        """Whether a job that was asked to stop puts itself back into the queue, by `requeue`."""
-        return False
 
     def requeue(self, job: JobStart) -> None:
         """Put the running job of this process back into the queue, and end it: its other ranks wait to be killed."""

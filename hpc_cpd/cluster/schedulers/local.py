@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -14,11 +14,9 @@ from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.ranks import RankedJob, find_mpiexec, usable_cores
 from hpc_cpd.cluster.schedulers.base import Job, JobState, RankInfo, Scheduler, Starter
 from hpc_cpd.cluster.supervisor import supervise
-from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit, not_done
+from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit, not_done
 from hpc_cpd.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.settings import PluginSettings
-
-NVIDIA_GPUS = Path("/proc/driver/nvidia/gpus")
 
 
 class LocalSettings(PluginSettings):
@@ -38,21 +36,15 @@ class Local(Scheduler):
         super().__init__(settings or LocalSettings())
         self.around = around
 
-    @property
-    def title(self) -> str:
-        return "on this machine" if self.around is None else "in this allocation"
-
     def available(self) -> bool:
         return True
 
     def check(self, request: LaunchRequest) -> None:
         for unit in request.todo:
-            ranks = unit.ranks(request.config)
-            if self._starter(unit, request) is not None:
-                continue
-            if unit.uses_mpi and ranks > 1:
+            ranks, ours = unit.ranks(request.config), self._starter(unit, request) is None
+            if ours and unit.uses_mpi and ranks > 1:
                 find_mpiexec()
-            elif not unit.uses_mpi and NVIDIA_GPUS.is_dir():
+            elif ours and not unit.uses_mpi and Path("/proc/driver/nvidia/gpus").is_dir():
                 from hpc_cpd.distributed.torch import require_gpus
 
                 require_gpus(ranks)
@@ -74,51 +66,36 @@ class Local(Scheduler):
         rank = int(environment.get("RANK", environment.get("PMI_RANK", "0")))
         return RankInfo(rank, int(environment["HPC_CPD_RANKS"]), int(environment.get("LOCAL_RANK", rank)))
 
-    def run(self, request: LaunchRequest, stop: StopFlag, say: Callable[[str], None]) -> None:
+    def run(self, request: LaunchRequest, stop: StopFlag, say: Say) -> None:
         """Do all that is left of `request`. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
         logs = (request.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
-        cores = usable_cores()
         teachers = not_done(request.teachers)
         if teachers:
             starter, ranks = self._starter(teachers[0], request), teachers[0].ranks(request.config)
-            at_once = starter.at_once if starter is not None else max(1, cores // ranks)
-            threads = max(1, cores // (ranks * at_once))
-            _run_jobs([self._job(unit, request, logs, threads) for unit in teachers], at_once, stop, say, request)
+            at_once = starter.at_once if starter is not None else max(1, usable_cores() // ranks)
+            jobs = [self._job(unit, request, logs, at_once) for unit in teachers]
+            _run_jobs(jobs, at_once, stop, say, request.allow_missing)
         for unit in not_done(request.stages):
-            threads = max(1, cores // unit.ranks(request.config))
-            _run_jobs([self._job(unit, request, logs, threads)], 1, stop, say)
+            _run_jobs([self._job(unit, request, logs, 1)], 1, stop, say, go_on=False)
 
     def _starter(self, unit: Unit, request: LaunchRequest) -> Starter | None:
         return None if self.around is None else self.around.starter(unit, request.config)
 
-    def _job(self, unit: Unit, request: LaunchRequest, logs: Path, threads: int) -> RankedJob:
-        starter = self._starter(unit, request)
-        folder = logs / "teachers" / unit.task if isinstance(unit, TeacherUnit) else logs / unit.name.replace(" ", "-")
-        return RankedJob(
-            unit.name,
-            request.arguments(unit),
-            unit.ranks(request.config),
-            unit.uses_mpi,
-            folder,
-            threads if starter is None else starter.threads,
-            starter=() if starter is None else starter.command,
-            scheduler="" if self.around is None else self.around.name,
-            progress=unit.folder,
-        )
+    def _job(self, unit: Unit, request: LaunchRequest, logs: Path, at_once: int) -> RankedJob:
+        words, ranks, starter = request.arguments(unit), unit.ranks(request.config), self._starter(unit, request)
+        place = logs / "teachers" / unit.task if isinstance(unit, TeacherUnit) else logs / unit.name.replace(" ", "-")
+        threads = max(1, usable_cores() // (ranks * at_once))
+        job = RankedJob(unit.name, words, ranks, unit.uses_mpi, place, unit.folder, threads)
+        if self.around is not None and starter is not None:
+            job.threads, job.starter, job.scheduler = starter.threads, starter.command, self.around.name
+        return job
 
 
 plugin = Local
 
 
-def _run_jobs(
-    jobs: Sequence[RankedJob],
-    at_once: int,
-    stop: StopFlag,
-    say: Callable[[str], None],
-    request: LaunchRequest | None = None,
-) -> None:
-    """Run and show `jobs`. Where the `request` allows missing teachers, those that fail are told and left behind."""
-    go_on = request is not None and request.allow_missing
+def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, say: Say, go_on: bool) -> None:
+    """Run and show `jobs`. With `go_on` those that fail are told and left behind."""
     console = Console()
     live = console.is_terminal
     with console.status("starting") as status:
@@ -131,7 +108,7 @@ def _run_jobs(
             else:
                 say(line)
 
-        outcomes = supervise(jobs, at_once, stop, show, after_mistake=go_on)
+        outcomes = supervise(jobs, at_once, stop, show, go_on=go_on)
     for outcome in outcomes:
         if outcome.code == EXIT_FAULT or (go_on and outcome.code == EXIT_USER_ERROR):
             print(f"error: {outcome.sentence}", file=sys.stderr, flush=True)

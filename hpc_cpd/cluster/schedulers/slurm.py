@@ -23,8 +23,6 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import write_json
 from hpc_cpd.settings import Config, PluginSettings
 
-PORTS = (20000, 32000)  # where the ranks of a stage meet
-CONF = "SLURM_CONF"
 _MEMORY = re.compile(r"(?i:oom[-_ ]kill|exceeded (job )?memory limit)|: Out Of Memory")  # not: CUDA out of memory
 # What Slurm alone knows about the end of a job, and what to do about it.
 _ADVICE = {
@@ -50,9 +48,7 @@ class SlurmSettings(PluginSettings):
     nodes_per_stage: int = Field(1, ge=1, description="nodes of a stage's job")
     gpus_per_node: int = Field(0, ge=0, description="GPUs per node, one rank each")
     cpus_per_rank: int = Field(1, ge=1, description="cores per rank")
-    stage_cpus_per_rank: int | None = Field(
-        None, ge=1, description="cores per rank of a stage, where it has more than a teacher's"
-    )
+    stage_cpus_per_rank: int | None = Field(None, ge=1, description="cores per rank of a stage; null: as a teacher's")
     memory_per_cpu: str | None = Field(None, description="for example 4G")
     time_limit_minutes: int = Field(240, ge=1, description="wall clock of one job")
     signal_seconds_before_end: int = Field(
@@ -60,23 +56,15 @@ class SlurmSettings(PluginSettings):
     )
     array_parallelism: int = Field(64, ge=1, description="teachers at once")
     mpi_plugin: str = Field("pmi2", description="srun --mpi plugin of the teachers")
-    network_interface: str | None = Field(
-        None, description="network that ranks of several nodes talk over, for example ib0"
-    )
+    network_interface: str | None = Field(None, description="network between the nodes of a stage, for example ib0")
     setup: list[str] = Field([], description="shell lines before each job: module load, conda activate")
-    options: dict[str, bool | int | str] = Field(
-        {}, description="further sbatch options of its jobs, by their long names"
-    )
+    options: dict[str, bool | int | str] = Field({}, description="further sbatch options, by their long names")
     continuation: Literal["requeue", "resubmit", "chain"] = Field(
         "requeue",
         description="how stopped work goes on: Slurm requeues its job; a new job is submitted for it; or, where jobs "
         "may do neither, each job is submitted chain_length times, one after the other",
     )
     chain_length: int = Field(4, ge=1, description="links of a chain")
-
-    @property
-    def cpus_of_stage_rank(self) -> int:
-        return self.stage_cpus_per_rank or self.cpus_per_rank
 
 
 @dataclass(frozen=True)
@@ -94,6 +82,11 @@ class Slurm(Scheduler):
     settings: SlurmSettings
     variables: ClassVar[tuple[str, ...]] = ("SLURM_", "SLURMD_", "SRUN_", "SBATCH_", "SUBMITIT_")
 
+    def __init__(self, settings: SlurmSettings) -> None:
+        super().__init__(settings)
+        self.lead_seconds = settings.signal_seconds_before_end
+        self.requeues = settings.continuation == "requeue"
+
     # ---- before and while jobs are submitted
 
     def available(self) -> bool:
@@ -104,34 +97,32 @@ class Slurm(Scheduler):
         """What the controller says about itself; the usual values where there is no Slurm (``--dry-run``)."""
         return commands.ask_site() if self.available() else commands.Site()
 
-    def scripts(self, request: LaunchRequest, python: str = sys.executable) -> Scripts:
-        return Scripts(request, self.settings, "$SLURM_ARRAY_TASK_ID", "$SLURM_JOB_ID", "$SLURMD_NODENAME", python)
+    def scripts(self, request: LaunchRequest) -> Scripts:
+        return Scripts(request, self.settings, "$SLURM_ARRAY_TASK_ID", "$SLURM_JOB_ID", "$SLURMD_NODENAME")
 
     def jobs(self, request: LaunchRequest, units: Sequence[Unit]) -> Sequence[SlurmJob]:
         """The arrays of teachers, no larger than the site allows, then each stage, in order."""
         logs, scripts, size = request.run.logs.absolute(), self.scripts(request), self.site.max_array_size
         teachers = [unit for unit in units if isinstance(unit, TeacherUnit)]
         chunks = [teachers[begin : begin + size] for begin in range(0, len(teachers), size)]
-        first = 1 + sum(1 for _ in logs.glob("teachers-*.json"))
+        at_once = max(1, self.settings.array_parallelism // max(1, len(chunks)))
         made = []
-        for number, chunk in enumerate(chunks, first):
+        for number, chunk in enumerate(chunks, 1 + len(list(logs.glob("teachers-*.json")))):
             array = logs / f"teachers-{number}.json"
-            at_once = max(1, self.settings.array_parallelism // len(chunks))
             made.append(SlurmJob(request, chunk, [], scripts.teachers(array, len(chunk), at_once), array))
         stages = [unit for unit in units if not isinstance(unit, TeacherUnit)]
         return made + [SlurmJob(request, [one], one.needs(request.plan), scripts.stage(one)) for one in stages]
 
     def describe(self, job: Job, after: Mapping[Unit, str]) -> str:
         assert isinstance(job, SlurmJob)
-        return job.script.text(self._logs(job.request.run), self._dependency(job, after))
+        return job.script.text(job.request.run.logs.absolute() / "slurm", self._dependency(job, after))
 
     def submit(self, job: Job, after: Mapping[Unit, str], avoid: Sequence[str]) -> Iterator[Sequence[str]]:
         """Submit the job, or the chain of them; every other link waits for the last."""
         assert isinstance(job, SlurmJob)
-        logs, waits = self._logs(job.request.run), self._dependency(job, after)
+        logs, waits = job.request.run.logs.absolute() / "slurm", self._dependency(job, after)
         if job.array is not None:
-            tasks = [unit.task for unit in job.units if isinstance(unit, TeacherUnit)]
-            write_json(job.array, {"tasks": tasks})
+            write_json(job.array, {"tasks": [unit.task for unit in job.units if isinstance(unit, TeacherUnit)]})
         for _ in range(self.settings.chain_length if self.settings.continuation == "chain" else 1):
             made = self._submit(logs, job.name, job.script, waits, avoid)
             yield [made] if job.array is None else [f"{made}_{index}" for index in range(len(job.units))]
@@ -142,7 +133,7 @@ class Slurm(Scheduler):
             return None
         script = self.scripts(request).resubmitter()
         waits = "?".join(f"afternotok:{job}" for job in jobs)
-        return self._submit(self._logs(request.run), "resubmitter", script, waits, [])
+        return self._submit(request.run.logs.absolute() / "slurm", "resubmitter", script, waits, [])
 
     def cancel(self, jobs: Sequence[str]) -> None:
         commands.cancel(jobs, self._environment())
@@ -158,8 +149,8 @@ class Slurm(Scheduler):
     def _environment(self) -> dict[str, str]:
         """A job submitted from inside a job must not inherit its memory and task settings, only where Slurm is."""
         ours = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS", "HPC_CPD_JOB")
-        foreign = (*self.variables, *ours)
-        return {name: value for name, value in os.environ.items() if name == CONF or not name.startswith(foreign)}
+        names = [name for name in os.environ if name == "SLURM_CONF" or not name.startswith((*self.variables, *ours))]
+        return {name: os.environ[name] for name in names}
 
     def _dependency(self, job: Job, after: Mapping[Unit, str]) -> str:
         """What `job` waits for.
@@ -170,11 +161,6 @@ class Slurm(Scheduler):
         teachers = [id for unit, id in after.items() if isinstance(unit, TeacherUnit)]
         stages = [id for unit, id in after.items() if not isinstance(unit, TeacherUnit)]
         return dependency(teachers, stages, job.request.allow_missing and self.settings.continuation == "chain")
-
-    @staticmethod
-    def _logs(run: Run) -> Path:
-        """Where the jobs' logs and scripts are kept."""
-        return (run.logs / "slurm").absolute()
 
     # ---- questions about jobs
 
@@ -202,35 +188,25 @@ class Slurm(Scheduler):
         if "SLURM_STEP_ID" not in environment:
             return None
         size = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1"))
-        return RankInfo(
-            rank=int(environment.get("SLURM_PROCID", "0")),
-            size=int(size),
-            local_rank=int(environment.get("SLURM_LOCALID", "0")),
-            scheduler="slurm",
-            job=JobStart(_job_id(environment), _number(environment.get("SLURM_RESTART_COUNT"))),
-        )
+        rank, local_rank = (int(environment.get(name, "0")) for name in ("SLURM_PROCID", "SLURM_LOCALID"))
+        # 12, or 12_3 in an array, whose last element has the number of the array itself
+        array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
+        id = f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
+        job = JobStart(id, int(environment.get("SLURM_RESTART_COUNT", "0")))
+        return RankInfo(rank, int(size), local_rank, scheduler="slurm", job=job)
 
     def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
         """The first host of the job, and a port from its number: two jobs on one node must not share it."""
         from submitit.slurm.slurm import SlurmJobEnvironment
 
-        port = PORTS[0] + int(environment["SLURM_JOB_ID"]) % (PORTS[1] - PORTS[0])
+        port = 20000 + int(environment["SLURM_JOB_ID"]) % 12000
         return SlurmJobEnvironment().hostnames[0], port
 
     def seconds_left(self, job: JobStart) -> float | None:
         return None if job.id is None else commands.seconds_left(job.id)
 
-    @property
-    def lead_seconds(self) -> float:
-        return self.settings.signal_seconds_before_end
-
-    @property
-    def requeues(self) -> bool:
-        return self.settings.continuation == "requeue"
-
     def requeue(self, job: JobStart) -> None:
-        failure = commands.requeue(str(job.id))
-        if failure:
+        if failure := commands.requeue(str(job.id)):
             message = f"could not requeue job {job.id} ({failure}); the resubmitter submits it anew"
             print(message, file=sys.stderr, flush=True)
 
@@ -247,10 +223,11 @@ class Slurm(Scheduler):
         end = ("--kill-on-bad-exit=1", "--unbuffered")
         if isinstance(unit, TeacherUnit):
             cpus = self.settings.cpus_per_rank
-            cores = sum(expand(os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1")))
+            counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))  # 4(x2),8
+            cores = sum(int(number) * int(times or 1) for number, times in counts)
             words = ("srun", "--exact", "--nodes=1", f"--ntasks={ranks}", f"--mpi={self.settings.mpi_plugin}")
             return Starter((*words, f"--cpus-per-task={cpus}", *end), cpus, max(1, cores // (ranks * cpus)))
-        cpus = self.settings.cpus_of_stage_rank
+        cpus = self.settings.stage_cpus_per_rank or self.settings.cpus_per_rank
         return Starter(("srun", f"--nodes={nodes}", f"--ntasks={ranks}", f"--cpus-per-task={cpus}", *end), cpus, 1)
 
 
@@ -261,22 +238,3 @@ def dependency(teachers: Sequence[str], stages: Sequence[str], any_end: bool) ->
     """What sbatch is told to wait for: success of these jobs, or with `any_end` merely the end of the teachers."""
     groups = [("afterany", teachers), ("afterok", stages)] if any_end else [("afterok", [*teachers, *stages])]
     return ",".join(f"{word}:{':'.join(jobs)}" for word, jobs in groups if jobs)
-
-
-def _job_id(environment: Mapping[str, str]) -> str | None:
-    """``12``, or ``12_3`` in an array, whose last element has the number of the array itself."""
-    array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
-
-
-def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isdecimal() else 0
-
-
-def expand(text: str) -> list[int]:
-    """Slurm's ``4(x2),8`` as [4, 4, 8]."""
-    counts = []
-    for part in text.split(","):
-        number, _, times = part.partition("(x")
-        counts += [int(number)] * int(times.rstrip(")") or 1)
-    return counts
