@@ -2,7 +2,7 @@
 
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import ShardWriter, read_shard, write_manifest
-from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, require_target, verify_folder
+from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, verify_folder
 
 __all__ = [
     "Episode",
@@ -11,7 +11,6 @@ __all__ = [
     "TrajectoryStore",
     "open_trajectories",
     "read_shard",
-    "require_target",
     "verify_folder",
     "write_manifest",
 ]

@@ -49,8 +49,3 @@ class MappedColumn:
 
 
 Column = NDArray[Any] | MappedColumn
-
-
-def joined(pieces: Sequence[NDArray[Any]], mapped: bool) -> Column:
-    """One column [S, ...] of the episodes' pieces, in memory or left in their files."""
-    return MappedColumn(pieces) if mapped else np.concatenate(pieces)
