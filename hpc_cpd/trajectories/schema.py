@@ -130,11 +130,8 @@ def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], 
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != steps or (np.diff(offsets) < 1).any():
         return f"has episode_offsets that do not cut its {steps} steps into episodes"
     episodes = len(offsets) - 1
-    for name, values in {
-        "final_observations": columns["final_observations"],
-        "episode_index": columns["episode_index"],
-        "goal_index": np.asarray(attributes["goal_index"]),
-    }.items():
+    for name in ("final_observations", "episode_index", "goal_index"):
+        values = np.asarray(attributes[name] if name == "goal_index" else columns[name])
         shape = columns["observations"].shape[1:] if name == "final_observations" else ()
         if values.shape != (episodes, *shape) or (not shape and values.dtype != np.int64):
             return f"has {name} {values.dtype}{list(values.shape)}, but {episodes} episodes"

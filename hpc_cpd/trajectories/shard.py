@@ -75,16 +75,13 @@ def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
     # v110: the older format limits an attribute (goal_index) to 64 KiB
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
         columns: dict[str, NDArray[Any]] = {
-            origin.target if name == "teacher_mean" else name: np.concatenate(
-                [getattr(episode, name) for episode in episodes]
-            )
-            for name in STEPWISE
+            name: np.concatenate([getattr(episode, name) for episode in episodes]) for name in STEPWISE
         }
         columns["episode_offsets"] = np.cumsum([0, *map(len, episodes)], dtype=np.int64)
         columns["final_observations"] = np.stack([episode.final_observation for episode in episodes])
         columns["episode_index"] = np.array([episode.index for episode in episodes], np.int64)
         for name, values in columns.items():
-            file.create_dataset(name, data=values, track_times=False)
+            file.create_dataset(origin.target if name == "teacher_mean" else name, data=values, track_times=False)
         goals = np.array([episode.goal_index for episode in episodes], np.int64)
         file.attrs["schema_version"] = SCHEMA_VERSION
         for name in schema.ATTRIBUTES:

@@ -153,8 +153,7 @@ class TrajectoryStore:
         first = np.searchsorted(self._episode_starts, self._task_starts)
         task = self._task_of_step[indices]
         others = self._episode_starts[rng.integers(first[task], first[task + 1])]
-        steps: NDArray[np.int64] = others + (progress * lengths[others]).astype(np.int64)
-        return steps
+        return others + (progress * lengths[others]).astype(np.int64)
 
     def gather(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
         """Windows of `length` steps that begin at the steps `indices` (int64 [B]), copied.

@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, mark_done, sha256, write_bytes
-from hpc_cpd.tasks.registry import TaskSpec, describe
+from hpc_cpd.tasks.families.base import TaskSpec
+from hpc_cpd.tasks.registry import describe
 from hpc_cpd.tasks.spaces import shown
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import MANIFEST, ShardWriter, read_manifest, write_manifest

@@ -86,13 +86,9 @@ def trajectory_features(
     in expectation. The rows are centred over the episodes and scaled to mean square norm one, and a
     constant is appended, so that an ordinary episode counts as ordinary rather than as noise.
     """
-    centre = np.asarray(mean, np.float64)
-    spread = np.asarray(std, np.float64)
+    centre, spread = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     scale = np.where(spread > 1e-6, spread, 1.0)  # numbers that never change say nothing
-    rows = [_describe(episode, centre, scale, max_features) for episode in episodes]
-    if not rows:
-        return np.zeros((0, 1))
-    raw = np.stack(rows)
+    raw = np.stack([_describe(episode, centre, scale, max_features) for episode in episodes])
     raw = raw - raw.mean(axis=0)
     norm = np.sqrt((raw * raw).sum(axis=1).mean())
     features = np.column_stack([raw / norm if norm > 0 else raw, np.ones(len(raw))])
