@@ -1,4 +1,4 @@
-"""Spaces of observations and actions: which are known, arrays that hold their elements, and what can be learnt.
+"""Spaces of observations and actions: which are known, and arrays that hold their elements.
 
 An element of a Dict is a dict of arrays by key; of every other space it is one array. Importing this module does not
 import Gymnasium.
@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from gymnasium import Space
-
-    from hpc_cpd.tasks.families.base import TaskSpec
 
 Data = NDArray[Any] | dict[str, Any]
 """An element of a space, or one per row of a batch: an array [N, ...], or such a one per key."""
@@ -48,20 +46,6 @@ def space_problem(space: Space[Any], action: bool = False) -> str | None:
         return f"{space} is none of Box, Discrete, MultiDiscrete and Dict"
     if action and isinstance(space, Box) and space.dtype.kind == "f" and space != Box(-1.0, 1.0, space.shape):
         return f"the actions {shown(space)} are not float32 with the bounds -1 and 1; scale them inside the family"
-    return None
-
-
-def learnable_problem(spec: TaskSpec) -> str | None:
-    """What teachers and students cannot learn from yet in a task, in one sentence; None: they can."""
-    from gymnasium.spaces import Box
-
-    for word, space in (("observations", spec.observation_space), ("actions", spec.action_space)):
-        if not isinstance(space, Box) or len(space.shape) != 1 or space.dtype != np.float32:
-            return (
-                f"{spec.task_id} has {word} {shown(space)}, and nothing here learns from those yet: observations and "
-                "actions must each be a Box of float32 numbers in one dimension; such a task can be listed and stepped "
-                "(hpc_cpd.make_batch)"
-            )
     return None
 
 

@@ -96,13 +96,12 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
     nothing is kept has no shard; a memory without any step is opened by `open_memory` alone.
     """
     with atomic_folder(Path(folder)) as temporary:
-        listed = []
         for part, task in enumerate(tasks):
             writer = ShardWriter(temporary, 0, part, task.origin)
             for episode in task.episodes:
                 writer.add(episode)
             writer.close()
-            listed.append(_selection(task))
+        listed = [_selection(task) for task in tasks]
         summary = {"tasks": len(tasks), "steps": sum(memory["kept_steps"] for memory in listed)}
         write_json(temporary / SELECTION, {**facts, **summary, "memories": listed})
         write_manifest(temporary)

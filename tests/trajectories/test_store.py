@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import hpc_cpd
 from hpc_cpd.errors import UserError
-from hpc_cpd.trajectories.columns import MappedColumn
-from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, verify_folder
+from hpc_cpd.trajectories.store import MappedColumn, TrajectoryStore, open_trajectories, verify_folder
 from tests.trajectories.recorded import (
     TASK,
     assert_same_episode,

@@ -98,8 +98,7 @@ class MetaWorldFamily:
     def make(self, name: str, num: int, seed: int) -> Batch:
         from hpc_cpd.tasks.metaworld.batch import MetaWorldBatch, owned_cores
 
-        region = region_of(name)
-        task = name if region is None else region.parent_task
+        task = name.partition("@")[0]
         return MetaWorldBatch(task, _goals(name, seed), num, owned_cores(), _starts(name, seed))
 
 

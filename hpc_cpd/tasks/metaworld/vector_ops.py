@@ -177,10 +177,7 @@ class _NumPy(SimpleNamespace):
     linalg = SimpleNamespace(norm=norm)
     array = staticmethod(_vector)
     hstack = staticmethod(_stacked)
-
-    @staticmethod
-    def zeros(size: int) -> Array:
-        return np.zeros((size, 1))
+    zeros = staticmethod(lambda size: np.zeros((size, 1)))
 
     @staticmethod
     def clip(value: Any, low: float, high: float) -> Any:
