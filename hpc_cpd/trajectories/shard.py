@@ -19,7 +19,6 @@ from hpc_cpd.trajectories import schema
 from hpc_cpd.trajectories.schema import KINDS, SCHEMA_VERSION, STEPWISE, TARGETS, Episode, Origin, broken
 
 MANIFEST = "manifest.json"
-PER_EPISODE = ("episode_offsets", "episode_index", "final_observations")
 SHARD_NAME = re.compile(r"shard-(\d{4})-(\d{5})\.h5")
 
 
@@ -243,7 +242,7 @@ def _read_column(path: Path, file: h5py.File, name: str, mapped: bool) -> NDArra
     if not isinstance(dataset, h5py.Dataset) or str(dataset.dtype) not in KINDS[name]:
         raise broken(path, f"has a '{name}' that is not {' or '.join(KINDS[name])}")
     offset = dataset.id.get_offset()  # None where another tool has packed the column into chunks
-    if mapped and offset is not None and name not in PER_EPISODE:
+    if mapped and offset is not None and name in (*STEPWISE, *TARGETS):
         # a view of the map: np.memmap itself takes long to slice
         return np.asarray(np.memmap(path, dataset.dtype, "r", offset, dataset.shape))
     return dataset[()]
