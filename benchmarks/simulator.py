@@ -75,7 +75,7 @@ def goals_of(name: str) -> tuple[Any, ...]:
 
 def our_batch(name: str, rows: int, threads: int) -> BatchEnv:
     """What make_batch makes, with the number of threads given."""
-    return BatchEnv(describe(f"metaworld/{name}"), MetaWorldBatch(name, goals_of(name), rows, threads), SEED)
+    return BatchEnv(describe(f"metaworld/{name}"), MetaWorldBatch(name, goals_of(name), rows, threads, {}), SEED)
 
 
 def simulator_of(envs: BatchEnv) -> MetaWorldBatch:
@@ -117,7 +117,7 @@ class Limit:
     def __init__(self, envs: BatchEnv, recording: Recording) -> None:
         ours = simulator_of(envs)
         self._model = ours._models[0]
-        starts = [ours._start(int(goal)) for goal in recording.goals]
+        starts = [ours._starts.get(int(goal)) or ours._begin(int(goal)) for goal in recording.goals]
         self.datas = [mujoco.MjData(self._model) for _ in starts]
         for start, data in zip(starts, self.datas, strict=True):
             mujoco.mj_setState(self._model, data, start.state, _STATE)

@@ -34,8 +34,13 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     embedding_state, vectors = _task_vectors(stage, new, memory, previous, normaliser)
     born, student = method.experts_born(stage), None
     if previous is None:
-        sizes = new.observations.shape[1], new.actions.shape[1], len(next(iter(vectors.values())))
-        shape = StudentShape.from_settings(config.student, *sizes, method.initial_gate_bias)
+        shape = StudentShape.from_settings(
+            config.student,
+            observation_size=new.observations.shape[1],
+            action_size=new.actions.shape[1],
+            task_vector_size=len(next(iter(vectors.values()))),
+            initial_gate_bias=method.initial_gate_bias,
+        )
         student = Student(shape, [list(range(born))], 1, config.seed)
         student.tokenizer.set_normaliser(*normaliser)
         parts = StudentParts({}, shape, [], {}, {}, config.student.task_embedding)

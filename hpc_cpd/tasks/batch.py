@@ -14,7 +14,7 @@ from gymnasium.vector.utils import batch_space, create_empty_array
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd.tasks.families.base import Batch, TaskSpec
-from hpc_cpd.tasks.spaces import checked_actions, copied, write_rows
+from hpc_cpd.tasks.spaces import checked_actions, mapped, write_rows
 
 _UNBOUNDED = 2**31
 _GOAL_DRAWS = 0x60A1
@@ -43,9 +43,8 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
         self._draws = np.random.default_rng([seed, _GOAL_DRAWS])
         self._observations: Any = create_empty_array(task.observation_space, self.num_envs)
         self._active = np.zeros(self.num_envs, np.bool_)
-        self._terminated = np.zeros(self.num_envs, np.bool_)
-        self._truncated = np.zeros(self.num_envs, np.bool_)
-        self._success = np.zeros(self.num_envs, np.bool_)
+        self._flags = np.zeros((3, self.num_envs), np.bool_)
+        self._terminated, self._truncated, self._success = self._flags  # its rows
         self._goals = np.full(self.num_envs, -1, np.int64)
         self._steps = np.zeros(self.num_envs, np.int64)
 
@@ -89,11 +88,9 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
             write_rows(self._observations, rows, self._batch.reset(rows, goals[rows]))
         self._goals[rows] = goals[rows]
         self._active[mask] = True
-        self._terminated[mask] = False
-        self._truncated[mask] = False
-        self._success[mask] = False
+        self._flags[:, mask] = False
         self._steps[mask] = 0
-        return copied(self._observations), {"goal_index": self._goals.copy()}
+        return mapped(np.copy, self._observations), {"goal_index": self._goals.copy()}
 
     def step(
         self, actions: Any
@@ -119,9 +116,7 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
             result = self._batch.step(rows, array)
             write_rows(self._observations, rows, result.observations)
             rewards[rows] = result.rewards
-            self._terminated[rows] = result.terminated
-            self._truncated[rows] = result.truncated
-            self._success[rows] = result.success
+            self._flags[:, rows] = result.terminated, result.truncated, result.success
             for word, values in result.info.items():
                 more[word] = np.zeros(self.num_envs)
                 more[word][rows] = values
@@ -129,7 +124,8 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
         self._truncated |= active & (self._steps >= self.task.horizon)
         self._active &= ~(self._terminated | self._truncated)
         info = {**more, "success": self._success.copy(), "active": active, "goal_index": self._goals.copy()}
-        return copied(self._observations), rewards, self._terminated.copy(), self._truncated.copy(), info
+        observations = mapped(np.copy, self._observations)
+        return observations, rewards, self._terminated.copy(), self._truncated.copy(), info
 
     def halt(self, mask: ArrayLike) -> None:
         """End the episodes in `mask` (bool [N]): they stand still until they are reset."""

@@ -10,7 +10,7 @@ import numpy as np
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Config
 from hpc_cpd.tasks.registry import BASE, ask, describe, environments, family_of
-from hpc_cpd.tasks.spaces import learnable_problem, mapped, shown
+from hpc_cpd.tasks.spaces import mapped, shown
 
 if TYPE_CHECKING:
     from gymnasium import Space
@@ -22,11 +22,18 @@ def check_tasks(plan: Sequence[Sequence[str]], config: Config) -> None:
     Raises UserError naming a task: nothing can learn from its spaces, they differ from those of the others, it never
     succeeds while only successes are kept, or its family makes a mistake (`probe`).
     """
+    from gymnasium.spaces import Box
+
     specs = [describe(task) for tasks in plan for task in tasks]
     first = specs[0]
     for spec in specs:
-        if problem := learnable_problem(spec):
-            raise UserError(f"stream.tasks: {problem}")
+        for word, space in (("observations", spec.observation_space), ("actions", spec.action_space)):
+            if not isinstance(space, Box) or len(space.shape) != 1 or space.dtype != np.float32:
+                raise UserError(
+                    f"stream.tasks: {spec.task_id} has {word} {shown(space)}, and nothing here learns from those yet: "
+                    "observations and actions must each be a Box of float32 numbers in one dimension; such a task can "
+                    "be listed and stepped (hpc_cpd.make_batch)"
+                )
         if _shapes(spec) != _shapes(first):
             raise UserError(
                 f"stream.tasks: {_told(first)}, but {_told(spec)}; one student acts in all tasks of a stream, so "

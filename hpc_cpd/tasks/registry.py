@@ -5,7 +5,6 @@ Importing this module, resolving Meta-World names and describing them imports no
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,30 +15,12 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import read_json
 from hpc_cpd.settings import Config, StreamSettings
-from hpc_cpd.tasks.families.base import Batch, OneByOne, Simulator, Step, TaskFamily, TaskSpec
+from hpc_cpd.tasks.families.base import Batch, OneByOne, TaskFamily, TaskSpec
 from hpc_cpd.tasks.spaces import space_problem
 
 if TYPE_CHECKING:
     from hpc_cpd.tasks.batch import BatchEnv
 
-__all__ = [
-    "ENTRY_POINT_GROUP",
-    "TASK_SETS",
-    "Simulator",
-    "Step",
-    "TaskFamily",
-    "TaskSpec",
-    "describe",
-    "environments",
-    "family_of",
-    "make_batch",
-    "resolve_tasks",
-    "run_plan",
-    "stage_plan",
-    "task_set",
-]
-
-ENTRY_POINT_GROUP = plugins.KINDS["tasks"].group
 BASE = plugins.KINDS["tasks"].package + ".base"
 TASK_SETS = {"MT10": 10, "MT25": 25, "MT50": 50}
 
@@ -69,9 +50,10 @@ def resolve_tasks(tasks: str | Sequence[str]) -> list[str]:
     if not ids:
         raise UserError("the list of tasks is empty; name a task set such as MT10, or at least one task id")
     for task_id in ids:
-        _check_exists(task_id)
-    twice = sorted({task_id for task_id in ids if ids.count(task_id) > 1})
-    if twice:
+        family, name = family_of(task_id)
+        if name not in ask(family.names, "names", task_id):
+            describe(task_id)
+    if twice := sorted({task_id for task_id in ids if ids.count(task_id) > 1}):
         raise UserError(f"task '{twice[0]}' is listed twice; name every task once")
     return ids
 
@@ -96,8 +78,7 @@ def run_plan(run: Run, config: Config | None = None) -> list[list[str]]:
     """
     plan = stage_plan((run.config() if config is None else config).stream)
     for stage, tasks in enumerate(plan, 1):
-        file = run.left_out_file(stage)
-        if file.is_file():
+        if (file := run.left_out_file(stage)).is_file():
             left_out = read_json(file)["tasks"]
             tasks[:] = [task for task in tasks if task not in left_out]
     return plan
@@ -107,8 +88,7 @@ def describe(task_id: str) -> TaskSpec:
     """The facts of a task. Raises UserError: no such task, or its family describes it wrongly."""
     family, name = family_of(task_id)
     spec = ask(family.describe, "describe", task_id, name)
-    problem = _mistake(spec, task_id)
-    if problem is not None:
+    if problem := _mistake(spec, task_id):
         raise UserError(f"the family of task '{task_id}' describes it wrongly: {problem}; see {BASE}")
     return cast(TaskSpec, spec)
 
@@ -136,9 +116,8 @@ def family_of(task_id: str) -> tuple[TaskFamily, str]:
     """The family of a task, and the task's name in it. Raises UserError: `task_id` is none, or there is no family."""
     prefix, separator, name = task_id.partition("/")
     if not separator or not name:
-        near = difflib.get_close_matches(task_id, plugins.load("tasks", "metaworld").names(), n=1)
-        hint = f"did you mean 'metaworld/{near[0]}'?" if near else "write for example metaworld/reach-v3"
-        raise UserError(f"'{task_id}' is not a task id; {hint}")
+        hint = plugins.hint(task_id, plugins.load("tasks", "metaworld").names(), "metaworld/").strip()
+        raise UserError(f"'{task_id}' is not a task id; {hint or 'write for example metaworld/reach-v3'}")
     known = plugins.names("tasks")
     if prefix not in known:
         raise UserError(
@@ -159,12 +138,6 @@ def ask(method: Callable[..., Any], what: str, task_id: str, *arguments: Any) ->
             f"the family of task '{task_id}' fails in {what}(): {type(error).__name__}: "
             f"{' '.join(str(error).split())}; repair the package that declares it (what it must offer: {BASE})"
         ) from error
-
-
-def _check_exists(task_id: str) -> None:
-    family, name = family_of(task_id)
-    if name not in ask(family.names, "names", task_id):
-        describe(task_id)
 
 
 def _mistake(spec: Any, task_id: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Spaces of observations and actions: which are known, arrays that hold their elements, and what can be learnt.
+"""Spaces of observations and actions: which are known, and arrays that hold their elements.
 
 An element of a Dict is a dict of arrays by key; of every other space it is one array. Importing this module does not
 import Gymnasium.
@@ -6,6 +6,7 @@ import Gymnasium.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +16,8 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from gymnasium import Space
 
-    from hpc_cpd.tasks.families.base import TaskSpec
-
 Data = NDArray[Any] | dict[str, Any]
 """An element of a space, or one per row of a batch: an array [N, ...], or such a one per key."""
-LEARNABLE = "a Box of float32 numbers in one dimension"
 
 
 def flat_size(space: Space[Any]) -> int:
@@ -51,19 +49,6 @@ def space_problem(space: Space[Any], action: bool = False) -> str | None:
     return None
 
 
-def learnable_problem(spec: TaskSpec) -> str | None:
-    """What teachers and students cannot learn from yet in a task, in one sentence; None: they can."""
-    from gymnasium.spaces import Box
-
-    for word, space in (("observations", spec.observation_space), ("actions", spec.action_space)):
-        if not isinstance(space, Box) or len(space.shape) != 1 or space.dtype != np.float32:
-            return (
-                f"{spec.task_id} has {word} {shown(space)}, and nothing here learns from those yet: observations and "
-                f"actions must each be {LEARNABLE}; such a task can be listed and stepped (hpc_cpd.make_batch)"
-            )
-    return None
-
-
 def mapped(function: Callable[..., Any], first: Data, *others: Any) -> Any:
     """`function` of an array, or of the arrays under each key of dicts with the same keys."""
     if isinstance(first, dict):
@@ -82,39 +67,29 @@ def stack(elements: Sequence[Any]) -> Any:
 
 def rows_of(data: Data, rows: Any) -> Any:
     """Some rows, or one, of a batch."""
-    return data[rows] if isinstance(data, np.ndarray) else mapped(lambda values: values[rows], data)
-
-
-def copied(data: Data) -> Any:
-    """A copy that shares no memory."""
-    return data.copy() if isinstance(data, np.ndarray) else mapped(np.copy, data)
+    return mapped(lambda values: values[rows], data)
 
 
 def write_rows(data: Data, rows: NDArray[np.int64], new: Data) -> None:
     """Put `new` into `rows` of a batch."""
-    if isinstance(data, np.ndarray):
-        data[rows] = new
-    else:
-        mapped(lambda values, others: write_rows(values, rows, others), data, new)
+    mapped(lambda values, others: operator.setitem(values, rows, others), data, new)
 
 
-def checked_actions(space: Space[Any], actions: Any, active: NDArray[np.bool_], task_id: str) -> Any:
+def checked_actions(space: Any, actions: Any, active: NDArray[np.bool_], task_id: str) -> Any:
     """`actions` of N environments as the simulators get them: floats clipped to [-1, 1], everything else int64.
 
     Raises ValueError: another shape, or numbers of an `active` (bool [N]) environment that are no actions.
     """
-    from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete
+    from gymnasium.spaces import Box, Dict, Discrete
 
     if isinstance(space, Dict):
         if not isinstance(actions, dict) or actions.keys() != space.keys():
             raise ValueError(f"actions must be a dict with the keys {', '.join(space)}")
         return {key: checked_actions(part, actions[key], active, task_id) for key, part in space.items()}
-    assert space.shape is not None
     floats = isinstance(space, Box) and space.dtype.kind == "f"
     array = np.asarray(actions, np.float32 if floats else None)
-    wanted = [len(active), *space.shape]
-    if list(array.shape) != wanted:
-        raise ValueError(f"actions must be {wanted}, but are {array.shape}")
+    if array.shape != (len(active), *space.shape):
+        raise ValueError(f"actions must be {[len(active), *space.shape]}, but are {array.shape}")
     if floats:
         # MuJoCo answers a NaN by silently restarting the simulation
         if not np.isfinite(array[active]).all():
@@ -125,9 +100,7 @@ def checked_actions(space: Space[Any], actions: Any, active: NDArray[np.bool_], 
     if isinstance(space, Box):
         low, high = space.low, space.high
     else:
-        assert isinstance(space, Discrete | MultiDiscrete)
-        count = space.n if isinstance(space, Discrete) else space.nvec
-        low, high = np.asarray(space.start), np.asarray(space.start + count - 1)
-    if np.any((array < low)[active]) or np.any((array > high)[active]):
+        low, high = space.start, space.start + (space.n if isinstance(space, Discrete) else space.nvec) - 1
+    if ((array < low) | (array > high))[active].any():
         raise ValueError(f"an action for {task_id} is not in {shown(space)}")
     return array.astype(space.dtype)

@@ -64,24 +64,14 @@ def select_memory(
     if len(quality) != len(episodes):
         raise ValueError(f"{len(quality)} errors were given for the {len(episodes)} episodes of {task_id}")
     key = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
-    candidates = Candidates(
-        task_id,
-        episodes,
-        lengths,
-        quality,
-        budget,
-        np.random.default_rng([seed, key]),
-        lambda: trajectory_features(episodes, *store.observation_statistics(task_id)),
-    )
+
+    def features() -> NDArray[np.float64]:
+        return trajectory_features(episodes, *store.observation_statistics(task_id))
+
+    candidates = Candidates(task_id, episodes, lengths, quality, budget, np.random.default_rng([seed, key]), features)
     chosen = candidates.choose(plugins.load("selections", selection.name)(selection))
-    return TaskMemory(
-        origin=store.origins[task_id],
-        episodes=[episodes[number] for number in chosen],
-        quality=[float(quality[number]) for number in chosen],
-        total_episodes=len(episodes),
-        total_steps=int(lengths.sum()),
-        budget_steps=budget,
-    )
+    origin, kept = store.origins[task_id], [episodes[number] for number in chosen]
+    return TaskMemory(origin, kept, quality[chosen].tolist(), len(episodes), int(lengths.sum()), budget)
 
 
 def episode_quality(errors: ArrayLike) -> NDArray[np.float64]:
@@ -106,13 +96,12 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
     nothing is kept has no shard; a memory without any step is opened by `open_memory` alone.
     """
     with atomic_folder(Path(folder)) as temporary:
-        listed = []
         for part, task in enumerate(tasks):
             writer = ShardWriter(temporary, 0, part, task.origin)
             for episode in task.episodes:
                 writer.add(episode)
             writer.close()
-            listed.append(_selection(task))
+        listed = [_selection(task) for task in tasks]
         summary = {"tasks": len(tasks), "steps": sum(memory["kept_steps"] for memory in listed)}
         write_json(temporary / SELECTION, {**facts, **summary, "memories": listed})
         write_manifest(temporary)
@@ -137,9 +126,7 @@ def _selection(task: TaskMemory) -> dict[str, Any]:
     return {
         "task_id": task.origin.task_id,
         "teacher_sha256": task.origin.teacher_sha256,
-        "total_episodes": task.total_episodes,
-        "total_steps": task.total_steps,
-        "budget_steps": task.budget_steps,
+        **{name: getattr(task, name) for name in ("total_episodes", "total_steps", "budget_steps")},
         "kept_steps": sum(map(len, task.episodes)),
         "episodes": kept,
     }

@@ -32,7 +32,10 @@ from hpc_cpd.run.publish import is_done
 
 SCHEMA_VERSION = 1
 TARGETS = ("teacher_mean", "teacher_logits")
-_STEP_FIELDS = ("observations", "actions", "rewards", "success")
+STEPWISE = ("observations", "actions", "teacher_mean", "rewards", "success")
+"""The fields of `Episode` with a row per step; the column of `teacher_mean` is called like the target."""
+TEXTS = ("task_id", "teacher_sha256", "reward_version", "environment_version")
+ATTRIBUTES = (*TEXTS[:2], "seed", "goal_index", *TEXTS[2:])
 KINDS = {
     "observations": ("float32", "uint8"),
     "final_observations": ("float32", "uint8"),
@@ -86,7 +89,7 @@ def episode_problem(episode: Episode, other: Episode | None, target: str) -> str
     steps = len(episode)
     if steps == 0:
         return "it has no steps"
-    for name in ("actions", "teacher_mean", "rewards", "success"):
+    for name in STEPWISE[1:]:
         if len(getattr(episode, name)) != steps:
             return f"it has {steps} observations but {len(getattr(episode, name))} {name}"
     if episode.final_observation.shape != episode.observations.shape[1:]:
@@ -108,21 +111,18 @@ def episode_problem(episode: Episode, other: Episode | None, target: str) -> str
 
 def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], task_id: str | None) -> str | None:
     """What is wrong with the contents of a shard; None: nothing."""
-    names = ("task_id", "teacher_sha256", "seed", "goal_index", "reward_version", "environment_version")
-    missing = [name for name in names if name not in attributes]
+    targets = [name for name in TARGETS if name in columns]
+    missing = [name for name in ATTRIBUTES if name not in attributes]
     missing += [name for name in KINDS if name not in columns and name not in TARGETS]
-    if not any(name in columns for name in TARGETS):
-        missing.append("teacher_mean")
+    missing += [] if targets else ["teacher_mean"]
     if missing:
         return f"lacks {', '.join(missing)}"
-    texts = ("task_id", "teacher_sha256", "reward_version", "environment_version")
-    if not all(isinstance(attributes[name], str) for name in texts) or not isinstance(attributes["seed"], np.integer):
-        return f"has attributes of wrong types ({', '.join(texts)}: text; seed: integer)"
+    if not all(isinstance(attributes[name], str) for name in TEXTS) or not isinstance(attributes["seed"], np.integer):
+        return f"has attributes of wrong types ({', '.join(TEXTS)}: text; seed: integer)"
     if task_id is not None and attributes["task_id"] != task_id:
         return f"was recorded on {attributes['task_id']}, not on {task_id}"
-    targets = [name for name in TARGETS if name in columns]
     steps = len(columns["observations"]) if columns["observations"].ndim else -1
-    for name in (*_STEP_FIELDS, *targets):
+    for name in (*(name for name in STEPWISE if name not in TARGETS), *targets):
         flat = name in ("rewards", "success")
         if columns[name].ndim == 0 or (flat and columns[name].ndim > 1) or len(columns[name]) != steps:
             return f"has '{name}' of shape {columns[name].shape}, but {steps} observations"
@@ -130,11 +130,8 @@ def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], 
     if offsets.ndim != 1 or len(offsets) < 2 or offsets[0] != 0 or offsets[-1] != steps or (np.diff(offsets) < 1).any():
         return f"has episode_offsets that do not cut its {steps} steps into episodes"
     episodes = len(offsets) - 1
-    for name, values in {
-        "final_observations": columns["final_observations"],
-        "episode_index": columns["episode_index"],
-        "goal_index": np.asarray(attributes["goal_index"]),
-    }.items():
+    for name in ("final_observations", "episode_index", "goal_index"):
+        values = np.asarray(attributes[name] if name == "goal_index" else columns[name])
         shape = columns["observations"].shape[1:] if name == "final_observations" else ()
         if values.shape != (episodes, *shape) or (not shape and values.dtype != np.int64):
             return f"has {name} {values.dtype}{list(values.shape)}, but {episodes} episodes"
@@ -165,18 +162,14 @@ def broken(path: Path, what: str) -> UserError:
     """One sentence: the file, what is wrong with it, and the command that makes it again."""
     for parent in path.parents:
         run = parent.parent
-        if not (run / "config.yaml").is_file():
+        if parent.name not in ("trajectories", "stages") or not (run / "config.yaml").is_file():
             continue
-        if parent.name == "trajectories":
-            delete = path.parent if is_done(path.parent) else path
-            return _remake(path, what, delete, "teachers", run)
         if parent.name == "stages":
             stage = path.relative_to(parent).parts[0]
-            return _remake(path, what, parent / stage, stage, run)
+            delete = parent / stage
+        else:
+            stage, delete = "teachers", path.parent if is_done(path.parent) else path
+        first = f"delete {delete} and " if delete.exists() else ""
+        return UserError(f"{path} {what}; {first}run python -m hpc_cpd.launch --stage {stage} --run {run}")
     again = f"delete {path.parent} and record or import it again" if path.parent.exists() else "record or import it"
     return UserError(f"{path} {what}; {again}")
-
-
-def _remake(path: Path, what: str, delete: Path, stage: str, run: Path) -> UserError:
-    first = f"delete {delete} and " if delete.exists() else ""
-    return UserError(f"{path} {what}; {first}run python -m hpc_cpd.launch --stage {stage} --run {run}")

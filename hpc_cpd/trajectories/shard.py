@@ -15,19 +15,10 @@ from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import read_json, sha256, write_bytes, write_json
-from hpc_cpd.trajectories.schema import (
-    KINDS,
-    SCHEMA_VERSION,
-    TARGETS,
-    Episode,
-    Origin,
-    broken,
-    episode_problem,
-    shard_problem,
-)
+from hpc_cpd.trajectories import schema
+from hpc_cpd.trajectories.schema import KINDS, SCHEMA_VERSION, STEPWISE, TARGETS, Episode, Origin, broken
 
 MANIFEST = "manifest.json"
-PER_EPISODE = ("episode_offsets", "episode_index", "final_observations")
 SHARD_NAME = re.compile(r"shard-(\d{4})-(\d{5})\.h5")
 
 
@@ -38,13 +29,7 @@ class ShardWriter:
     part is closed already: take `next_part`.
     """
 
-    def __init__(
-        self,
-        folder: str | Path,
-        rank: int,
-        part: int,
-        origin: Origin,
-    ) -> None:
+    def __init__(self, folder: str | Path, rank: int, part: int, origin: Origin) -> None:
         if origin.target not in TARGETS:
             raise ValueError(f"target must be one of {TARGETS}, not {origin.target!r}")
         self.origin = origin
@@ -55,8 +40,7 @@ class ShardWriter:
             raise FileExistsError(f"{self.path} is already closed")
         for orphan in self.path.parent.glob(f".{self.path.name}.*.tmp"):
             orphan.unlink(missing_ok=True)
-        self._episodes: list[Episode] = []
-        self._indices: set[int] = set()
+        self._episodes: dict[int, Episode] = {}
 
     def __len__(self) -> int:
         """Episodes held so far."""
@@ -65,23 +49,22 @@ class ShardWriter:
     def add(self, episode: Episode) -> None:
         """Hold a copy of one episode. Raises UserError when its shapes disagree or it holds NaN or infinity."""
         held = _canonical(episode, self.origin.target)
-        problem = episode_problem(held, self._episodes[0] if self._episodes else None, self.origin.target)
-        if problem:
+        first = next(iter(self._episodes.values()), None)
+        if problem := schema.episode_problem(held, first, self.origin.target):
             raise UserError(
                 f"episode {episode.index} of {self.origin.task_id} cannot be recorded: {problem}; "
                 "check the teacher and the environment that made it"
             )
-        if held.index in self._indices:
+        if held.index in self._episodes:
             raise ValueError(f"episode {held.index} was added twice to {self.path}")
-        self._indices.add(held.index)
-        self._episodes.append(held)
+        self._episodes[held.index] = held
 
     def close(self) -> Path | None:
         """Write the shard (temporary name, fsync, rename) and return its path; None if there is no episode."""
         if not self._episodes:
             return None
-        write_bytes(self.path, encode_shard(self._episodes, self.origin))
-        self._episodes = []
+        write_bytes(self.path, encode_shard([*self._episodes.values()], self.origin))
+        self._episodes = {}
         return self.path
 
 
@@ -91,24 +74,17 @@ def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
     # v110: the older format limits an attribute (goal_index) to 64 KiB
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
         columns: dict[str, NDArray[Any]] = {
-            "observations": np.concatenate([episode.observations for episode in episodes]),
-            "actions": np.concatenate([episode.actions for episode in episodes]),
-            origin.target: np.concatenate([episode.teacher_mean for episode in episodes]),
-            "rewards": np.concatenate([episode.rewards for episode in episodes]),
-            "success": np.concatenate([episode.success for episode in episodes]),
-            "episode_offsets": np.cumsum([0, *map(len, episodes)], dtype=np.int64),
-            "final_observations": np.stack([episode.final_observation for episode in episodes]),
-            "episode_index": np.array([episode.index for episode in episodes], np.int64),
+            name: np.concatenate([getattr(episode, name) for episode in episodes]) for name in STEPWISE
         }
+        columns["episode_offsets"] = np.cumsum([0, *map(len, episodes)], dtype=np.int64)
+        columns["final_observations"] = np.stack([episode.final_observation for episode in episodes])
+        columns["episode_index"] = np.array([episode.index for episode in episodes], np.int64)
         for name, values in columns.items():
-            file.create_dataset(name, data=values, track_times=False)
+            file.create_dataset(origin.target if name == "teacher_mean" else name, data=values, track_times=False)
+        goals = np.array([episode.goal_index for episode in episodes], np.int64)
         file.attrs["schema_version"] = SCHEMA_VERSION
-        file.attrs["task_id"] = origin.task_id
-        file.attrs["teacher_sha256"] = origin.teacher_sha256
-        file.attrs["seed"] = origin.seed
-        file.attrs["goal_index"] = np.array([episode.goal_index for episode in episodes], np.int64)
-        file.attrs["reward_version"] = origin.reward_version
-        file.attrs["environment_version"] = origin.environment_version
+        for name in schema.ATTRIBUTES:
+            file.attrs[name] = goals if name == "goal_index" else getattr(origin, name)
     return buffer.getvalue()
 
 
@@ -141,27 +117,30 @@ def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = Fals
         raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for permission") from None
     except (OSError, KeyError, RuntimeError) as error:
         raise broken(path, f"is truncated or damaged ({' '.join(str(error).split())})") from None
-    problem = shard_problem(attributes, columns, task_id)
-    if problem:
+    if problem := schema.shard_problem(attributes, columns, task_id):
         raise broken(path, problem)
     target = next(name for name in TARGETS if name in columns)
-    origin = Origin(
-        str(attributes["task_id"]),
-        str(attributes["teacher_sha256"]),
-        int(attributes["seed"]),
-        str(attributes["reward_version"]),
-        str(attributes["environment_version"]),
-        target,
-    )
-    return origin, _split(attributes, columns, target)
+    facts: dict[str, Any] = {name: attributes[name] for name in schema.TEXTS}
+    by_step: dict[str, Any] = {name: columns[target if name == "teacher_mean" else name] for name in STEPWISE}
+    singles = zip(columns["final_observations"], attributes["goal_index"], columns["episode_index"], strict=True)
+    episodes = [
+        Episode(
+            **{name: values[start:stop] for name, values in by_step.items()},
+            final_observation=final,
+            goal_index=int(goal),
+            index=int(index),
+        )
+        for (start, stop), (final, goal, index) in zip(
+            itertools.pairwise(columns["episode_offsets"]), singles, strict=True
+        )
+    ]
+    return Origin(**facts, seed=int(attributes["seed"]), target=target), episodes
 
 
 def closed_shards(folder: str | Path) -> list[Path]:
     """The complete shards of a folder by name; hidden temporary files are not among them."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if SHARD_NAME.fullmatch(path.name))
+    paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return sorted(path for path in paths if SHARD_NAME.fullmatch(path.name))
 
 
 def next_part(folder: str | Path, rank: int) -> int:
@@ -183,10 +162,7 @@ def write_manifest(folder: str | Path, **facts: Any) -> dict[str, Any]:
     seen: dict[tuple[str, int], Path] = {}
     for path in closed_shards(folder):
         origin, episodes = load_shard(path)
-        for episode in episodes:
-            first = seen.setdefault((origin.task_id, episode.index), path)
-            if first is not path:
-                raise broken(path, f"holds episode {episode.index} of {origin.task_id}, as {first.name} does")
+        refuse_repeats(path, origin, episodes, seen)
         shards.append(
             {
                 "file": path.name,
@@ -202,6 +178,14 @@ def write_manifest(folder: str | Path, **facts: Any) -> dict[str, Any]:
     manifest = {**facts, "schema_version": SCHEMA_VERSION, "tasks": tasks, **totals, "shards": shards}
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def refuse_repeats(path: Path, origin: Origin, episodes: list[Episode], seen: dict[tuple[str, int], Path]) -> None:
+    """Raises UserError for an episode of the shard `path` that is in `seen` already; adds the others to it."""
+    for episode in episodes:
+        first = seen.setdefault((origin.task_id, episode.index), path)
+        if first != path:
+            raise broken(path, f"holds episode {episode.index} of {origin.task_id}, as {first.name} does")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -240,21 +224,17 @@ def check_listed(
 
 
 def _canonical(episode: Episode, target: str) -> Episode:
+    """A copy in the types of a shard."""
     discrete = target == "teacher_logits" and np.asarray(episode.actions).dtype.kind in "iu"
+    types = {"actions": np.int64 if discrete else np.float32, "success": np.bool_}
 
-    def images_or_float(values: NDArray[Any]) -> NDArray[Any]:
-        return np.array(values, np.uint8 if np.asarray(values).dtype == np.uint8 else np.float32)
+    def converted(name: str) -> NDArray[Any]:
+        values = np.asarray(getattr(episode, name))
+        image = values.dtype == np.uint8 and name in ("observations", "final_observation")
+        return np.array(values, np.uint8 if image else types.get(name, np.float32))
 
-    return Episode(
-        observations=images_or_float(episode.observations),
-        actions=np.array(episode.actions, np.int64 if discrete else np.float32),
-        teacher_mean=np.array(episode.teacher_mean, np.float32),
-        rewards=np.array(episode.rewards, np.float32),
-        success=np.array(episode.success, np.bool_),
-        final_observation=images_or_float(episode.final_observation),
-        goal_index=int(episode.goal_index),
-        index=int(episode.index),
-    )
+    arrays: dict[str, Any] = {name: converted(name) for name in (*STEPWISE, "final_observation")}
+    return Episode(**arrays, goal_index=int(episode.goal_index), index=int(episode.index))
 
 
 def _read_column(path: Path, file: h5py.File, name: str, mapped: bool) -> NDArray[Any]:
@@ -262,25 +242,7 @@ def _read_column(path: Path, file: h5py.File, name: str, mapped: bool) -> NDArra
     if not isinstance(dataset, h5py.Dataset) or str(dataset.dtype) not in KINDS[name]:
         raise broken(path, f"has a '{name}' that is not {' or '.join(KINDS[name])}")
     offset = dataset.id.get_offset()  # None where another tool has packed the column into chunks
-    if mapped and offset is not None and name not in PER_EPISODE:
+    if mapped and offset is not None and name in (*STEPWISE, *TARGETS):
         # a view of the map: np.memmap itself takes long to slice
         return np.asarray(np.memmap(path, dataset.dtype, "r", offset, dataset.shape))
     return dataset[()]
-
-
-def _split(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], target: str) -> list[Episode]:
-    offsets = columns["episode_offsets"]
-    goals = np.asarray(attributes["goal_index"])
-    return [
-        Episode(
-            observations=columns["observations"][start:stop],
-            actions=columns["actions"][start:stop],
-            teacher_mean=columns[target][start:stop],
-            rewards=columns["rewards"][start:stop],
-            success=columns["success"][start:stop],
-            final_observation=columns["final_observations"][number],
-            goal_index=int(goals[number]),
-            index=int(columns["episode_index"][number]),
-        )
-        for number, (start, stop) in enumerate(itertools.pairwise(offsets))
-    ]

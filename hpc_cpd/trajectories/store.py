@@ -17,12 +17,55 @@ from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import DONE, is_done
-from hpc_cpd.trajectories.columns import joined
-from hpc_cpd.trajectories.schema import Episode, Origin, broken
-from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest
+from hpc_cpd.trajectories.schema import STEPWISE, Episode, Origin, broken
+from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest, refuse_repeats
 
 STATISTICS_STEPS = 65_536
 """Steps of which statistics are computed at once."""
+
+
+class MappedColumn:
+    """Pieces (one per episode, mapped from their shards) as if they were one array [S, ...]; rows are read when asked.
+
+    A store uses them where memory is too small for the trajectories.
+
+    The kernel keeps in memory what is read often, and drops it when others need the room.
+    """
+
+    def __init__(self, pieces: Sequence[NDArray[Any]]) -> None:
+        self._pieces = list(pieces)
+        self._stops = np.cumsum([len(piece) for piece in self._pieces])
+        self._starts = self._stops - [len(piece) for piece in self._pieces]
+        self.dtype = self._pieces[0].dtype
+        self.shape = (int(self._stops[-1]), *self._pieces[0].shape[1:])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: slice) -> NDArray[Any]:
+        """The rows of a slice without a step, copied."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError("a mapped column is read without gaps")
+        first, last = np.searchsorted(self._stops, [start, max(start, stop - 1)], side="right")
+        parts = [
+            self._pieces[number][max(0, start - self._starts[number]) : max(0, stop - self._starts[number])]
+            for number in range(first, min(last + 1, len(self._pieces)))
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, *self.shape[1:]), self.dtype)
+
+    def take(self, rows: NDArray[np.int64], axis: int = 0) -> NDArray[Any]:
+        """`rows` int64 [B, L], of which each line lies within one piece -> [B, L, ...]."""
+        if axis != 0:
+            raise ValueError("rows are taken along axis 0")
+        taken = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
+        pieces = np.searchsorted(self._stops, rows[:, 0], side="right")
+        for line, piece in enumerate(pieces):
+            taken[line] = self._pieces[piece][rows[line] - self._starts[piece]]
+        return taken
+
+
+Column = NDArray[Any] | MappedColumn
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +123,12 @@ class TrajectoryStore:
             EpisodeSpan(task, int(stop - length), int(length), episode.index, episode.goal_index)
             for (task, episode), length, stop in zip(ordered, lengths, stops, strict=True)
         ]
-        self.observations = joined([episode.observations for _, episode in ordered], mapped)
-        self.actions = joined([episode.actions for _, episode in ordered], mapped)
-        self.teacher_mean = joined([episode.teacher_mean for _, episode in ordered], mapped)
-        self.rewards = joined([episode.rewards for _, episode in ordered], mapped)
-        self.success = joined([episode.success for _, episode in ordered], mapped)
+
+        def column(name: str) -> Column:
+            pieces = [getattr(episode, name) for _, episode in ordered]
+            return MappedColumn(pieces) if mapped else np.concatenate(pieces)
+
+        self.observations, self.actions, self.teacher_mean, self.rewards, self.success = map(column, STEPWISE)
         self.final_observations = np.stack([episode.final_observation for _, episode in ordered])
         self._episode_starts = stops - lengths
         self._first_step = np.repeat(stops - lengths, lengths)  # of the episode that a step belongs to
@@ -111,16 +155,9 @@ class TrajectoryStore:
         """Episode `number` of `episodes`; its arrays are views."""
         span = self.episodes[number]
         part = slice(span.start, span.start + span.length)
-        return Episode(
-            observations=self.observations[part],
-            actions=self.actions[part],
-            teacher_mean=self.teacher_mean[part],
-            rewards=self.rewards[part],
-            success=self.success[part],
-            final_observation=self.final_observations[number],
-            goal_index=span.goal_index,
-            index=span.index,
-        )
+        arrays: dict[str, Any] = {name: getattr(self, name)[part] for name in STEPWISE}
+        arrays["final_observation"] = self.final_observations[number]
+        return Episode(**arrays, goal_index=span.goal_index, index=span.index)
 
     def task_episodes(self, task_id: str) -> list[int]:
         """Numbers (positions in `episodes`) of a task's episodes, in canonical order."""
@@ -159,8 +196,7 @@ class TrajectoryStore:
         first = np.searchsorted(self._episode_starts, self._task_starts)
         task = self._task_of_step[indices]
         others = self._episode_starts[rng.integers(first[task], first[task + 1])]
-        steps: NDArray[np.int64] = others + (progress * lengths[others]).astype(np.int64)
-        return steps
+        return others + (progress * lengths[others]).astype(np.int64)
 
     def gather(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
         """Windows of `length` steps that begin at the steps `indices` (int64 [B]), copied.
@@ -171,14 +207,7 @@ class TrajectoryStore:
         """
         wanted = np.asarray(indices, np.int64)[:, None] + np.arange(length)
         last = self._last_step[wanted[:, :1]]
-        steps = np.minimum(wanted, last)
-        return {
-            "observations": self.observations.take(steps, axis=0),  # four times faster than [steps]
-            "actions": self.actions.take(steps, axis=0),
-            "teacher_mean": self.teacher_mean.take(steps, axis=0),
-            "valid": wanted <= last,
-            "task_index": self._task_of_step[wanted[:, 0]],
-        }
+        return self._take(np.minimum(wanted, last), wanted <= last)
 
     def gather_histories(self, indices: NDArray[np.int64], length: int) -> dict[str, NDArray[Any]]:
         """What a policy with a memory of `length` observations sees when it acts at the steps `indices` (int64 [B]).
@@ -190,14 +219,7 @@ class TrajectoryStore:
         now = np.asarray(indices, np.int64)[:, None]
         oldest = np.maximum(self._first_step[now], now - length + 1)
         wanted = oldest + np.arange(length)
-        steps = np.minimum(wanted, now)
-        return {
-            "observations": self.observations.take(steps, axis=0),
-            "actions": self.actions.take(steps, axis=0),
-            "teacher_mean": self.teacher_mean.take(steps, axis=0),
-            "valid": wanted == now,
-            "task_index": self._task_of_step[now[:, 0]],
-        }
+        return self._take(np.minimum(wanted, now), wanted == now)
 
     def sample_windows(
         self, batch: int, length: int, rng: np.random.Generator, balance_tasks: bool = False
@@ -234,6 +256,11 @@ class TrajectoryStore:
         for folder in self.folders:
             for problem in verify_folder(folder):
                 raise UserError(problem)
+
+    def _take(self, steps: NDArray[np.int64], valid: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
+        # take is four times faster than [steps]
+        rows = {name: getattr(self, name).take(steps, axis=0) for name in ("observations", "actions", "teacher_mean")}
+        return rows | {"valid": valid, "task_index": self._task_of_step[steps[:, 0]]}
 
     def _refuse_mixtures(self, ordered: list[tuple[int, Episode]]) -> None:
         seen: set[tuple[int, int]] = set()
@@ -281,15 +308,6 @@ def open_trajectories(
     return TrajectoryStore(episodes, origins, paths, mapped)
 
 
-def require_target(store: TrajectoryStore, target: str) -> None:
-    """Raises UserError naming the trajectories whose target is not `target`, which a loss needs."""
-    if store.target != target:
-        raise UserError(
-            f"the trajectories of {', '.join(store.task_ids)} ({', '.join(map(str, store.folders))}) hold "
-            f"{store.target}, but learning from them needs {target}; record them with a teacher that gives {target}"
-        )
-
-
 def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:
     """Everything that is wrong with a folder of trajectories, one sentence each; empty: it is good.
 
@@ -302,14 +320,10 @@ def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:
     except UserError as error:
         return [str(error)]
     problems = []
-    seen: dict[tuple[str, int], str] = {}
+    seen: dict[tuple[str, int], Path] = {}
     for entry in manifest["shards"]:
         try:
-            origin, episodes = check_listed(folder, entry, task_id)
-            for episode in episodes:
-                first = seen.setdefault((origin.task_id, episode.index), entry["file"])
-                if first != entry["file"]:
-                    raise broken(folder / entry["file"], f"holds episode {episode.index}, as {first} does")
+            refuse_repeats(folder / entry["file"], *check_listed(folder, entry, task_id), seen)
         except UserError as error:
             problems.append(str(error))
     listed = {entry["file"] for entry in manifest["shards"]}

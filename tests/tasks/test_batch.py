@@ -6,8 +6,8 @@ from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.families.base import OneByOne
-from hpc_cpd.tasks.registry import Step, TaskSpec, make_batch
+from hpc_cpd.tasks.families.base import OneByOne, Step, TaskSpec
+from hpc_cpd.tasks.registry import make_batch
 
 TASK = "gymnasium/Pendulum-v1"
 

@@ -49,7 +49,7 @@ def actions_for(kind, policy, observation, step, rng, before):
 def test_every_number_is_the_stock_environments(seed, name):
     goals, rng = metaworld.MT1(name, seed=seed).train_tasks, np.random.default_rng(seed)
     assert [goal.data for goal in _goals(name, seed)] == [goal.data for goal in goals]
-    batch = MetaWorldBatch(name, goals, 3, threads=2)
+    batch = MetaWorldBatch(name, goals, 3, 2, {})
     stock = [stock_environment(name) for _ in range(3)]
     compiled = arrays_of(stock[1].model)
     policies = [ENV_POLICY_MAP[name]() for _ in range(3)]
@@ -86,7 +86,7 @@ def test_every_number_is_the_stock_environments(seed, name):
 def test_threads_and_neighbours_change_nothing(name):
     goals, rng = _goals(name, 0), np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (60, 5, 4)).astype(np.float32)
-    alone, together = MetaWorldBatch(name, goals, 1, threads=1), MetaWorldBatch(name, goals, 5, threads=3)
+    alone, together = MetaWorldBatch(name, goals, 1, 1, {}), MetaWorldBatch(name, goals, 5, 3, {})
     alone.reset(np.array([0]), np.array([8]))
     together.reset(np.arange(5), np.array([1, 2, 3, 8, 5]))
     for action in actions:

@@ -16,7 +16,7 @@ FAMILY = """
 import numpy as np
 from gymnasium.spaces import Box
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.registry import Step, TaskSpec
+from hpc_cpd.tasks import Step, TaskSpec
 
 class Line:
     num_goals = 2

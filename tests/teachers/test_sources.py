@@ -9,7 +9,8 @@ import pytest
 
 from hpc_cpd.config import load_config
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.registry import TaskSpec, describe
+from hpc_cpd.tasks.families.base import TaskSpec
+from hpc_cpd.tasks.registry import describe
 from hpc_cpd.teachers.sources import base
 from hpc_cpd.teachers.sources.base import check_teachers
 from tests.teachers.jobs import PENDULUM, REACH

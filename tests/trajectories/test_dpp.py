@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hpc_cpd.trajectories import dpp
 from hpc_cpd.trajectories.dpp import greedy_map
-from hpc_cpd.trajectories.selection import _greedy_map as dpp
 
 
 def _determinant(rows: np.ndarray, chosen) -> float:

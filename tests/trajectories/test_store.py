@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 import hpc_cpd
 from hpc_cpd.errors import UserError
-from hpc_cpd.trajectories.columns import MappedColumn
-from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories, require_target, verify_folder
+from hpc_cpd.trajectories.store import MappedColumn, TrajectoryStore, open_trajectories, verify_folder
 from tests.trajectories.recorded import (
     TASK,
     assert_same_episode,
@@ -233,13 +232,11 @@ def test_different_sizes_types_or_teachers_do_not_mix(tmp_path):
         open_trajectories([tmp_path / "a", tmp_path / "d"])
 
 
-def test_a_target_that_a_loss_cannot_use_is_refused_by_name(tmp_path):
+def test_discrete_actions_are_read_as_they_are(tmp_path):
     write_folder(tmp_path / "d", [make_discrete(0)], OTHER, target="teacher_logits")
     store = open_trajectories(tmp_path / "d")
     assert store.gather(np.array([0]), 2)["actions"].dtype == np.int64
-    require_target(store, "teacher_logits")
-    with pytest.raises(UserError, match=f"{OTHER}.*hold teacher_logits, but learning from them needs teacher_mean"):
-        require_target(store, "teacher_mean")
+    assert store.target == "teacher_logits"
 
 
 def _folder(tmp_path):

@@ -8,8 +8,8 @@ environment's registration; without one it never does.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from importlib import metadata
 from typing import Any
@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Space
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.tasks.families.base import Step, TaskSpec
 from hpc_cpd.tasks.spaces import Data, shown, space_problem
@@ -41,20 +42,17 @@ class GymnasiumSimulator:
 
     def reset(self, goal_index: int) -> Data:
         self._total_reward = 0.0
-        observation: Data = self._environment.reset(seed=episode_seed(self._seed, goal_index))[0]
-        return observation
+        return self._environment.reset(seed=episode_seed(self._seed, goal_index))[0]
 
     def step(self, action: Any) -> Step:
         observation, reward, terminated, truncated, info = self._environment.step(self._to_native(action))
         self._total_reward += float(reward)
-        flag = success_flag(info)
-        if flag is not None:
-            success = bool(flag)
-        else:
+        success = success_flag(info)
+        if success is None:
             # only at the end: a return that sinks below a negative threshold began above it
             ended = terminated or truncated
-            success = bool(ended and self._threshold is not None and self._total_reward >= self._threshold)
-        return Step(observation, float(reward), bool(terminated), bool(truncated), success)
+            success = ended and self._threshold is not None and self._total_reward >= self._threshold
+        return Step(observation, float(reward), bool(terminated), bool(truncated), bool(success))
 
     def close(self) -> None:
         self._environment.close()
@@ -89,44 +87,34 @@ def success_flag(info: dict[str, Any]) -> Any:
 
 @cache
 def _describe(name: str) -> TaskSpec:
-    environment = _make(name)
-    try:
-        spec, action = environment.spec, environment.action_space
+    with closing(_make(name)) as environment:
+        spec: Any = environment.spec
+        action = environment.action_space
         problem = space_problem(environment.observation_space) or space_problem(action)
         if problem is None and not _bounded(action):
             problem = f"its action {shown(action)} has no finite bounds to scale [-1, 1] to"
-        if spec is None or spec.max_episode_steps is None:
-            problem = problem or "it has no time limit; register it with max_episode_steps"
+        if problem is None and spec.max_episode_steps is None:
+            problem = "it has no time limit; register it with max_episode_steps"
         if problem is not None:
             raise UserError(f"task 'gymnasium/{name}' cannot be used: {problem}")
-        assert spec is not None and spec.max_episode_steps is not None
         versions = f"gymnasium {gymnasium.__version__}"
         if str(spec.entry_point).startswith("gymnasium.envs.mujoco"):
             versions += f", mujoco {metadata.version('mujoco')}"
-        return TaskSpec(
-            f"gymnasium/{name}",
-            _task_space(environment.observation_space),
-            _task_space(action, unit=True),
-            spec.max_episode_steps,
-            REWARD_VERSION,
-            versions,
-            has_success=spec.reward_threshold is not None or _reports_success(environment),
-        )
-    finally:
-        environment.close()
+        spaces = _task_space(environment.observation_space), _task_space(action, unit=True)
+        succeeds = spec.reward_threshold is not None or _reports_success(environment)
+        horizon = spec.max_episode_steps
+        return TaskSpec(f"gymnasium/{name}", *spaces, horizon, REWARD_VERSION, versions, has_success=succeeds)
 
 
 def _reports_success(environment: gymnasium.Env[Any, Any]) -> bool:
     """Whether an episode of random actions is told to succeed or not; some environments say so at its end only."""
     environment.action_space.seed(0)
     environment.reset(seed=0)
-    ended, info = False, dict[str, Any]()
     for _ in range(LONGEST_SEARCH):
-        if ended or success_flag(info) is not None:
-            break
         _, _, terminated, truncated, info = environment.step(environment.action_space.sample())
-        ended = bool(terminated or truncated)
-    return not ended or success_flag(info) is not None
+        if success_flag(info) is not None or terminated or truncated:
+            return success_flag(info) is not None
+    return True
 
 
 def _task_space(space: Space[Any], unit: bool = False) -> Space[Any]:
@@ -167,8 +155,7 @@ def _make(name: str) -> gymnasium.Env[Any, Any]:
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(f"task 'gymnasium/{name}' needs a package that is not installed: {error}") from error
     except gymnasium.error.UnregisteredEnv:
-        near = difflib.get_close_matches(name, list(gymnasium.registry), n=1)
-        hint = f"did you mean 'gymnasium/{near[0]}'?" if near else "register it, or correct its name"
+        hint = plugins.hint(name, gymnasium.registry, "gymnasium/").strip() or "register it, or correct its name"
         raise UserError(f"there is no task 'gymnasium/{name}'; {hint}") from None
     except (gymnasium.error.Error, ImportError) as error:  # an old version, a name that is none, an extra that lacks
         raise UserError(f"task 'gymnasium/{name}' cannot be made: {' '.join(str(error).split())}") from error

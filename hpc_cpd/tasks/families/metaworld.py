@@ -9,7 +9,6 @@ stream can be longer than the list of tasks, and the same skill can come back at
 
 from __future__ import annotations
 
-import difflib
 import re
 from dataclasses import replace
 from functools import lru_cache
@@ -19,12 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.tasks.families.base import Batch, TaskSpec
 
 REWARD_VERSION = "v2"
-OBSERVATION_SIZE = 39
-ACTION_SIZE = 4
 HORIZON = 500
 GOALS = 50  # of a task under one seed: metaworld._N_GOALS
 MOST_PARTS = 25  # of 50 goals each part then has two
@@ -33,56 +31,16 @@ _REGION = re.compile(r"(?P<parent_task>.+)@(?P<number>[1-9]\d*)of(?P<parts>[1-9]
 # metaworld.env_dict.MT25_V3 in its order (MT10 is its first ten), then the rest of MT50_V3 in its order; written out
 # because importing metaworld loads MuJoCo
 NAMES = (
-    "reach-v3",
-    "push-v3",
-    "pick-place-v3",
-    "door-open-v3",
-    "drawer-open-v3",
-    "drawer-close-v3",
-    "button-press-topdown-v3",
-    "peg-insert-side-v3",
-    "window-open-v3",
-    "window-close-v3",
-    "coffee-pull-v3",
-    "pick-out-of-hole-v3",
-    "disassemble-v3",
-    "pick-place-wall-v3",
-    "basketball-v3",
-    "stick-pull-v3",
-    "button-press-wall-v3",
-    "faucet-open-v3",
-    "door-lock-v3",
-    "lever-pull-v3",
-    "sweep-into-v3",
-    "faucet-close-v3",
-    "coffee-button-v3",
-    "button-press-topdown-wall-v3",
-    "dial-turn-v3",
-    "assembly-v3",
-    "bin-picking-v3",
-    "box-close-v3",
-    "button-press-v3",
-    "coffee-push-v3",
-    "door-close-v3",
-    "door-unlock-v3",
-    "hand-insert-v3",
-    "hammer-v3",
-    "handle-press-side-v3",
-    "handle-press-v3",
-    "handle-pull-side-v3",
-    "handle-pull-v3",
-    "plate-slide-v3",
-    "plate-slide-side-v3",
-    "plate-slide-back-v3",
-    "plate-slide-back-side-v3",
-    "peg-unplug-side-v3",
-    "soccer-v3",
-    "stick-push-v3",
-    "push-wall-v3",
-    "push-back-v3",
-    "reach-wall-v3",
-    "shelf-place-v3",
-    "sweep-v3",
+    *("reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3"),
+    *("drawer-close-v3", "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3"),
+    *("coffee-pull-v3", "pick-out-of-hole-v3", "disassemble-v3", "pick-place-wall-v3", "basketball-v3"),
+    *("stick-pull-v3", "button-press-wall-v3", "faucet-open-v3", "door-lock-v3", "lever-pull-v3"),
+    *("sweep-into-v3", "faucet-close-v3", "coffee-button-v3", "button-press-topdown-wall-v3", "dial-turn-v3"),
+    *("assembly-v3", "bin-picking-v3", "box-close-v3", "button-press-v3", "coffee-push-v3"),
+    *("door-close-v3", "door-unlock-v3", "hand-insert-v3", "hammer-v3", "handle-press-side-v3"),
+    *("handle-press-v3", "handle-pull-side-v3", "handle-pull-v3", "plate-slide-v3", "plate-slide-side-v3"),
+    *("plate-slide-back-v3", "plate-slide-back-side-v3", "peg-unplug-side-v3", "soccer-v3", "stick-push-v3"),
+    *("push-wall-v3", "push-back-v3", "reach-wall-v3", "shelf-place-v3", "sweep-v3"),
 )
 
 
@@ -92,10 +50,6 @@ class Region(NamedTuple):
     parent_task: str
     number: int
     parts: int
-
-    @property
-    def exists(self) -> bool:
-        return self.number <= self.parts <= MOST_PARTS
 
     def choose(self, places: NDArray[np.float64]) -> list[int]:
         """The goals of this part, int indices in increasing order; `places` float64 [goals, numbers] tells them apart.
@@ -123,31 +77,28 @@ class MetaWorldFamily:
         return NAMES
 
     def describe(self, name: str) -> TaskSpec:
-        region = region_of(name)
-        if region is not None:
-            if region_of(region.parent_task) is not None:
+        if region := region_of(name):
+            if region_of(region.parent_task):
                 raise UserError(f"there is no task 'metaworld/{name}'; a part of a part is none, write a smaller one")
             parent = self.describe(region.parent_task)
-            if not region.exists:
+            if not region.number <= region.parts <= MOST_PARTS:
                 raise UserError(
                     f"there is no task 'metaworld/{name}'; a part is written {region.parent_task}@1of2, with at most "
                     f"{MOST_PARTS} parts"
                 )
             return replace(parent, task_id=f"metaworld/{name}", parent_task=parent.task_id)
         if name not in NAMES:
-            near = difflib.get_close_matches(name, NAMES, n=1)
-            hint = f"did you mean 'metaworld/{near[0]}'?" if near else "'hpc-cpd tasks MT50' lists them"
+            hint = plugins.hint(name, NAMES, "metaworld/").strip() or "'hpc-cpd tasks MT50' lists them"
             raise UserError(f"there is no task 'metaworld/{name}'; {hint}")
         from gymnasium.spaces import Box
 
-        observations, actions = Box(-np.inf, np.inf, (OBSERVATION_SIZE,)), Box(-1.0, 1.0, (ACTION_SIZE,))
+        observations, actions = Box(-np.inf, np.inf, (39,)), Box(-1.0, 1.0, (4,))
         return TaskSpec(f"metaworld/{name}", observations, actions, HORIZON, REWARD_VERSION, _versions())
 
     def make(self, name: str, num: int, seed: int) -> Batch:
         from hpc_cpd.tasks.metaworld.batch import MetaWorldBatch, owned_cores
 
-        region = region_of(name)
-        task = name if region is None else region.parent_task
+        task = name.partition("@")[0]
         return MetaWorldBatch(task, _goals(name, seed), num, owned_cores(), _starts(name, seed))
 
 
@@ -164,8 +115,7 @@ def _goals(name: str, seed: int) -> tuple[Any, ...]:
     """The train tasks of MT1, or those of a region."""
     import metaworld
 
-    region = region_of(name)
-    if region is not None:
+    if region := region_of(name):
         goals = _goals(region.parent_task, seed)
         return tuple(goals[index] for index in region.choose(np.array(_vectors(region.parent_task, seed))))
     stock = metaworld.env_dict.ALL_V3_ENVIRONMENTS[name]

@@ -48,30 +48,27 @@ class Start:
 class MetaWorldBatch:
     """See :class:`hpc_cpd.tasks.families.base.Batch`. Observations float64 [rows, 39], rewards float64 [rows]."""
 
-    def __init__(
-        self, name: str, goals: Sequence[Any], num: int, threads: int, starts: dict[int, Start] | None = None
-    ) -> None:
+    def __init__(self, name: str, goals: Sequence[Any], num: int, threads: int, starts: dict[int, Start]) -> None:
         """`goals`: upstream's task objects; `threads`: cores that step the physics; `starts`: the first states that
         other batches of the same goals have found, to be added to.
         """
         self._goals = goals
         self.num_envs = num
         self._template = environment_class(name)(reward_function_version=REWARD_VERSION)
-        self._starts = {} if starts is None else starts
+        self._starts = starts
         model = self._template.model
         self._datas = [mujoco.MjData(model) for _ in range(num)]
         self._models = [deepcopy(model) for _ in range(min(threads, num))]
         self._pool = ThreadPoolExecutor(len(self._models)) if len(self._models) > 1 else None
         self._mocap = np.zeros((num, 3))
         self._places: list[tuple[Floats, Floats]] = [(model.body_pos, model.site_pos)] * num
-        self._frame = np.zeros((_FRAME, num))
-        self._before = np.zeros((_FRAME, num))
+        self._frame, self._before = np.zeros((2, _FRAME, num))
         self._goal_places = np.zeros((3, num))
         kind = rows_class(name)
         touches = "touching_main_object" in kind.attributes
         self._rows: Any = kind(self._datas, self._template._get_id_main_object() if touches else None)
         self._live: dict[str, list[Floats]] = {}
-        self._starts[0] = self._begin(0)  # always, for it tells what is to be followed
+        self._begin(0)  # always, for it tells what is to be followed
         space = self._template.sawyer_observation_space
         self._low, self._high = space.low[:, None], space.high[:, None]
 
@@ -82,7 +79,7 @@ class MetaWorldBatch:
     def reset(self, rows: NDArray[np.int64], goals: NDArray[np.int64]) -> Floats:
         observations = np.empty((len(rows), 2 * _FRAME + 3))
         for index, (row, goal) in enumerate(zip(rows, goals, strict=True)):
-            start = self._start(int(goal))
+            start = self._starts.get(int(goal)) or self._begin(int(goal))
             data = self._datas[row]
             mujoco.mj_setState(self._models[0], data, start.state, _STATE)
             self._mocap[row] = data.mocap_pos[0]
@@ -108,14 +105,9 @@ class MetaWorldBatch:
         with np.errstate(all="ignore"):  # both sides of a branch are computed
             reward, info = view.evaluate_state(observations, Mixed(actions.T.astype(np.float64), True))
         columns = {word: self._column(value) for word, value in info.items()}
-        return Steps(
-            observations=observations.T[rows],
-            rewards=self._column(reward)[rows],
-            terminated=np.zeros(len(rows), np.bool_),
-            truncated=np.zeros(len(rows), np.bool_),
-            success=columns["success"][rows].astype(np.bool_),
-            info={word: column[rows] for word, column in columns.items() if word != "success"},
-        )
+        never, success = np.zeros(len(rows), np.bool_), columns.pop("success")[rows].astype(np.bool_)
+        info = {word: column[rows] for word, column in columns.items()}
+        return Steps(observations.T[rows], self._column(reward)[rows], never, never, success, info)
 
     def close(self) -> None:
         if self._pool is not None:
@@ -168,12 +160,6 @@ class MetaWorldBatch:
             step(model, self._datas[row], frames)
             forward(model, self._datas[row])
 
-    def _start(self, goal: int) -> Start:
-        start = self._starts.get(goal)
-        if start is None:
-            start = self._starts[goal] = self._begin(goal)
-        return start
-
     def _begin(self, goal: int) -> Start:
         # reset(seed=) is ignored upstream: all randomness of an episode is the vector frozen in the task object
         template = self._template
@@ -185,13 +171,11 @@ class MetaWorldBatch:
         for word, value in attributes.items():
             if isinstance(value, np.ndarray) and not value.flags.owndata and word not in self._live:
                 self._follow(word, value)
-        return Start(
-            state,
-            template.model.body_pos.copy(),
-            template.model.site_pos.copy(),
-            observation.copy(),
-            {word: deepcopy(value) for word, value in attributes.items() if word not in self._live},
-        )
+        kept = {word: deepcopy(value) for word, value in attributes.items() if word not in self._live}
+        model = template.model
+        start = Start(state, model.body_pos.copy(), model.site_pos.copy(), observation.copy(), kept)
+        self._starts[goal] = start
+        return start
 
     def _follow(self, word: str, value: Floats) -> None:
         """Upstream kept a view of MuJoCo's memory where it meant a copy: its "initial" place moves with the body."""

@@ -29,15 +29,8 @@ def environment_class(name: str) -> Any:
             environment._rehearsing, steps = False, 0
         stock._reset_hand(environment, steps)
 
-    return type(
-        stock.__name__,
-        (stock,),
-        {
-            "reset": reset,
-            "_reset_hand": reset_hand,
-            "_initialize_simulation": _initialize_simulation,
-        },
-    )
+    members = {"reset": reset, "_reset_hand": reset_hand, "_initialize_simulation": _initialize_simulation}
+    return type(stock.__name__, (stock,), members)
 
 
 @cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partialmethod
 from types import FunctionType
 from typing import Any
 
@@ -34,9 +34,8 @@ class Rows:
         self.data = _Data(datas)
         self._object_geom = object_geom
 
-    def get_body_com(self, name: str) -> NDArray[np.float64]:
-        position: NDArray[np.float64] = self.data.body(name).xpos
-        return position
+    def get_body_com(self, name: str) -> Any:
+        return self.data.body(name).xpos
 
     @property
     def touching_main_object(self) -> Deferred:
@@ -70,23 +69,16 @@ class _Data:
         self.step = 0
         self._found: dict[tuple[str, str], _Item] = {}
 
-    def body(self, name: str) -> _Item:
-        return self._item("body", name)
-
-    def site(self, name: str) -> _Item:
-        return self._item("site", name)
-
-    def geom(self, name: str) -> _Item:
-        return self._item("geom", name)
-
-    def joint(self, name: str) -> _Item:
-        return self._item("joint", name)
-
     def _item(self, kind: str, name: str) -> _Item:
         item = self._found.get((kind, name))
         if item is None:
             item = self._found[kind, name] = _Item(self, [getattr(data, kind)(name) for data in self.datas])
         return item
+
+    body = partialmethod(_item, "body")
+    site = partialmethod(_item, "site")
+    geom = partialmethod(_item, "geom")
+    joint = partialmethod(_item, "joint")
 
 
 class _Item:
@@ -101,16 +93,12 @@ class _Item:
     def __getattr__(self, field: str) -> Any:
         step, value = self._read.get(field, (-1, None))
         if step != self._data.step:
-            value = self._gather(field)
+            if field not in self._views:
+                self._views[field] = [getattr(item, field).reshape(-1) for item in self._items]
+            value = np.concatenate(self._views[field]).reshape(len(self._items), -1).T
+            value = Matrices(value) if field == "xmat" else value
             self._read[field] = (self._data.step, value)
         return value
-
-    def _gather(self, field: str) -> Any:
-        if field not in self._views:
-            self._views[field] = [getattr(item, field).reshape(-1) for item in self._items]
-        views = self._views[field]
-        values = np.concatenate(views).reshape(len(views), -1).T
-        return Matrices(values) if field == "xmat" else values
 
 
 @cache
@@ -133,19 +121,15 @@ def rows_class(name: str) -> type[Rows]:
         if function is None:
             raise VectorizeError(f"{stock.__name__}.{word} is no method of Meta-World's")
         vectorized = vectorize(function, names, {"self.reward_function_version": repr(REWARD_VERSION)})
-        if isinstance(member, property):
-            members[word] = property(vectorized)
-        else:
-            members[word] = staticmethod(vectorized) if isinstance(member, staticmethod) else vectorized
+        members[word] = type(member)(vectorized) if isinstance(member, property | staticmethod) else vectorized
         for used in vectorized.__code__.co_names:
             if not hasattr(Rows, used) and _function(inspect.getattr_static(stock, used, None)) is not None:
                 waiting.append(used)
             else:
                 read.add(used)
     constants = {word: getattr(stock, word) for word in read if isinstance(getattr(stock, word, None), int | float)}
-    made = type(
-        stock.__name__, (Rows,), constants | members | {"attributes": frozenset(read - set(members) - {"data"})}
-    )
+    attributes = frozenset(read - set(members) - {"data"})
+    made = type(stock.__name__, (Rows,), constants | members | {"attributes": attributes})
     for member in members.values():
         # methods name their own class: SawyerDoorEnvV3._reward_pos(obs, theta)
         _unwrapped(member).__globals__[stock.__name__] = made
@@ -154,10 +138,7 @@ def rows_class(name: str) -> type[Rows]:
 
 def _function(member: Any) -> FunctionType | None:
     """The plain function behind a method, static method, property or upstream's decorator; None: it is none."""
-    if isinstance(member, property):
-        member = member.fget
-    if isinstance(member, staticmethod):
-        member = member.__func__
+    member = _unwrapped(member)
     if not inspect.isfunction(member) or not (member.__module__ or "").startswith("metaworld"):
         return None
     if member.__name__ == "inner":  # assert_task_is_set keeps the method in its closure

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import builtins
 import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,15 +24,12 @@ from hpc_cpd.tasks.metaworld.vectorize import VectorizeError
 Array = NDArray[Any]
 
 
+@dataclass(frozen=True)
 class Deferred:
     """A costly yes or no per environment, asked only where the rest of a condition holds already."""
 
-    def __init__(self, ask: Any) -> None:
-        self._ask = ask
-
-    def where(self, needed: Any) -> Any:
-        """bool [N], false where `needed` (bool [N], or one bool for all) is."""
-        return self._ask(needed)
+    where: Callable[[Any], Any]
+    """bool [N], false where its argument (bool [N], or one bool for all) is"""
 
 
 class Mixed:
@@ -51,9 +51,8 @@ class Mixed:
         return Mixed(self.values[index], self.single)
 
     def apply(self, operation: Any, other: Any, swapped: bool = False) -> Any:
-        values, single = (
-            (other.values, self.single | other.single) if isinstance(other, Mixed) else (other, self.single)
-        )
+        values, other_single = _parts(other)
+        single = self.single | other_single
         pair = (_rounded(self.values, single), _rounded(values, single))
         result = operation(*(reversed(pair) if swapped else pair))
         return result if result.dtype == np.bool_ else Mixed(_rounded(result, single), single)
@@ -68,16 +67,10 @@ def _rounded(values: Any, single: Any) -> Any:
     return low if single is True else np.where(single, low, values)
 
 
-def _give_mixed_its_operators() -> None:
-    for name in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge"):
-        operation = getattr(operator, name)
-        setattr(Mixed, f"__{name}__", lambda one, other, do=operation: one.apply(do, other))
-    for name in ("add", "sub", "mul", "truediv"):
-        operation = getattr(operator, name)
-        setattr(Mixed, f"__r{name}__", lambda one, other, do=operation: one.apply(do, other, True))
-
-
-_give_mixed_its_operators()
+for _word in ("add", "sub", "mul", "truediv", "lt", "le", "gt", "ge"):
+    _operation = getattr(operator, _word)
+    setattr(Mixed, f"__{_word}__", lambda one, other, do=_operation: one.apply(do, other))
+    setattr(Mixed, f"__r{_word}__", lambda one, other, do=_operation: one.apply(do, other, True))  # no __rlt__ is asked
 
 
 def _and(*sides: Any) -> Any:
@@ -143,20 +136,14 @@ def _bool(value: Any) -> Any:
     return value.astype(np.bool_) if isinstance(value, np.ndarray) else value
 
 
-def _largest(*values: Any) -> Any:
-    """Python's ``max``: of equal ones the first."""
-    result, *others = values if len(values) > 1 else values[0]
-    for value in others:
-        result = _select(value > result, value, result)
-    return result
+def _extreme(better: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """Python's ``max`` (``min``) for a `better` that is "greater" ("less"): of equal ones the first."""
 
+    def best(*values: Any) -> Any:
+        several = values if len(values) > 1 else values[0]
+        return reduce(lambda result, value: _select(better(value, result), value, result), several)
 
-def _smallest(*values: Any) -> Any:
-    """Python's ``min``: of equal ones the first."""
-    result, *others = values if len(values) > 1 else values[0]
-    for value in others:
-        result = _select(value < result, value, result)
-    return result
+    return best
 
 
 def norm(vector: Any, ord: int = 2) -> Any:
@@ -190,10 +177,7 @@ class _NumPy(SimpleNamespace):
     linalg = SimpleNamespace(norm=norm)
     array = staticmethod(_vector)
     hstack = staticmethod(_stacked)
-
-    @staticmethod
-    def zeros(size: int) -> Array:
-        return np.zeros((size, 1))
+    zeros = staticmethod(lambda size: np.zeros((size, 1)))
 
     @staticmethod
     def clip(value: Any, low: float, high: float) -> Any:
@@ -204,11 +188,7 @@ class _NumPy(SimpleNamespace):
 
 
 def _tolerance(
-    x: Any,
-    bounds: tuple[Any, Any] = (0.0, 0.0),
-    margin: Any = 0.0,
-    sigmoid: Any = "gaussian",
-    value_at_margin: float = 0.1,
+    x: Any, bounds: Any = (0.0, 0.0), margin: Any = 0.0, sigmoid: Any = "gaussian", value_at_margin: float = 0.1
 ) -> Any:
     """``reward_utils.tolerance`` with `margin` and the bounds one number or [N] each."""
     lower, upper = bounds
@@ -230,50 +210,33 @@ def _rect_prism_tolerance(curr: Any, zero: Any, one: Any) -> Any:
     return np.where(inside, scale[0] * scale[1] * scale[2], 1.0)
 
 
+@dataclass(frozen=True)
 class Matrices:
     """Rotation matrices as MuJoCo has them, [9, N]."""
 
-    def __init__(self, values: Array) -> None:
-        self.values = values
+    values: Array
 
     def reshape(self, *shape: int) -> Matrices:
         return self
 
 
-class _Rotation:
-    """scipy's ``Rotation``; the matrices are MuJoCo's own and need no test of orthogonality."""
-
-    def __init__(self, rotation: Rotation) -> None:
-        self._rotation = rotation
-
-    @staticmethod
-    def from_matrix(matrices: Matrices) -> _Rotation:
-        return _Rotation(Rotation.from_matrix(matrices.values.T.reshape(-1, 3, 3), assume_valid=True))
-
-    def as_quat(self) -> Array:
-        quaternions: Array = self._rotation.as_quat().T
-        return quaternions
+def _rotation(matrices: Matrices) -> SimpleNamespace:
+    """scipy's ``Rotation.from_matrix``; the matrices are MuJoCo's own and need no test of orthogonality."""
+    rotation = Rotation.from_matrix(matrices.values.T.reshape(-1, 3, 3), assume_valid=True)
+    return SimpleNamespace(as_quat=lambda: rotation.as_quat().T)
 
 
 OPERATIONS: dict[str, Any] = {
-    "_and": _and,
-    "_or": _or,
-    "_not": _not,
-    "_any": _any,
-    "_select": _select,
-    "_missing": _missing,
-    "_number": _number,
+    **{operation.__name__: operation for operation in (_and, _or, _not, _any, _select, _missing, _number)},
     "float": _float,
     "bool": _bool,
-    "max": _largest,
-    "min": _smallest,
+    "max": _extreme(operator.gt),
+    "min": _extreme(operator.lt),
     "np": _NumPy(),
-    "Rotation": _Rotation,
+    "Rotation": SimpleNamespace(from_matrix=_rotation),
     "tolerance": _tolerance,
     "reward_utils": SimpleNamespace(
-        tolerance=_tolerance,
-        hamacher_product=_hamacher_product,
-        rect_prism_tolerance=_rect_prism_tolerance,
+        tolerance=_tolerance, hamacher_product=_hamacher_product, rect_prism_tolerance=_rect_prism_tolerance
     ),
 }
 """The globals of every vectorized function."""

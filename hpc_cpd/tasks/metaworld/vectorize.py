@@ -39,8 +39,7 @@ def vectorize(function: FunctionType, names: Mapping[str, Any], constants: Mappi
     definition = tree.body[0]
     if not isinstance(definition, ast.FunctionDef):
         raise VectorizeError(f"{function!r} is no plain function")
-    definition.decorator_list = []
-    definition.returns = None
+    definition.decorator_list, definition.returns = [], None
     for argument in [*definition.args.args, *definition.args.kwonlyargs]:
         argument.annotation = None
     tree = _Fixed(constants).visit(tree)
@@ -63,8 +62,7 @@ class _Fixed(ast.NodeTransformer):
         self.generic_visit(node)
         test = node.test
         if isinstance(test, ast.Compare) and ast.unparse(test.left) in self.constants:
-            value = self.constants[ast.unparse(test.left)]
-            verdict = ast.unparse(test.comparators[0]) == value
+            verdict = ast.unparse(test.comparators[0]) == self.constants[ast.unparse(test.left)]
             if len(test.ops) != 1 or not isinstance(test.ops[0], ast.Eq):
                 raise VectorizeError(f"{ast.unparse(test)} is not a plain equality")
             return node.body if verdict else node.orelse
@@ -88,27 +86,28 @@ class _Rewriter:
             for target in ast.walk(branch)
             if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store) and target.id not in arguments
         ]
-        begin = [_assign(ast.Name(name, ast.Store()), ast.Constant(None)) for name in dict.fromkeys(branched)]
+        begin = [_assign(name, ast.Constant(None)) for name in dict.fromkeys(branched)]
         definition.body = [*begin, *self.block(definition.body, None)]
 
     def block(self, statements: list[ast.stmt], mask: str | None) -> list[ast.stmt]:
         return [new for statement in statements for new in self.statement(statement, mask)]
 
     def statement(self, node: ast.stmt, mask: str | None) -> list[ast.stmt]:
-        if isinstance(node, ast.Assert | ast.Delete | ast.Pass) or _is_docstring(node):
+        docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        if docstring or isinstance(node, ast.Assert | ast.Delete | ast.Pass):
             return []
         if isinstance(node, ast.If):
             return self.branch(node, mask)
         if isinstance(node, ast.Return) and mask is None:
-            node.value = self.expression(node.value) if node.value else None
+            node.value = _Expressions().visit(node.value) if node.value else None
             return [node]
         if isinstance(node, ast.AnnAssign) and node.value is not None:
-            return self.assignment(node.target, self.expression(node.value), mask)
+            return self.assignment(node.target, _Expressions().visit(node.value), mask)
         if isinstance(node, ast.AugAssign):
             loaded = ast.parse(ast.unparse(node.target), mode="eval").body
-            return self.assignment(node.target, ast.BinOp(loaded, node.op, self.expression(node.value)), mask)
+            return self.assignment(node.target, ast.BinOp(loaded, node.op, _Expressions().visit(node.value)), mask)
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            return self.assignment(node.targets[0], self.expression(node.value), mask)
+            return self.assignment(node.targets[0], _Expressions().visit(node.value), mask)
         raise VectorizeError(
             f"{self.name}, line {node.lineno}: {type(node).__name__} is not supported: {ast.unparse(node)}"
         )
@@ -118,14 +117,13 @@ class _Rewriter:
             return []  # upstream's check of its caller's arguments
         self.masks += 1
         yes, no = f"_yes{self.masks}", f"_no{self.masks}"
-        test = self.expression(node.test)
-        result: list[ast.stmt] = [_assign(ast.Name(yes, ast.Store()), test)]
+        result: list[ast.stmt] = [_assign(yes, _Expressions().visit(node.test))]
         if node.orelse:
-            result.append(_assign(ast.Name(no, ast.Store()), _call("_not", _name(yes))))
+            result.append(_assign(no, _call("_not", _name(yes))))
         for name, statements in ((yes, node.body), (no, node.orelse)):
             if statements:
                 if mask is not None:
-                    result.append(_assign(ast.Name(name, ast.Store()), _call("_and", _name(mask), _name(name))))
+                    result.append(_assign(name, _call("_and", _name(mask), _name(name))))
                 result.append(ast.If(_call("_any", _name(name)), self.block(statements, name) or [ast.Pass()], []))
         return result
 
@@ -136,10 +134,6 @@ class _Rewriter:
             loaded = ast.parse(ast.unparse(target), mode="eval").body
             value = _call("_select", _name(mask), value, loaded)
         return [_assign(target, value)]
-
-    def expression(self, node: ast.expr) -> ast.expr:
-        rewritten: ast.expr = _Expressions().visit(node)
-        return rewritten
 
 
 class _Expressions(ast.NodeTransformer):
@@ -156,10 +150,7 @@ class _Expressions(ast.NodeTransformer):
     def visit_Compare(self, node: ast.Compare) -> ast.expr:
         self.generic_visit(node)
         sides = [node.left, *node.comparators]
-        pairs = [
-            _comparison(left, operator, right)
-            for left, operator, right in zip(sides[:-1], node.ops, sides[1:], strict=True)
-        ]
+        pairs = list(map(_comparison, sides[:-1], node.ops, sides[1:]))
         return pairs[0] if len(pairs) == 1 else _call("_and", *pairs)
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
@@ -180,10 +171,6 @@ def _comparison(left: ast.expr, operator: ast.cmpop, right: ast.expr) -> ast.exp
     return ast.Compare(left, [operator], [right])
 
 
-def _is_docstring(node: ast.stmt) -> bool:
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
 def _name(name: str) -> ast.expr:
     return ast.Name(name, ast.Load())
 
@@ -192,5 +179,5 @@ def _call(name: str, *arguments: ast.expr) -> ast.expr:
     return ast.Call(_name(name), list(arguments), [])
 
 
-def _assign(target: ast.expr, value: ast.expr) -> ast.Assign:
-    return ast.Assign([target], value)
+def _assign(target: ast.expr | str, value: ast.expr) -> ast.Assign:
+    return ast.Assign([ast.Name(target, ast.Store()) if isinstance(target, str) else target], value)

@@ -11,7 +11,8 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import Config, PluginSettings
-from hpc_cpd.tasks.registry import TaskSpec, describe
+from hpc_cpd.tasks.families.base import TaskSpec
+from hpc_cpd.tasks.registry import describe
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 
 if TYPE_CHECKING:

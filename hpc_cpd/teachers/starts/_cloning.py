@@ -22,7 +22,7 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.losses import bounded_errors
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.run.publish import is_done
-from hpc_cpd.tasks.registry import TaskSpec
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam

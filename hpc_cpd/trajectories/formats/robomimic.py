@@ -21,7 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import atomic_folder, mark_done, sha256, write_bytes
-from hpc_cpd.tasks.registry import TaskSpec, describe
+from hpc_cpd.tasks.families.base import TaskSpec
+from hpc_cpd.tasks.registry import describe
 from hpc_cpd.tasks.spaces import shown
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.shard import MANIFEST, ShardWriter, read_manifest, write_manifest
@@ -29,6 +30,7 @@ from hpc_cpd.trajectories.store import open_trajectories
 
 OBSERVATION_KEY = "state"
 ROUNDING = 1e-5  # of float32 actions that were scaled
+ActionRange = tuple[ArrayLike, ArrayLike] | None
 ROBOMIMIC_GYM_TYPE = 2  # robomimic.envs.env_base.EnvType.GYM_TYPE
 
 
@@ -45,14 +47,8 @@ def export_robomimic(folder: str | Path, out: str | Path) -> int:
     with h5py.File(buffer, "w") as file:
         data = file.create_group("data")
         data.attrs["total"] = len(store)
-        data.attrs["env_args"] = json.dumps(
-            {
-                "env_name": origin.task_id,
-                "type": ROBOMIMIC_GYM_TYPE,
-                "env_kwargs": {},
-                "env_version": origin.environment_version,
-            }
-        )
+        environment = {"env_name": origin.task_id, "type": ROBOMIMIC_GYM_TYPE, "env_kwargs": {}}
+        data.attrs["env_args"] = json.dumps(environment | {"env_version": origin.environment_version})
         for name in ("teacher_sha256", "seed", "reward_version", "environment_version"):
             data.attrs[name] = getattr(origin, name)
         for number in range(len(store.episodes)):
@@ -66,7 +62,7 @@ def import_trajectories(
     task_id: str,
     out: str | Path,
     observation_keys: Sequence[str] | None = None,
-    action_range: tuple[ArrayLike, ArrayLike] | None = None,
+    action_range: ActionRange = None,
 ) -> int:
     """Make the task folder `out` from a robomimic file, whole or not at all; returns how many episodes.
 
@@ -108,7 +104,13 @@ def import_trajectories(
                 _Demonstration(path, name, data[name], spec).read(number, observation_keys, action_range)
                 for number, name in enumerate(names)
             ]
-            origin = _read_origin(data.attrs, task_id, source_hash)
+            origin = Origin(
+                task_id,
+                str(data.attrs.get("teacher_sha256", source_hash)),
+                int(data.attrs.get("seed", 0)),
+                str(data.attrs.get("reward_version", "unknown")),
+                str(data.attrs.get("environment_version", "unknown")),
+            )
     except PermissionError as error:
         raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for permission") from None
     except (OSError, KeyError, RuntimeError) as error:
@@ -137,18 +139,10 @@ def _write_demo(demo: h5py.Group, episode: Episode) -> None:
     dones = np.zeros(len(episode), np.int64)
     dones[-1] = 1
     following = np.concatenate([episode.observations[1:], episode.final_observation[None]])
-    demo.attrs["num_samples"] = len(episode)
-    demo.attrs["goal_index"] = episode.goal_index
-    demo.attrs["episode_index"] = episode.index
-    for name, values in {
-        "actions": episode.actions,
-        "rewards": episode.rewards,
-        "dones": dones,
-        f"obs/{OBSERVATION_KEY}": episode.observations,
-        f"next_obs/{OBSERVATION_KEY}": following,
-        "teacher_mean": episode.teacher_mean,
-        "success": episode.success,
-    }.items():
+    demo.attrs.update(num_samples=len(episode), goal_index=episode.goal_index, episode_index=episode.index)
+    columns = {name: getattr(episode, name) for name in ("actions", "rewards", "teacher_mean", "success")}
+    columns |= {f"obs/{OBSERVATION_KEY}": episode.observations, f"next_obs/{OBSERVATION_KEY}": following}
+    for name, values in (columns | {"dones": dones}).items():
         demo.create_dataset(name, data=values, track_times=False)
 
 
@@ -160,9 +154,7 @@ class _Demonstration:
         self._demo = demo
         self._spec = spec
 
-    def read(
-        self, number: int, keys: Sequence[str] | None, action_range: tuple[ArrayLike, ArrayLike] | None
-    ) -> Episode:
+    def read(self, number: int, keys: Sequence[str] | None, action_range: ActionRange) -> Episode:
         demo = self._demo
         if "actions" not in demo or not isinstance(demo.get("obs"), h5py.Group):
             raise self._refuse("has no 'actions' or no group 'obs'")
@@ -200,14 +192,14 @@ class _Demonstration:
 
     def _observations(self, group: h5py.Group, keys: Sequence[str]) -> NDArray[Any]:
         """[T, *observation shape]; uint8 where the task's are."""
-        parts = [self._numbers(group, key) for key in keys]
+        arrays = [self._numbers(group, key) for key in keys]
+        parts = [array[:, None] if array.ndim == 1 else array for array in arrays]
         if len({len(part) for part in parts}) > 1:
             raise self._refuse(f"has observations of different lengths: {', '.join(keys)}")
-        flat = [part[:, None] if part.ndim == 1 else part for part in parts]
         space, named = self._spec.observation_space, f"observations {', '.join(keys)}"
-        if len(parts) > 1 and any(part.ndim > 2 for part in flat):
+        if len(parts) > 1 and any(part.ndim > 2 for part in parts):
             raise self._refuse(f"has {named}, of which some are images; images are not flattened, name one alone")
-        values = np.concatenate(flat, axis=1) if len(flat) > 1 else flat[0]
+        values = np.concatenate(parts, axis=1)
         if values.shape[1:] != space.shape or (space.dtype == np.uint8 and values.dtype != np.uint8):
             raise self._refuse(
                 f"has {named} of together {values.dtype}{list(values.shape[1:])}, but {self._spec.task_id} observes "
@@ -215,9 +207,9 @@ class _Demonstration:
             )
         return values.astype(space.dtype)
 
-    def _actions(self, action_range: tuple[ArrayLike, ArrayLike] | None) -> NDArray[np.float32]:
+    def _actions(self, action_range: ActionRange) -> NDArray[np.float32]:
         """[T, act] in [-1, 1]."""
-        values = self._numbers(self._demo, "actions")
+        values = told = self._numbers(self._demo, "actions")
         low, high = (-1.0, 1.0) if action_range is None else action_range
         if values.shape[1:] != self._spec.action_space.shape:
             raise self._refuse(
@@ -229,8 +221,8 @@ class _Demonstration:
             values = 2.0 * (values.astype(np.float64) - least) / (most - least) - 1.0
         if np.abs(values).max(initial=0.0) > 1.0 + ROUNDING:
             raise self._refuse(
-                f"has actions from {self._demo['actions'][()].min():g} to {self._demo['actions'][()].max():g}, outside "
-                f"[{low}, {high}]; name the range that stands for [-1, 1], as in --action-range LOW HIGH"
+                f"has actions from {told.min():g} to {told.max():g}, outside [{low}, {high}]; name the range that "
+                "stands for [-1, 1], as in --action-range LOW HIGH"
             )
         return np.clip(values, -1.0, 1.0).astype(np.float32)
 
@@ -245,13 +237,3 @@ class _Demonstration:
 
     def _refuse(self, what: str) -> UserError:
         return UserError(f"{self._where} {what}")
-
-
-def _read_origin(attributes: Any, task_id: str, source_hash: str) -> Origin:
-    return Origin(
-        task_id,
-        str(attributes.get("teacher_sha256", source_hash)),
-        int(attributes.get("seed", 0)),
-        str(attributes.get("reward_version", "unknown")),
-        str(attributes.get("environment_version", "unknown")),
-    )

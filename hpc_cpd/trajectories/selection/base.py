@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -13,6 +13,9 @@ from numpy.typing import ArrayLike, NDArray
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.trajectories.schema import Episode
+
+LANDMARKS = 8
+"""Steps of an episode by which `trajectory_features` describes it."""
 
 
 class Selection(Protocol):
@@ -73,40 +76,33 @@ class Candidates:
 
 
 def trajectory_features(
-    episodes: Sequence[Episode], mean: ArrayLike, std: ArrayLike, landmarks: int = 8, max_features: int = 512
+    episodes: Sequence[Episode], mean: ArrayLike, std: ArrayLike, max_features: int = 512
 ) -> NDArray[np.float64]:
     """One row of length one per episode, float64 [N, D].
 
-    An episode is described by `landmarks` evenly spaced observations (normalised by `mean` and `std` of
+    An episode is described by eight evenly spaced observations (normalised by `mean` and `std` of
     observations), the final one (where the goal was reached), and the mean action between landmarks; more
     than `max_features` numbers are folded by a count sketch (arXiv 0902.2206), which keeps inner products
     in expectation. The rows are centred over the episodes and scaled to mean square norm one, and a
     constant is appended, so that an ordinary episode counts as ordinary rather than as noise.
     """
-    centre = np.asarray(mean, np.float64)
-    spread = np.asarray(std, np.float64)
+    centre, spread = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     scale = np.where(spread > 1e-6, spread, 1.0)  # numbers that never change say nothing
-    rows = [_describe(episode, centre, scale, landmarks, max_features) for episode in episodes]
-    if not rows:
-        return np.zeros((0, 1))
-    raw = np.stack(rows)
+    raw = np.stack([_describe(episode, centre, scale, max_features) for episode in episodes])
     raw = raw - raw.mean(axis=0)
     norm = np.sqrt((raw * raw).sum(axis=1).mean())
     features = np.column_stack([raw / norm if norm > 0 else raw, np.ones(len(raw))])
     return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
-def _describe(
-    episode: Episode, mean: NDArray[np.float64], scale: NDArray[np.float64], landmarks: int, max_features: int
-) -> NDArray[np.float64]:
-    steps = np.linspace(0, len(episode) - 1, landmarks).round().astype(np.int64)
+def _describe(episode: Episode, mean: NDArray[Any], scale: NDArray[Any], max_features: int) -> NDArray[np.float64]:
+    steps = np.linspace(0, len(episode) - 1, LANDMARKS).round().astype(np.int64)
     observations = (episode.observations[steps].astype(np.float64) - mean) / scale
     final = (episode.final_observation.astype(np.float64) - mean) / scale
-    starts = np.arange(landmarks) * len(episode) // landmarks
+    starts = np.arange(LANDMARKS) * len(episode) // LANDMARKS
     counts = np.maximum(np.diff(starts, append=len(episode)), 1)  # an episode may have fewer steps than landmarks
-    actions = (
-        np.add.reduceat(episode.actions.astype(np.float64).reshape(len(episode), -1), starts, axis=0) / counts[:, None]
-    )
+    flat = episode.actions.astype(np.float64).reshape(len(episode), -1)
+    actions = np.add.reduceat(flat, starts, axis=0) / counts[:, None]
     numbers = np.concatenate([observations.ravel(), final.ravel(), actions.ravel()])
     if len(numbers) <= max_features:
         return numbers

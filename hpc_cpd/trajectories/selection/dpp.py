@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_cpd.settings import PluginSettings
-from hpc_cpd.trajectories.selection._greedy_map import greedy_map
+from hpc_cpd.trajectories.dpp import greedy_map
 from hpc_cpd.trajectories.selection.base import Candidates
 
 
