@@ -6,8 +6,7 @@ import re
 from pathlib import Path
 
 from hpc_cpd import cli
-from hpc_cpd.report.comparison import compare
-from hpc_cpd.report.comparison_table import cells, headings
+from hpc_cpd.report.comparison import cells, compare, headings
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
