@@ -58,7 +58,7 @@ def test_two_ranks_train_it_through_the_launcher_like_any_other(environment: dic
     ("words", "sentence"),
     [
         (["teachers.start=demonstrations"], "cannot be cloned from demonstrations; set teachers.start=scratch"),
-        (["teachers.algorithm.name=reinfroce"], "there is no algorithm 'reinfroce'; did you mean 'reinforce'?"),
+        (["teachers.algorithm.name=reinfroce"], "there is no teacher algorithm 'reinfroce'; did you mean 'reinforce'?"),
         (["teachers.algorithm.ruonds=3"], "did you mean 'teachers.algorithm.rounds'?"),
     ],
 )
