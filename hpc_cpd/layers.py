@@ -1,4 +1,4 @@
-"""Linear layers that are born without values, for whoever draws their own."""
+"""Linear layers whose values are drawn from a given generator, or by the caller."""
 
 from __future__ import annotations
 
@@ -15,4 +15,14 @@ def empty_linear(inputs: int, outputs: int) -> nn.Linear:
     layer = nn.Linear(inputs, outputs, device="meta")
     layer.weight = nn.Parameter(torch.empty(outputs, inputs))
     layer.bias = nn.Parameter(torch.empty(outputs))
+    return layer
+
+
+def seeded_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer, weights and biases uniform in +-1/sqrt(inputs), drawn from `generator` alone."""
+    layer = empty_linear(inputs, outputs)
+    bound = inputs**-0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
     return layer

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from hpc_cpd import plugins
+from hpc_cpd.randomness import numpy_generator, torch_generator
 from hpc_cpd.settings import NetworkSettings, PluginSettings, StudentSettings
 from hpc_cpd.student.backbones.base import Backbone, Cache
 from hpc_cpd.student.moe.executors import FunctionalMixture, StackedMixture
-from hpc_cpd.student.moe.gate import seeded_generator
 from hpc_cpd.student.moe.mixture import Mixture
 from hpc_cpd.student.tokenizers.base import Tokenizer
 
@@ -74,7 +74,7 @@ class Student(nn.Module):
         self.shape = shape
         self.experts_by_stage = [list(stage) for stage in experts_by_stage]
         self.expert_parallel_size = expert_parallel_size
-        generator = seeded_generator(seed, 0)
+        generator = torch_generator(seed, "student")
 
         def build(kind: str, settings: PluginSettings) -> Any:
             return plugins.load(kind, settings.name).build(settings, shape, generator)
@@ -99,7 +99,7 @@ class Student(nn.Module):
                 expert_parallel_size=expert_parallel_size,
                 top_k=shape.top_k,
                 initial_gate_bias=shape.initial_gate_bias,
-                seed=int(np.random.SeedSequence([seed, 3, number]).generate_state(1)[0]),
+                seed=int(numpy_generator(seed, "mixture", number).integers(2**32)),
                 shared_hidden=shape.shared_expert_hidden,
             )
             for number in range(self.backbone.mixtures)

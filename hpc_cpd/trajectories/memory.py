@@ -7,7 +7,6 @@ manifest, and is read back by `open_trajectories`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd import plugins
+from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.run.publish import atomic_folder, is_done, load_done, mark_done, write_json
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.trajectories.schema import Episode, Origin
@@ -63,14 +63,13 @@ def select_memory(
     quality = episode_quality(errors)
     if len(quality) != len(episodes):
         raise ValueError(f"{len(quality)} errors were given for the {len(episodes)} episodes of {task_id}")
-    key = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
     candidates = Candidates(
         task_id,
         episodes,
         lengths,
         quality,
         budget,
-        np.random.default_rng([seed, key]),
+        numpy_generator(seed, f"replay memory of {task_id}"),
         lambda: trajectory_features(episodes, *store.observation_statistics(task_id)),
     )
     chosen = candidates.choose(plugins.load("selections", selection.name)(selection))

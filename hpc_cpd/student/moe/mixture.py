@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from hpc_cpd.layers import seeded_linear
+from hpc_cpd.randomness import torch_generator
 from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, ReturnSum, SendToAll, Tie, plan_rows
-from hpc_cpd.student.moe.gate import Gate, Routing, seeded_generator, seeded_linear
+from hpc_cpd.student.moe.gate import Gate, Routing
 
 
 class Expert(nn.Module):
@@ -64,13 +66,17 @@ class Mixture(nn.Module):
         self.experts = nn.ModuleDict(
             {
                 # how an expert starts is a function of (seed, global id) alone
-                str(global_id): Expert(input_size, expert_hidden, output_size, seeded_generator(seed, 2, global_id))
+                str(global_id): Expert(
+                    input_size, expert_hidden, output_size, torch_generator(seed, "expert", global_id)
+                )
                 for global_id in ids
                 if global_id % expert_parallel_size == self.expert_parallel_rank
             }
         )
         self.shared = (
-            Expert(input_size, shared_hidden, output_size, seeded_generator(seed, 3)) if shared_hidden else None
+            Expert(input_size, shared_hidden, output_size, torch_generator(seed, "shared expert"))
+            if shared_hidden
+            else None
         )
         # Never moves (its gradient is zero); keeps every rank in every backward pass and in DeepSpeed's groups.
         self.anchor = nn.Parameter(torch.zeros(1))

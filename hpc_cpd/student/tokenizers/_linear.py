@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hpc_cpd.student.moe.gate import seeded_linear
+from hpc_cpd.layers import seeded_linear
 from hpc_cpd.student.tokenizers.base import Tokenizer
 
 if TYPE_CHECKING:
