@@ -45,7 +45,7 @@ from torch import distributed as dist
 from hpc_cpd.cluster.provenance import describe_origin
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
-from hpc_cpd.student.moe.gate import seeded_generator
+from hpc_cpd.randomness import torch_generator
 from hpc_cpd.student.moe.mixture import Expert
 from tests.rank_environments import rank_environments
 
@@ -79,7 +79,9 @@ class Dense(nn.Module):
 
     def __init__(self, width: int, hidden: int, k: int) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(Expert(width, hidden, width, seeded_generator(0, number)) for number in range(k))
+        self.experts = nn.ModuleList(
+            Expert(width, hidden, width, torch_generator(0, "expert", number)) for number in range(k)
+        )
 
     def forward(self, tokens: Tensor) -> Tensor:
         outputs: Tensor = self.experts[0](tokens)
@@ -127,7 +129,7 @@ def make_deepspeed(width: int, hidden: int, experts: int, k: int, routing: str, 
     from deepspeed.moe.layer import MoE
 
     noiseless = {"use_rts": False, "top2_2nd_expert_sampling": False}
-    expert = Expert(width, hidden, width, seeded_generator(0, 0))
+    expert = Expert(width, hidden, width, torch_generator(0, "expert", 0))
     layer = MoE(width, expert, experts, ranks, k=k, drop_tokens=False, min_capacity=0, **noiseless).train()
     layer.set_deepspeed_parallelism()
     gate = layer.deepspeed_moe.gate.wg.weight

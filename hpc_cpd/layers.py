@@ -1,7 +1,8 @@
-"""Linear layers whose values are drawn by the caller."""
+"""Linear layers whose values are drawn from a given generator, or by the caller."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 
@@ -18,4 +19,14 @@ def empty_linear(inputs: int, outputs: int) -> nn.Linear:
     """
     layer: nn.Linear = _Undrawn(inputs, outputs)
     layer.__class__ = nn.Linear  # for whoever asks for the type
+    return layer
+
+
+def seeded_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
+    """A linear layer, weights and biases uniform in +-1/sqrt(inputs), drawn from `generator` alone."""
+    layer = empty_linear(inputs, outputs)
+    bound = inputs**-0.5
+    with torch.no_grad():
+        layer.weight.uniform_(-bound, bound, generator=generator)
+        layer.bias.uniform_(-bound, bound, generator=generator)
     return layer

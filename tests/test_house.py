@@ -30,7 +30,7 @@ ORDER = [
     {"former_keys"},
     {"settings"},
     {"plugins"},
-    {"progress", "errors", "optimizers", "layers", "losses"},
+    {"progress", "errors", "optimizers", "layers", "losses", "randomness"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))

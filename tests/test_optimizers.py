@@ -43,12 +43,13 @@ def test_a_process_that_learns_imports_neither_torchs_compiler_nor_sympy() -> No
     script = f"""
 import sys, torch
 from hpc_cpd import optimizers
-from hpc_cpd.student.moe.gate import seeded_generator, seeded_linear
+from hpc_cpd.layers import seeded_linear
+from hpc_cpd.randomness import torch_generator
 from hpc_cpd.teachers.policy import TeacherPolicy
 from tests.test_optimizers import learnt
 for name, words in {WORDS}.items():
     learnt(getattr(optimizers, name), **words)
-seeded_linear(3, 2, seeded_generator(0))
+seeded_linear(3, 2, torch_generator(0, "test"))
 TeacherPolicy("task", 3, 2, [4])
 sys.exit(bool({{"torch._dynamo", "sympy"}} & sys.modules.keys()))
 """

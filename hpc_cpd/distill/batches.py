@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.methods.base import Drawn, Rows, StageData
+from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.trajectories.store import TrajectoryStore
 
 
@@ -53,10 +54,10 @@ class Batch:
 class StageBatches:
     """Draws the batches of one stage."""
 
-    def __init__(self, rows: Sequence[Rows], data: StageData, seed: list[int], device: torch.device) -> None:
-        """`rows`: the sources of every batch, in the order in which they draw. `seed` names the stage."""
+    def __init__(self, rows: Sequence[Rows], data: StageData, seed: int, stage: int, device: torch.device) -> None:
+        """`rows`: the sources of every batch, in the order in which they draw."""
         self.rows = list(rows)
-        self.seed = seed
+        self.seed, self.stage = seed, stage
         self.device = device
         self._past = data.past.student if data.past is not None else None
         # what is mapped may have to come from a disk, and a GPU need not wait for its rows
@@ -95,7 +96,7 @@ class StageBatches:
         return drawn
 
     def _draw(self, phase: int, step: int, rank: int, world_size: int) -> list[Drawn]:
-        rng = np.random.default_rng([*self.seed, phase, step])
+        rng = numpy_generator(self.seed, "batch", self.stage, phase, step)
         return [row.draw(rng, rank, world_size) for row in self.rows]
 
     def _answered(self, asked: Sequence[Drawn]) -> tuple[np.ndarray, ...]:

@@ -132,7 +132,7 @@ def _learn(stage: Stage, method: Method, stores: Stores, phases: Sequence[Phase]
     method.load_state_dict(of_this_rank(before, expert_parallel_size(config)))
     method.begin_stage(stage)
     rows = method.rows(data, config.distill.batch_size)
-    batches = StageBatches(rows, data, [config.seed, stage.number], device_of_rank())
+    batches = StageBatches(rows, data, config.seed, stage.number, device_of_rank())
     state = train_phases(stage, method, phases, start, batches)
 
     def student() -> Student:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_cpd.student.moe.gate import Gate, seeded_generator
+from hpc_cpd.randomness import torch_generator
+from hpc_cpd.student.moe.gate import Gate
 from hpc_cpd.student.network import Student
 
 _UP, _DOWN = "_up", "_down"
@@ -79,10 +79,10 @@ def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank
     weight = module.get_parameter(name)
     outputs, inputs = weight.shape
     rank = min(rank, outputs, inputs)
-    within = f"{place}.{name}".removeprefix("tokenizer.").removeprefix("backbone.")
-    purpose = int.from_bytes(hashlib.sha256(within.encode()).digest()[:8], "big")
     bound = inputs**-0.5
-    down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=seeded_generator(seed, 4, stage, purpose))
+    down = torch.empty(rank, inputs).uniform_(
+        -bound, bound, generator=torch_generator(seed, f"adapter {place}.{name}", stage)
+    )
     for suffix, values in ((_UP, torch.zeros(outputs, rank)), (_DOWN, down)):
         parameter = nn.Parameter(values.to(weight))
         vars(parameter).update({flag: value for flag, value in vars(weight).items() if flag in _FLAGS})

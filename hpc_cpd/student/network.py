@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hpc_cpd import plugins
+from hpc_cpd.randomness import numpy_generator, torch_generator
 from hpc_cpd.settings import NetworkSettings, PluginSettings, StudentSettings
 from hpc_cpd.student.backbones.base import Backbone, Cache
 from hpc_cpd.student.moe.executors import FunctionalMixture, StackedMixture
-from hpc_cpd.student.moe.gate import seeded_generator
 from hpc_cpd.student.moe.mixture import Mixture
 from hpc_cpd.student.tokenizers.base import Tokenizer
 
@@ -74,7 +73,7 @@ class Student(nn.Module):
         self.shape = shape
         self.experts_by_stage = [list(stage) for stage in experts_by_stage]
         self.expert_parallel_size = expert_parallel_size
-        generator = seeded_generator(seed, 0)
+        generator = torch_generator(seed, "student")
 
         def build(kind: str, settings: PluginSettings) -> Any:
             part: Part = plugins.load(kind, settings.name)
@@ -92,7 +91,7 @@ class Student(nn.Module):
             kind = MixtureOfExperts
         seen = self.tokenizer.seen_size if shape.experts_see_observation else 0
         inputs = shape.width + seen + shape.task_vector_size
-        seeds = [np.random.SeedSequence([seed, 3, n]).generate_state(1)[0] for n in range(self.backbone.mixtures)]
+        seeds = [numpy_generator(seed, "mixture", n).integers(2**32) for n in range(self.backbone.mixtures)]
         self.mixtures = nn.ModuleList(
             kind(shape, inputs, self.experts_by_stage, expert_parallel_size, int(seed)) for seed in seeds
         )

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_cpd.layers import seeded_linear
 from hpc_cpd.optimizers import Adam
+from hpc_cpd.randomness import numpy_generator, torch_generator
 from hpc_cpd.student.embeddings.base import NewTasks
 from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
-from hpc_cpd.student.moe.gate import seeded_generator, seeded_linear
 from hpc_cpd.student.tokenizers.base import OBSERVATION_CLIP
 
 POOL_WINDOWS = 1024
@@ -28,7 +29,7 @@ class TaskEncoder(nn.Module):
     def __init__(self, observation_size: int, settings: ContrastiveSettings, seed: int = 0) -> None:
         super().__init__()
         self.window = settings.window
-        generator = seeded_generator(seed, 3)
+        generator = torch_generator(seed, "task encoder")
         self.first = seeded_linear(settings.window * observation_size, settings.width, generator)
         self.second = seeded_linear(settings.width, settings.width, generator)
         self.last = seeded_linear(settings.width, settings.size, generator)
@@ -56,7 +57,7 @@ def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[di
 
     Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its arguments.
     """
-    rng = np.random.default_rng([new.seed, new.stage, 4])
+    rng = numpy_generator(new.seed, "task embedding", new.stage)
     new_tasks, old_tasks = new.tasks, list(new.old_vectors)
     pools = {task: _pool(new, task, settings.window, rng) for task in [*new_tasks, *new.remembered]}
     encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, new.seed)

@@ -7,7 +7,6 @@ same bits come out whoever plays it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpc_cpd.distributed.mpi import Communicator
+from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.tasks.batch import BatchEnv
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
@@ -27,8 +27,7 @@ UNBOUNDED_GOALS = 2**31
 
 def generator(seed: int, task_id: str, purpose: str, *indices: int) -> np.random.Generator:
     """A fresh generator for (`seed`, `task_id`, `purpose`, `indices`); the same arguments give the same numbers."""
-    words = np.frombuffer(hashlib.sha256(f"{task_id}\n{purpose}".encode()).digest()[:16], dtype=np.uint32)
-    return np.random.default_rng([seed, *(int(word) for word in words), *indices])
+    return numpy_generator(seed, f"{task_id}\n{purpose}", *indices)
 
 
 class TrainingEnvironments:

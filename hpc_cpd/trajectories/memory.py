@@ -7,7 +7,6 @@ manifest, and is read back by `open_trajectories`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd import plugins
+from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.run.publish import DONE, atomic_folder, is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.trajectories.schema import Episode, Origin
@@ -63,12 +63,12 @@ def select_memory(
     quality = episode_quality(errors)
     if len(quality) != len(episodes):
         raise ValueError(f"{len(quality)} errors were given for the {len(episodes)} episodes of {task_id}")
-    key = int.from_bytes(hashlib.sha256(task_id.encode()).digest()[:4], "big")
+    rng = numpy_generator(seed, f"replay memory of {task_id}")
 
     def features() -> NDArray[np.float64]:
         return trajectory_features(episodes, *store.observation_statistics(task_id))
 
-    candidates = Candidates(task_id, episodes, lengths, quality, budget, np.random.default_rng([seed, key]), features)
+    candidates = Candidates(task_id, episodes, lengths, quality, budget, rng, features)
     chosen = candidates.choose(plugins.load("selections", selection.name)(selection))
     origin, kept = store.origins[task_id], [episodes[number] for number in chosen]
     return TaskMemory(origin, kept, quality[chosen].tolist(), len(episodes), int(lengths.sum()), budget)

@@ -63,7 +63,7 @@ def data_of(
 
 def drawn_from(data: StageData, size: int = 32, between: float = 0.0, asks_past_student: bool = False) -> StageBatches:
     rows = with_replay(data, size, 0.5, 0.5, between, asks_past_student)
-    return StageBatches(rows, data, [0, 2], torch.device("cpu"))
+    return StageBatches(rows, data, 0, 2, torch.device("cpu"))
 
 
 def batches(

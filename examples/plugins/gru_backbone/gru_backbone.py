@@ -19,9 +19,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from hpc_cpd.layers import seeded_linear
 from hpc_cpd.settings import PluginSettings
 from hpc_cpd.student.backbones.base import Backbone, Cache, Experts
-from hpc_cpd.student.moe.gate import seeded_linear
 from hpc_cpd.student.network import StudentShape
 
 

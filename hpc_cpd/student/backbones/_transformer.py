@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hpc_cpd.layers import seeded_linear
 from hpc_cpd.student.backbones.base import Backbone, Cache, Experts
-from hpc_cpd.student.moe.gate import seeded_linear
 
 if TYPE_CHECKING:
     from hpc_cpd.student.backbones.transformer import TransformerSettings

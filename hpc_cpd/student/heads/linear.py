@@ -25,7 +25,7 @@ class LinearHead:
 
     @staticmethod
     def build(settings: Any, shape: StudentShape, generator: Generator) -> nn.Module:
-        from hpc_cpd.student.moe.gate import seeded_linear
+        from hpc_cpd.layers import seeded_linear
 
         return seeded_linear(shape.width, shape.action_size, generator)
 

@@ -6,31 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hpc_cpd.layers import empty_linear
+from hpc_cpd.randomness import torch_generator
 
 GATE_ROW_SCALE = 0.1
 """New gate rows are this much smaller than an ordinary layer's, so that the initial bias decides alone."""
-
-
-def seeded_generator(seed: int, *purpose: int) -> torch.Generator:
-    """A generator that is a pure function of (seed, purpose), whatever was drawn before."""
-    state = np.random.SeedSequence([seed, *purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def seeded_linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """A linear layer, weights and biases uniform in +-1/sqrt(inputs), drawn from `generator` alone."""
-    layer = empty_linear(inputs, outputs)
-    bound = inputs**-0.5
-    with torch.no_grad():
-        layer.weight.uniform_(-bound, bound, generator=generator)
-        layer.bias.uniform_(-bound, bound, generator=generator)
-    return layer
 
 
 @dataclass(frozen=True)
@@ -62,7 +45,9 @@ class Gate(nn.Module):
         bound = GATE_ROW_SCALE * input_size**-0.5
         for stage in self.stages:
             count = len(experts_by_stage[stage - 1])
-            rows = torch.empty(count, input_size).uniform_(-bound, bound, generator=seeded_generator(seed, 1, stage))
+            rows = torch.empty(count, input_size).uniform_(
+                -bound, bound, generator=torch_generator(seed, "gate", stage)
+            )
             biases = torch.full((count,), self.initial_bias_of(count) if stage > 1 else 0.0)
             self.register_parameter(f"weight_{stage}", nn.Parameter(rows))
             self.register_parameter(f"bias_{stage}", nn.Parameter(biases))

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from hpc_cpd.layers import seeded_linear
+from hpc_cpd.randomness import torch_generator
 from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, SendToAll, Tie, plan_rows
-from hpc_cpd.student.moe.gate import Gate, Routing, seeded_generator, seeded_linear
+from hpc_cpd.student.moe.gate import Gate, Routing
 
 if TYPE_CHECKING:
     from hpc_cpd.student.network import StudentShape
@@ -59,13 +61,15 @@ class Mixture(nn.Module):
         self.owners = np.array([global_id % expert_parallel_size for global_id in ids])
         self.gate = Gate(inputs, experts_by_stage, shape.top_k, shape.initial_gate_bias, seed)
 
-        def expert(hidden: int, *purpose: int) -> Expert:
+        def expert(hidden: int, purpose: str, *ids: int) -> Expert:
             # how an expert starts is a function of the seed and its global id alone
-            return Expert(inputs, hidden, shape.width, seeded_generator(seed, *purpose))
+            return Expert(inputs, hidden, shape.width, torch_generator(seed, purpose, *ids))
 
-        here = [global_id for global_id in ids if global_id % expert_parallel_size == self.expert_parallel_rank]
-        self.experts = nn.ModuleDict({str(global_id): expert(shape.expert_hidden, 2, global_id) for global_id in here})
-        self.shared = expert(shape.shared_expert_hidden, 3) if shape.shared_expert_hidden else None
+        here = [number for number in ids if number % expert_parallel_size == self.expert_parallel_rank]
+        self.experts = nn.ModuleDict(
+            {str(global_id): expert(shape.expert_hidden, "expert", global_id) for global_id in here}
+        )
+        self.shared = expert(shape.shared_expert_hidden, "shared expert") if shape.shared_expert_hidden else None
         # Never moves (its gradient is zero); keeps every rank in every backward pass and in DeepSpeed's groups.
         self.anchor = nn.Parameter(torch.zeros(1))
         self._group: Group = None

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hpc_cpd.student.moe.gate import seeded_linear
+from hpc_cpd.layers import seeded_linear
 
 if TYPE_CHECKING:
     from hpc_cpd.student.network import StudentShape
