@@ -212,6 +212,7 @@ def verify(run: RunFolder) -> None:
     at = Run(run)
     plan = run_plan(at)
 
+    from hpc_cpd.plugins import load
     from hpc_cpd.student.policy import load_student  # imports torch: only once there is a run
     from hpc_cpd.teachers.sources.student import load_any_teacher
     from hpc_cpd.trajectories.store import verify_folder
@@ -227,9 +228,11 @@ def verify(run: RunFolder) -> None:
             problems += verify_folder(at.trajectories(task), task)
     for stage in range(1, len(plan) + 1):
         if is_done(at.stage(stage)):
-            checked["students and memories"] += 1
+            checked["students"] += 1
             problems += _problem(load_student, at.stage(stage) / "student")
-            problems += verify_folder(at.stage(stage) / "memory")
+            if load("methods", at.config().method.name).keeps_memory:
+                checked["memories"] += 1
+                problems += verify_folder(at.stage(stage) / "memory")
         for task in plan[stage - 1]:
             if is_done(at.dagger(stage, task)):
                 checked["DAgger folders"] += 1

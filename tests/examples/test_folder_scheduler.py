@@ -69,6 +69,7 @@ def student(run: Run) -> str:
     return hashlib.sha256((run.stage(1) / "student" / "model.safetensors").read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_teachers_and_a_stage_run_through_it_and_a_stopped_job_goes_on_to_the_same_bits(site: Site) -> None:
     run, here = Run(site.folder / "run"), Run(site.folder / "here")
     shown = site.launch(run, "--dry-run")

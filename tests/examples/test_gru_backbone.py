@@ -39,6 +39,7 @@ def test_its_importance_is_what_autograd_finds(environment: dict[str, str]) -> N
     assert "the same" in play(environment, "importance")
 
 
+@pytest.mark.slow
 def test_two_stages_are_learnt_with_it_and_an_interrupted_one_goes_on_to_the_same_bits(
     environment: dict[str, str], tmp_path: Path
 ) -> None:

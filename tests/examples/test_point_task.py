@@ -4,12 +4,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hpc_cpd.run.publish import read_json
 from tests.examples.installed import PLUGINS, installed
 
 CONFIG = PLUGINS / "point_task" / "point.yaml"
 
 
+@pytest.mark.slow
 def test_a_teacher_learns_it_with_the_config_beside_it(tmp_path):
     run = tmp_path / "run"
     words = ["--stage", "teachers", "--config", str(CONFIG), "--run", str(run), "--cluster", "local"]

@@ -29,6 +29,7 @@ def _run(environment: dict[str, str], *words: str | Path) -> subprocess.Complete
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_it_learns_is_resumed_to_the_same_bits_and_its_policy_is_a_teacher(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -41,6 +42,7 @@ def test_it_learns_is_resumed_to_the_same_bits_and_its_policy_is_a_teacher(
     assert found["episodes"] == 8
 
 
+@pytest.mark.slow
 def test_two_ranks_train_it_through_the_launcher_like_any_other(environment: dict[str, str], tmp_path: Path) -> None:
     config = tmp_path / "line.yaml"
     config.write_text(

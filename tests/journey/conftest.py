@@ -26,7 +26,7 @@ trajectories: {{episodes: 20, episodes_per_shard: 10}}
 student: {{width: 64, expert_hidden: 64}}
 distill: {{phase1_steps: 300, phase2_steps: 200}}
 evaluation: {{episodes: 6, forward_transfer: false}}
-memory: {{budget_fraction: 0.1}}
+method: {{memory: {{budget_fraction: 0.1}}}}
 """
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpc_cpd.cli import verify
 from hpc_cpd.config import load_config
 from hpc_cpd.methods._quadratic import QuadraticMethod
 from hpc_cpd.methods.base import Samples, method_of
@@ -109,6 +110,8 @@ def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: P
     runs = {name: make_run(tmp_path / name, f"method={name}", *words) for name in kinds}
     turns = [(runs[name].folder, stage) for name, stages in kinds.items() for stage in range(1, stages + 1)]
     finish(start_ranks(2, *in_turn(*turns)))
+    verify(runs["ewc"].folder)  # whoever keeps no memory misses none
+    assert not (runs["ewc"].stage(1) / "memory").exists()
     states = {
         (name, stage): load_student_parts(runs[name].stage(stage) / "student").state
         for name, stages in kinds.items()
