@@ -80,7 +80,7 @@ def dict_step(self, action):
         ({"reset": lambda self, goal: np.array(["a", "b"])}, "of <U1"),
         ({"reset": lambda self, goal: np.random.default_rng().normal(size=2)}, "the same observation twice"),
         ({"reset": lambda self, goal: {}["goal"]}, r"fails in reset\(\): KeyError: 'goal'"),
-        ({"step": lambda self, action: (np.zeros(2), 0.0, False, False)}, r"fails in step\(\).*expected 4, got 3"),
+        ({"step": lambda self, action: (np.zeros(2), 0.0, False, False)}, r"fails in step\(\).*expected 5, got 4"),
         ({"step": lambda self, action: (np.zeros(2), 0.0, False, False, {})}, "success as a bool, but returns {}"),
         ({"step": lambda self, action: Step(np.zeros(1), 0.0, False, False, False)}, r"step\(\) returns an obs.*\[1\]"),
         ({"step": lambda self, action: Step(np.zeros(2), None, False, False, False)}, "the reward None"),
