@@ -136,9 +136,10 @@ class OneByOne:
 
     def step(self, rows: NDArray[np.int64], actions: Any) -> Steps:
         results = [self._simulators[row].step(rows_of(actions, row)) for row in rows]
-        observations, *numbers = zip(*results, strict=True)
-        rewards, terminated, truncated, success = map(np.array, numbers)
-        return Steps(stack(observations), rewards, terminated, truncated, success, {})
+        observations, rewards, terminated, truncated, success = zip(*results, strict=True)
+        return Steps(
+            stack(observations), np.array(rewards), np.array(terminated), np.array(truncated), np.array(success), {}
+        )
 
     def close(self) -> None:
         for simulator in self._simulators:
