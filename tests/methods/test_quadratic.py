@@ -9,6 +9,7 @@ import torch
 
 from hpc_cpd.cli import verify
 from hpc_cpd.config import load_config
+from hpc_cpd.errors import UserError
 from hpc_cpd.methods._quadratic import QuadraticMethod
 from hpc_cpd.methods.base import Samples, method_of
 from hpc_cpd.run.paths import Run
@@ -104,14 +105,18 @@ def kept_by(run: Run) -> dict[str, torch.Tensor]:
     return {key.removeprefix("importance/"): t for key, t in state.tensors.items() if key.startswith("importance/")}
 
 
-def test_ewc_runs_through_both_stages_and_changes_the_second_student(tmp_path: Path) -> None:
+def test_ewc_runs_through_both_stages_and_changes_the_second_student(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     kinds = {"fine_tuning": 2, "ewc": 2, "mas": 1}  # stages of each; MAS differs from EWC in what stage 1 leaves alone
     words = ("method.experts_per_task=1",)
     runs = {name: make_run(tmp_path / name, f"method={name}", *words) for name in kinds}
     turns = [(runs[name].folder, stage) for name, stages in kinds.items() for stage in range(1, stages + 1)]
     finish(start_ranks(2, *in_turn(*turns)))
-    verify(runs["ewc"].folder)  # whoever keeps no memory misses none
     assert not (runs["ewc"].stage(1) / "memory").exists()
+    with pytest.raises(UserError, match="2 students"):  # the teachers are stand-ins
+        verify(runs["ewc"].folder)
+    assert "memory" not in capsys.readouterr().out
     states = {
         (name, stage): load_student_parts(runs[name].stage(stage) / "student").state
         for name, stages in kinds.items()
