@@ -31,7 +31,7 @@ student:
   expert_hidden: 8
   history: 2
   task_embedding: {gradient_steps: 5, width: 8, size: 4, window: 2, windows_per_task: 2}
-memory: {budget_fraction: 0.6}
+method: {memory: {budget_fraction: 0.6}}
 distill: {ranks: 1, phase1_steps: 5, phase2_steps: 5, batch_size: 8}
 evaluation: {episodes: 1, forward_transfer: false}
 """
