@@ -192,7 +192,7 @@ class Slurm(Scheduler):
         # 12, or 12_3 in an array, whose last element has the number of the array itself
         array, element = environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")
         id = f"{array}_{element}" if array and element else environment.get("SLURM_JOB_ID")
-        job = JobStart(id, int(environment.get("SLURM_RESTART_COUNT", "0")))
+        job = JobStart(id, int(environment.get("SLURM_RESTART_COUNT") or 0))
         return RankInfo(rank, int(size), local_rank, scheduler="slurm", job=job)
 
     def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
