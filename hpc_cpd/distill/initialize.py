@@ -26,8 +26,8 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     previous = load_student_parts(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None
     if previous is None:
         mean, deviation = new.observation_statistics()
-        # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a floor
-        # such an input would explode (metres and radians, mostly).
+        # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a
+        # floor such an input would explode (metres and radians, mostly).
         normaliser = (mean, np.maximum(deviation, 0.05).astype(np.float32))
     else:
         normaliser = previous.normaliser()
