@@ -226,14 +226,14 @@ def verify(run: RunFolder) -> None:
         if is_done(at.trajectories(task)):
             checked["trajectory folders"] += 1
             problems += verify_folder(at.trajectories(task), task)
-    for stage in range(1, len(plan) + 1):
+    for stage, new in enumerate(plan, 1):
         if is_done(at.stage(stage)):
             checked["students"] += 1
             problems += _problem(load_student, at.stage(stage) / "student")
             if load("methods", at.config().method.name).keeps_memory:
                 checked["memories"] += 1
                 problems += verify_folder(at.stage(stage) / "memory")
-        for task in plan[stage - 1]:
+        for task in new:
             if is_done(at.dagger(stage, task)):
                 checked["DAgger folders"] += 1
                 problems += verify_folder(at.dagger(stage, task), task)

@@ -31,12 +31,11 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Confi
         absent = "there is no config file {}; give one of configs/*.yaml with --config"
         values = read_mapping(Path(path), absent, "settings as 'key: value' lines")
         version = values.pop("schema_version", SCHEMA_VERSION)
-        former = former_keys(values)
+        told = f": {advice(former)}" if (former := former_keys(values)) else ""
         if version != SCHEMA_VERSION:
-            told = f": {advice(former)}" if former else ""
             raise UserError(f"{path} has schema_version {version}, but this version reads {SCHEMA_VERSION}{told}")
-        if former:
-            raise UserError(f"{path}: {advice(former)}")
+        if told:
+            raise UserError(f"{path}{told}")
         cluster = values.get("cluster")
         if isinstance(cluster, dict) and "site" in cluster:
             site = _site(cluster.pop("site"))

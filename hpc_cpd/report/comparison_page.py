@@ -13,8 +13,7 @@ from typing import Any
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import Comparison, cells, compare, headings, is_sweep
 from hpc_cpd.report.figures import COMPARISON_FIGURES
-from hpc_cpd.report.style import LIGHT, png
-from hpc_cpd.report.template import again, draw, opening, picture, section, small, table, text, write_page
+from hpc_cpd.report.style import LIGHT, again, draw, opening, picture, png, section, small, table, text, write_page
 from hpc_cpd.run.publish import write_bytes, write_json
 
 SCHEMA_VERSION = 1

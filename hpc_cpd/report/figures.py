@@ -244,18 +244,17 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     for number, group in enumerate(rows):
         colour, mark = colours[number % len(colours)], _MARKS[number % len(_MARKS)]
         dash = _DASHES[number // len(colours) % len(_DASHES)]
-        curves = {}
-        for facts in group.runs:
-            if facts.metrics:
-                learnt = np.cumsum([len(stage) for stage in facts.stages])[: len(facts.evaluations)]
-                curves[facts.config.seed] = learnt, np.array(facts.metrics["success_by_stage"], dtype=float)
-        if len(curves) > 1:
-            for x, y in curves.values():
-                ax.plot(x, y, color=colour, alpha=0.3, linewidth=0.8, zorder=2)
-        shortest = min(len(y) for _, y in curves.values())
-        x = next(iter(curves.values()))[0][:shortest]
+        curves = [
+            (np.cumsum([len(stage) for stage in facts.stages]), np.array(facts.metrics["success_by_stage"], float))
+            for facts in group.runs
+            if facts.metrics
+        ]
+        for x, y in curves if len(curves) > 1 else ():
+            ax.plot(x[: len(y)], y, color=colour, alpha=0.3, linewidth=0.8, zorder=2)
+        shortest = min(len(y) for _, y in curves)
+        x = curves[0][0][:shortest]
         counts.update(x.tolist())
-        mean = np.mean([y[:shortest] for _, y in curves.values()], axis=0)
+        mean = np.mean([y[:shortest] for _, y in curves], axis=0)
         ax.plot(x, mean, color=colour, linestyle=dash, marker=mark, markersize=4, linewidth=1.6, label=group.name)
     # never less than ten points high: differences that are noise must not look like cliffs
     ax.set_ylim(bottom=max(-0.01, min(ax.get_ylim()[0], 0.9)), top=1.01)

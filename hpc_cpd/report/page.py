@@ -12,8 +12,8 @@ from typing import Any
 from hpc_cpd.config import config_as_yaml
 from hpc_cpd.report.figures import FIGURES
 from hpc_cpd.report.run_results import Row, RunResults, read_results, shown
+from hpc_cpd.report.style import again, draw, opening, picture, section, small, table, text, write_page
 from hpc_cpd.report.table import headings, interval, percent, points
-from hpc_cpd.report.template import again, draw, opening, picture, section, small, table, text, write_page
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import write_json
 

@@ -153,19 +153,15 @@ class Shared:
     command: tuple[str, ...]
 
     @property
-    def file(self) -> Path:
-        """The config file that the sweep writes for them."""
-        return self.run.folder.with_suffix(".yaml")
-
-    @property
     def done(self) -> bool:
         tasks, run = resolve_tasks(self.config.stream.tasks), self.run
         return all(is_done(run.teacher(task)) and is_done(run.trajectories(task)) for task in tasks)
 
     def write_config(self) -> None:
-        data = config_as_yaml(self.config).encode()
-        if not self.file.is_file() or self.file.read_bytes() != data:
-            write_bytes(self.file, data)
+        """Write the file that `command` names."""
+        file, data = self.run.folder.with_suffix(".yaml"), config_as_yaml(self.config).encode()
+        if not file.is_file() or file.read_bytes() != data:
+            write_bytes(file, data)
 
 
 def shared_by(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Shared]:

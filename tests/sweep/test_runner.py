@@ -40,7 +40,7 @@ def launched(tmp_path, monkeypatch):
                 ended.append(Outcome(launch.name, code, "why"))
                 if launch.name.startswith("teachers ") and code == 0:
                     kind = kinds[launch.name.split()[1]]
-                    assert kind.file.is_file()
+                    assert kind.run.folder.with_suffix(".yaml").is_file()
                     for folder in (kind.run.teacher("metaworld/reach-v3"), kind.run.trajectories("metaworld/reach-v3")):
                         mark_done(folder, {})
             return ended
