@@ -166,10 +166,9 @@ def _stages(facts: RunResults) -> None:
         folder = facts.run.stage(stage)
         path = folder / "evaluation.json"
         if not is_done(folder):
-            begun = (
-                f"Stage {stage} of {total} is not finished (it has no {DONE} file); everything below is as of stage "
-            )
-            facts.notes.append(f"{begun}{stage - 1}." if stage > 1 else f"No stage is finished yet (of {total}).")
+            begun = f"Stage {stage} of {total} is not finished (it has no {DONE} file)"
+            told = f"{begun}; everything below is as of stage {stage - 1}."
+            facts.notes.append(told if stage > 1 else f"No stage is finished yet (of {total}).")
             return
         if not path.is_file():
             facts.notes.append(f"Stage {stage} is finished but was not evaluated ({path.name} is missing).")

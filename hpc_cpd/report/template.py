@@ -57,20 +57,11 @@ details summary { cursor:pointer; color:var(--accent); margin:.5rem 0 } ul.files
 """
 
 PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<main>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><link rel="icon" href="data:,"><style>{style}</style></head>
+<body><main>
 {body}
-</main>
-</body>
-</html>
+</main></body></html>
 """
 
 
