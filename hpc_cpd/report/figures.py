@@ -114,11 +114,9 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
 
 def stage_curves(facts: RunResults, theme: Theme) -> Figure | None:
     """Loss of the student over all stages, one after the other; colours tell the phases."""
-    curves = {
-        stage: lines
-        for stage, all_lines in facts.stage_curves().items()
-        if (lines := [line for line in all_lines if isinstance(line.get("loss"), int | float)])
-    }
+    told = facts.stage_curves().items()
+    losses = {stage: [one for one in lines if isinstance(one.get("loss"), int | float)] for stage, lines in told}
+    curves = {stage: lines for stage, lines in losses.items() if lines}
     if not curves:
         return None
     figure, (ax,) = new_figure(theme, 9.0, 3.6, grid="y")
@@ -223,10 +221,8 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {
-    draw.__name__: draw
-    for draw in (success_matrix, teacher_and_student, forgetting, routing, stage_curves, teacher_curves)
-}
+_OF_A_RUN = (success_matrix, teacher_and_student, forgetting, routing, stage_curves, teacher_curves)
+FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {draw.__name__: draw for draw in _OF_A_RUN}
 
 
 def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
