@@ -16,6 +16,7 @@ _PPO = (
 )
 _ENCODER = "size window width gradient_steps windows_per_task learning_rate temperature"
 _CLONING = "folder episodes action_noise gradient_steps batch_size learning_rate"
+_CONTRASTIVE, _SCRATCH = " where student.task_embedding is contrastive", " where teachers.start is scratch"
 _TRAINED, _CLONED = " where teachers.source is train", " where teachers.start is demonstrations"
 
 
@@ -46,9 +47,7 @@ FORMER_KEYS = {
     "distill.replay_targets": "method (past_student is now method: clonex)",
     "distill.patience_seconds": "distill.collective_timeout_seconds",
     **_moved("student", "student.backbone", "layers mixtures heads"),
-    **_moved(
-        "student.task_encoder", "student.task_embedding", _ENCODER, " where student.task_embedding is contrastive"
-    ),
+    **_moved("student.task_encoder", "student.task_embedding", _ENCODER, _CONTRASTIVE),
     "teachers.student": "teachers.source.folder where teachers.source is student",
     "teachers.hidden": "teachers.algorithm.hidden",
     "teachers.evaluation_episodes": f"teachers.source.evaluation_episodes{_TRAINED}",
@@ -58,9 +57,7 @@ FORMER_KEYS = {
     "teachers.ppo.warm_log_std": f"teachers.start.initial_log_std{_CLONED}",
     "teachers.ppo.warm_learning_rate": f"teachers.start.policy_learning_rate{_CLONED}",
     "teachers.ppo.warm_value_iterations": f"teachers.start.critic_only_rounds{_CLONED}",
-    **_moved(
-        "teachers.ppo", "teachers.start", "initial_log_std smallest_std desired_kl", " where teachers.start is scratch"
-    ),
+    **_moved("teachers.ppo", "teachers.start", "initial_log_std smallest_std desired_kl", _SCRATCH),
     **_moved("teachers.ppo", "teachers.algorithm", _PPO),
     **_moved("cluster", "cluster.scheduler", _SLURM),
 }

@@ -66,8 +66,7 @@ def supervise(work: Sequence[Work], at_once: int, stop: StopFlag, show: Show, go
     passed_on = 0
     try:
         while running or waiting:
-            mistake = any(outcome.code == EXIT_USER_ERROR for outcome in outcomes)
-            if stop() or (mistake and not go_on):
+            if stop() or (not go_on and any(outcome.code == EXIT_USER_ERROR for outcome in outcomes)):
                 waiting.clear()
             while waiting and len(running) < at_once:
                 waiting[0].start()

@@ -80,9 +80,8 @@ def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank
     outputs, inputs = weight.shape
     rank = min(rank, outputs, inputs)
     bound = inputs**-0.5
-    down = torch.empty(rank, inputs).uniform_(
-        -bound, bound, generator=torch_generator(seed, f"adapter {place}.{name}", stage)
-    )
+    generator = torch_generator(seed, f"adapter {place}.{name}", stage)
+    down = torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator)
     for suffix, values in ((_UP, torch.zeros(outputs, rank)), (_DOWN, down)):
         parameter = nn.Parameter(values.to(weight))
         vars(parameter).update({flag: value for flag, value in vars(weight).items() if flag in _FLAGS})

@@ -85,11 +85,9 @@ class Comparison:
         flat = {group.name: flat_settings(group.runs[0].config) for group in self.begun}
         keys = dict.fromkeys(key for one in flat.values() for key in one if key not in ("seed", "name"))
         values = {key: {name: one[key] for name, one in flat.items() if key in one} for key in keys}
-        return {
-            key: found
-            for key, found in values.items()
-            if len(found) < len(flat) or any(one != next(iter(found.values())) for one in found.values())
-        }
+        # alike: every row has the setting, with the value of the first
+        alike = {key for key, v in values.items() if [*v.values()].count(next(iter(v.values()))) == len(flat)}
+        return {key: found for key, found in values.items() if key not in alike}
 
 
 def is_sweep(folder: Path) -> bool:

@@ -46,8 +46,7 @@ def success_matrix(facts: RunResults, theme: Theme) -> Figure | None:
     marks = [k for k in range(total) if numbers or (k + 1) % 5 == 0]
     ax.set_xticks([-1.4, *marks], ["teacher", *(str(k + 1) for k in marks)])
     ax.xaxis.set_ticks_position("top")
-    middle = (2.0 + (total - 1) / 2) / (total + 1.6)
-    ax.set_xlabel("success in % after stage", x=middle, ha="center")
+    ax.set_xlabel("success in % after stage", x=(2.0 + (total - 1) / 2) / (total + 1.6), ha="center")
     ax.xaxis.set_label_position("top")
     return figure
 
@@ -78,9 +77,8 @@ def teacher_and_student(facts: RunResults, theme: Theme) -> Figure | None:
             x, y_values = zip(*points, strict=True)
             ax.scatter(x, y_values, zorder=4, linewidths=1.3, clip_on=False, **style)
     ax.plot([], [], color=theme.student, alpha=0.25, linewidth=4, label="95% interval")
-    ax.set_xlim(-0.02, 1.02)
+    ax.set(xlim=(-0.02, 1.02), xlabel="success rate")
     ax.xaxis.set_major_formatter(PERCENT)
-    ax.set_xlabel("success rate")
     legend(ax, theme, columns=4)
     return figure
 
@@ -116,11 +114,9 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
 
 def stage_curves(facts: RunResults, theme: Theme) -> Figure | None:
     """Loss of the student over all stages, one after the other; colours tell the phases."""
-    curves = {
-        stage: lines
-        for stage, all_lines in facts.stage_curves().items()
-        if (lines := [line for line in all_lines if isinstance(line.get("loss"), int | float)])
-    }
+    told = facts.stage_curves().items()
+    losses = {stage: [one for one in lines if isinstance(one.get("loss"), int | float)] for stage, lines in told}
+    curves = {stage: lines for stage, lines in losses.items() if lines}
     if not curves:
         return None
     figure, (ax,) = new_figure(theme, 9.0, 3.6, grid="y")
@@ -152,9 +148,7 @@ def stage_curves(facts: RunResults, theme: Theme) -> Figure | None:
     if min(line["loss"] for lines in curves.values() for line in lines) > 0:
         ax.set_yscale("log")
         ax.tick_params(which="minor", length=0)
-    ax.set_xlim(0, start)
-    ax.set_xlabel("gradient steps, stage after stage")
-    ax.set_ylabel("distillation loss")
+    ax.set(xlim=(0, start), xlabel="gradient steps, stage after stage", ylabel="distillation loss")
     handles, labels = ax.get_legend_handles_labels()
     once = dict(zip(labels, handles, strict=True))  # every stage has its phases
     ax.legend(once.values(), once.keys(), loc="upper right", frameon=False, fontsize=8, labelcolor=theme.text, ncols=4)
@@ -227,10 +221,8 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {
-    draw.__name__: draw
-    for draw in (success_matrix, teacher_and_student, forgetting, routing, stage_curves, teacher_curves)
-}
+_OF_A_RUN = (success_matrix, teacher_and_student, forgetting, routing, stage_curves, teacher_curves)
+FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {draw.__name__: draw for draw in _OF_A_RUN}
 
 
 def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
@@ -261,8 +253,7 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     ax.yaxis.set_major_formatter(PERCENT)
     ax.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10], min_n_ticks=3))
     ax.xaxis.set_major_locator(FixedLocator(sorted(counts)) if len(counts) <= MOST_TICKS else MaxNLocator(integer=True))
-    ax.set_xlabel("tasks learnt so far, stage after stage")
-    ax.set_ylabel("mean success over them")
+    ax.set(xlabel="tasks learnt so far, stage after stage", ylabel="mean success over them")
     legend(ax, theme, columns=3)
     return figure
 
@@ -273,8 +264,7 @@ def forgetting_of_rows(comparison: Comparison, theme: Theme) -> Figure | None:
     if not rows:
         return None
     figure, (ax,) = new_figure(theme, 8.2, ROW_INCHES * 1.4 * len(rows) + 1.1, grid="x")
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.set_yticks(range(len(rows)), [group.name for group in rows])
+    ax.set(ylim=(len(rows) - 0.5, -0.5), yticks=range(len(rows)), yticklabels=[group.name for group in rows])
     for y, m in enumerate(group.metrics or {} for group in rows):
         mean = m["forgetting_mean"]
         ax.barh(y, mean, height=0.56, color=theme.loss if mean > 0 else theme.gain, alpha=0.9, zorder=2)
@@ -305,9 +295,7 @@ def final_success(comparison: Comparison, theme: Theme) -> Figure | None:
     numbers = len(tasks) <= 30
     width = max(6.0, 2.6 + (0.36 if numbers else 0.2) * len(tasks))
     figure, (ax,) = new_figure(theme, width, ROW_INCHES * len(runs) + 1.9)
-    ax.set_ylim(len(runs) - 0.5, -0.5)
-    ax.set_xlim(-0.5, len(tasks) - 0.5)
-    ax.set_yticks(range(len(runs)), names)
+    ax.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(len(runs) - 0.5, -0.5), yticks=range(len(runs)), yticklabels=names)
     ax.set_xticks(range(len(tasks)), short_names(tasks), rotation=90)
     ax.xaxis.set_ticks_position("top")
     tiles(ax, values, theme.success_colours, theme, numbers=numbers)
@@ -317,11 +305,9 @@ def final_success(comparison: Comparison, theme: Theme) -> Figure | None:
     return figure
 
 
-COMPARISON_FIGURES: dict[str, Callable[[Comparison, Theme], Figure | None]] = {
-    "success_by_stage": success_by_stage,
-    "forgetting": forgetting_of_rows,
-    "final_success": final_success,
-}
+COMPARISON_FIGURES: dict[str, Callable[[Comparison, Theme], Figure | None]] = dict(
+    success_by_stage=success_by_stage, forgetting=forgetting_of_rows, final_success=final_success
+)
 
 
 def _height(rows: int) -> float:

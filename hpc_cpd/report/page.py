@@ -79,8 +79,8 @@ def report_numbers(facts: RunResults) -> dict[str, Any]:
 
 
 def _parts(facts: RunResults, drawn: list[str]) -> list[str]:
-    finished, total = len(facts.evaluations), len(facts.stages)
-    state = "finished" if facts.finished else f"{finished} of {total} finished"
+    total = len(facts.stages)
+    state = "finished" if facts.finished else f"{len(facts.evaluations)} of {total} finished"
     stages = "1 stage" if total == 1 else f"{total} stages"
     lead = (
         f"Continual policy distillation of {len(facts.tasks)} tasks in {stages} ({state}). Success counts an episode "
