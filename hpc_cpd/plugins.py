@@ -109,7 +109,12 @@ def load(kind: str, name: str) -> Any:
             ) from error
     missing = [attribute for attribute in about.needs if not hasattr(plugin, attribute)]
     if missing:
-        raise UserError(f"the {about.word} '{name}' ({where}) has no {missing[0]}; see {about.package}.base")
+        raise UserError(
+            f"the {about.word} '{name}' ({where}) has no {missing[0]}; what it must offer: docs/extending.md"
+        )
+    if hasattr(plugin, "Settings") and (told := plugin.Settings.model_fields["name"].default) != name:
+        said = f"'{told}'; both names must be the same, in Settings of its own"
+        raise UserError(f"the {about.word} '{name}' ({where}) has Settings whose name is {said}")
     return plugin
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import Config
-from hpc_cpd.tasks.registry import BASE, ask, describe, environments, family_of
+from hpc_cpd.tasks.registry import PAGE, ask, describe, environments, family_of
 from hpc_cpd.tasks.spaces import mapped, shown
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def probe(task_id: str) -> None:
     row, goal = np.zeros(1, np.int64), np.zeros(1, np.int64)
 
     def refuse(problem: str) -> UserError:
-        return UserError(f"task '{task_id}' cannot be used: {problem}; see {BASE}")
+        return UserError(f"task '{task_id}' cannot be used: {problem}; see {PAGE}")
 
     try:
         goals = ask(lambda: batch.num_goals, "num_goals", task_id)

@@ -21,7 +21,7 @@ from hpc_cpd.tasks.spaces import space_problem
 if TYPE_CHECKING:
     from hpc_cpd.tasks.batch import BatchEnv
 
-BASE = plugins.KINDS["tasks"].package + ".base"
+PAGE = "docs/extending/tasks.md"
 TASK_SETS = {"MT10": 10, "MT25": 25, "MT50": 50}
 
 
@@ -89,7 +89,7 @@ def describe(task_id: str) -> TaskSpec:
     family, name = family_of(task_id)
     spec = ask(family.describe, "describe", task_id, name)
     if problem := _mistake(spec, task_id):
-        raise UserError(f"the family of task '{task_id}' describes it wrongly: {problem}; see {BASE}")
+        raise UserError(f"the family of task '{task_id}' describes it wrongly: {problem}; see {PAGE}")
     return cast(TaskSpec, spec)
 
 
@@ -136,7 +136,7 @@ def ask(method: Callable[..., Any], what: str, task_id: str, *arguments: Any) ->
     except Exception as error:  # a family may be anybody's code
         raise UserError(
             f"the family of task '{task_id}' fails in {what}(): {type(error).__name__}: "
-            f"{' '.join(str(error).split())}; repair the package that declares it (what it must offer: {BASE})"
+            f"{' '.join(str(error).split())}; repair the package that declares it (what it must offer: {PAGE})"
         ) from error
 
 

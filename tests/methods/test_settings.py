@@ -19,6 +19,7 @@ from hpc_cpd.methods.ours import OurSettings
 from hpc_cpd.methods.paper import PaperSettings
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import Config
+from tests.examples.installed import install_here
 
 NAMES = plugins.built_in("methods")
 
@@ -173,3 +174,17 @@ def test_a_run_that_exists_keeps_its_method(word: str, sentence: str, tmp_path: 
     with pytest.raises(UserError, match=rf"was made with other settings: {sentence}\. Choose another --run"):
         run.open(load_config(None, ["method=ewc", word]), {})
     run.open(load_config(None, ["method=ewc"]), {})
+
+
+@pytest.mark.parametrize("body", ["", "    Settings = Named\n"])
+def test_a_plugin_whose_settings_have_another_name_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+) -> None:
+    lines = "from typing import Literal\nfrom hpc_cpd.methods.base import Method, MethodSettings\n"
+    lines += 'class Named(MethodSettings):\n    name: Literal["other"] = "other"\n'
+    (tmp_path / "mine.py").write_text(f'{lines}class Mine(Method):\n    """Mine."""\n{body}')
+    project = '[project]\nname = "mine"\nversion = "1"\n[project.entry-points."hpc_cpd.methods"]\nmine = "mine:Mine"\n'
+    (tmp_path / "pyproject.toml").write_text(project)
+    install_here(monkeypatch, tmp_path / "site", str(tmp_path))
+    with pytest.raises(UserError, match=r"the method 'mine' \(mine:Mine\) has Settings whose name is"):
+        plugins.load("methods", "mine")

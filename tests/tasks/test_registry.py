@@ -152,7 +152,7 @@ def test_a_family_that_cannot_be_loaded_is_named(install):
 
 def test_a_family_that_lacks_a_method_is_named(install):
     install("mylab = mylab:Line")
-    with pytest.raises(UserError, match=r"has no names; see hpc_cpd.tasks.families.base"):
+    with pytest.raises(UserError, match=r"has no names; what it must offer: docs/extending.md"):
         describe("mylab/line")
 
 
