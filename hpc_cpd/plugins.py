@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any
+from typing import Any, get_args
 
 from hpc_cpd.errors import UserError
 
@@ -89,7 +89,7 @@ def names(kind: str) -> list[str]:
 
 @cache
 def load(kind: str, name: str) -> Any:
-    """The plug-in `name`. Raises UserError: no such name, one that cannot be imported, or lacks what its kind needs."""
+    """The plug-in `name`. Raises UserError: none, not importable, lacks what its kind needs, or another name."""
     about = KINDS[kind]
     if name in built_in(kind):
         where = f"{about.package}.{name}"
@@ -108,8 +108,15 @@ def load(kind: str, name: str) -> Any:
                 "repair the package that declares it"
             ) from error
     missing = [attribute for attribute in about.needs if not hasattr(plugin, attribute)]
+    page = "docs/extending/tasks.md" if kind == "tasks" else "docs/extending.md"
     if missing:
-        raise UserError(f"the {about.word} '{name}' ({where}) has no {missing[0]}; see {about.package}.base")
+        raise UserError(f"the {about.word} '{name}' ({where}) has no {missing[0]}; see {page}")
+    if field := getattr(getattr(plugin, "Settings", None), "model_fields", {}).get("name"):
+        own = [] if field.is_required() else [field.default]
+        wrong = [f"names itself '{one}'" for one in (*own, *get_args(field.annotation)) if one != name]
+        if wrong or not own:
+            word = wrong[0] if wrong else "has no name of its own"
+            raise UserError(f"the plug-in '{name}' ({where}) {word} in its Settings; both names must be the same")
     return plugin
 
 

@@ -47,12 +47,12 @@ family = Family()
 def install(tmp_path, monkeypatch):
     """Puts a package with entry points on the path, as pip would."""
 
-    def add(entry_points, module=FAMILY, package="mylab"):
+    def add(entry_points, module=FAMILY, package="mylab", group="hpc_cpd.tasks"):
         (tmp_path / f"{package}.py").write_text(module)
         info = tmp_path / f"{package}-0.1.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 0.1\n")
-        (info / "entry_points.txt").write_text(f"[hpc_cpd.tasks]\n{entry_points}\n")
+        (info / "entry_points.txt").write_text(f"[{group}]\n{entry_points}\n")
         monkeypatch.syspath_prepend(str(tmp_path))
         monkeypatch.delitem(sys.modules, package, raising=False)
         forget()
@@ -152,8 +152,30 @@ def test_a_family_that_cannot_be_loaded_is_named(install):
 
 def test_a_family_that_lacks_a_method_is_named(install):
     install("mylab = mylab:Line")
-    with pytest.raises(UserError, match=r"has no names; see hpc_cpd.tasks.families.base"):
+    with pytest.raises(UserError, match=r"has no names; see docs/extending/tasks\.md"):
         describe("mylab/line")
+
+
+PULLS = """
+from typing import Literal
+from hpc_cpd.methods.base import Method, MethodSettings
+class L1PullSettings(MethodSettings):
+    name: Literal["l1pull"] = "l1pull"
+class L1Pull(Method):
+    Settings = L1PullSettings
+class Bare(Method):
+    pass
+"""
+
+
+@pytest.mark.parametrize(("where", "said"), [("L1Pull", "names itself 'l1pull'"), ("Bare", "has no name of its own")])
+def test_a_plug_in_whose_settings_have_another_name_is_refused(install, where, said):
+    install(f"l1_pull = pulls:{where}", PULLS, "pulls", "hpc_cpd.methods")
+    with pytest.raises(UserError) as caught:
+        plugins.load("methods", "l1_pull")
+    assert str(caught.value) == (
+        f"the plug-in 'l1_pull' (pulls:{where}) {said} in its Settings; both names must be the same"
+    )
 
 
 def test_a_prefix_that_is_taken_is_refused(install):
