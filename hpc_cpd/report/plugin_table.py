@@ -74,4 +74,4 @@ def _words(annotation: Any) -> str:
 
 
 def _first_line(plugin: Any) -> str:
-    return (inspect.getdoc(plugin) or "(it has no docstring)").partition("\n")[0]
+    return (inspect.cleandoc(plugin.__doc__ or "") or "(it has no docstring)").partition("\n")[0]

@@ -43,7 +43,7 @@ class TransformerSettings(PluginSettings):
 
 
 class TransformerBackbone:
-    """See `hpc_cpd.student.backbones.base.Backbone`."""
+    """A causal Transformer, with mixtures of experts behind its last blocks."""
 
     Settings = TransformerSettings
 

@@ -34,7 +34,7 @@ class ContrastiveSettings(PluginSettings):
 
 
 class Contrastive:
-    """See `hpc_cpd.student.embeddings.base.TaskEmbedding`."""
+    """Task vectors by contrastive learning: windows of one task lie together."""
 
     Settings = ContrastiveSettings
     infers_tasks = True

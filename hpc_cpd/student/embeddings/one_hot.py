@@ -20,7 +20,7 @@ class OneHotSettings(PluginSettings):
 
 
 class OneHot:
-    """See `hpc_cpd.student.embeddings.base.TaskEmbedding`."""
+    """One number per task of the stream; how many there will be must be known."""
 
     Settings = OneHotSettings
     infers_tasks = False

@@ -19,7 +19,7 @@ class LinearHeadSettings(PluginSettings):
 
 
 class LinearHead:
-    """See `hpc_cpd.student.heads.base.Head`."""
+    """Actions by one linear layer."""
 
     Settings = LinearHeadSettings
 

@@ -20,7 +20,7 @@ class LinearTokenizerSettings(PluginSettings):
 
 
 class Linear:
-    """See `hpc_cpd.student.tokenizers.base.Tokenizer`."""
+    """Flat observations: normalised, clipped, embedded by one linear layer."""
 
     Settings = LinearTokenizerSettings
 

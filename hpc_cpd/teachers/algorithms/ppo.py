@@ -37,7 +37,7 @@ class PPOSettings(PluginSettings):
 
 
 class PPO:
-    """See `hpc_cpd.teachers.algorithms.base.Algorithm`."""
+    """Proximal policy optimisation with generalised advantage estimation."""
 
     Settings = PPOSettings
     can_clone = True

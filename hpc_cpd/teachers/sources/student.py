@@ -35,7 +35,7 @@ class StudentSettings(PluginSettings):
 
 
 class StudentSource:
-    """See `hpc_cpd.teachers.sources.base.Source`."""
+    """A student as the teacher of its tasks."""
 
     Settings = StudentSettings
 

@@ -26,7 +26,7 @@ class TrainSettings(PluginSettings):
 
 
 class Train:
-    """See `hpc_cpd.teachers.sources.base.Source`."""
+    """Teachers that are trained in the run."""
 
     Settings = TrainSettings
 

@@ -30,7 +30,7 @@ class ZooSettings(PluginSettings):
 
 
 class Zoo:
-    """See `hpc_cpd.teachers.sources.base.Source`."""
+    """Trained teachers that come with the package."""
 
     Settings = ZooSettings
 

@@ -38,7 +38,7 @@ class DemonstrationsSettings(PluginSettings):
 
 
 class Demonstrations:
-    """See `hpc_cpd.teachers.starts.base.Start`."""
+    """Teachers that start as clones of demonstrations."""
 
     Settings = DemonstrationsSettings
 

@@ -25,7 +25,7 @@ class ScratchSettings(PluginSettings):
 
 
 class Scratch:
-    """See `hpc_cpd.teachers.starts.base.Start`."""
+    """Teachers that start with random weights."""
 
     Settings = ScratchSettings
 
