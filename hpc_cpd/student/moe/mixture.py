@@ -61,15 +61,16 @@ class Mixture(nn.Module):
         self.owners = np.array([global_id % expert_parallel_size for global_id in ids])
         self.gate = Gate(inputs, experts_by_stage, shape.top_k, shape.initial_gate_bias, seed)
 
-        def expert(hidden: int, purpose: str, *ids: int) -> Expert:
-            # how an expert starts is a function of the seed and its global id alone
-            return Expert(inputs, hidden, shape.width, torch_generator(seed, purpose, *ids))
-
         here = [number for number in ids if number % expert_parallel_size == self.expert_parallel_rank]
         self.experts = nn.ModuleDict(
-            {str(global_id): expert(shape.expert_hidden, "expert", global_id) for global_id in here}
+            {  # how an expert starts is a function of the seed and its global id alone
+                str(number): Expert(inputs, shape.expert_hidden, shape.width, torch_generator(seed, "expert", number))
+                for number in here
+            }
         )
-        self.shared = expert(shape.shared_expert_hidden, "shared expert") if shape.shared_expert_hidden else None
+        shared = torch_generator(seed, "shared expert")
+        hidden = shape.shared_expert_hidden
+        self.shared = Expert(inputs, hidden, shape.width, shared) if hidden else None
         # Never moves (its gradient is zero); keeps every rank in every backward pass and in DeepSpeed's groups.
         self.anchor = nn.Parameter(torch.zeros(1))
         self._group: Group = None
