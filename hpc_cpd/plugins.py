@@ -112,9 +112,8 @@ def load(kind: str, name: str) -> Any:
         raise UserError(
             f"the {about.word} '{name}' ({where}) has no {missing[0]}; what it must offer: docs/extending.md"
         )
-    if hasattr(plugin, "Settings") and (told := plugin.Settings.model_fields["name"].default) != name:
-        said = f"'{told}'; both names must be the same, in Settings of its own"
-        raise UserError(f"the {about.word} '{name}' ({where}) has Settings whose name is {said}")
+    if hasattr(plugin, "Settings") and plugin.Settings.model_fields["name"].default != name:
+        raise UserError(f"the {about.word} '{name}' ({where}) needs Settings of its own, in which name is '{name}'")
     return plugin
 
 

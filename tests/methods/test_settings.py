@@ -186,5 +186,7 @@ def test_a_plugin_whose_settings_have_another_name_is_refused(
     project = '[project]\nname = "mine"\nversion = "1"\n[project.entry-points."hpc_cpd.methods"]\nmine = "mine:Mine"\n'
     (tmp_path / "pyproject.toml").write_text(project)
     install_here(monkeypatch, tmp_path / "site", str(tmp_path))
-    with pytest.raises(UserError, match=r"the method 'mine' \(mine:Mine\) has Settings whose name is"):
+    with pytest.raises(
+        UserError, match=r"the method 'mine' \(mine:Mine\) needs Settings of its own, in which name is 'mine'"
+    ):
         plugins.load("methods", "mine")
