@@ -117,7 +117,7 @@ def evaluate(
 def sweep(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="for example configs/sweeps/ablations.yaml")],
     run: Annotated[Path | None, typer.Option(metavar="DIR", help="folder of its runs; default: runs/NAME")] = None,
-    cluster: Annotated[str, typer.Option(metavar="[auto|local|slurm]", help="where")] = "auto",
+    cluster: Annotated[str, typer.Option(metavar="{auto,local,slurm,..}", help="where")] = "auto",
     at_once: Annotated[int, typer.Option("--at-once", min=1, help="runs side by side, on this machine")] = 1,
     only: Annotated[list[str] | None, typer.Option("--only", metavar="ROW", help="this row; may be repeated")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print rows, seeds and commands; run nothing")] = False,
@@ -306,7 +306,7 @@ def import_(
         tuple[float, float] | None, typer.Option(metavar="LOW HIGH", help="of the file's actions; default: -1 1")
     ] = None,
 ) -> None:
-    """Make trajectories of a task from demonstrations of somebody else's: OUT/TASK."""
+    """Make trajectories of a task from external (robomimic) demonstrations: OUT/TASK."""
     from hpc_cpd.trajectories.formats.robomimic import import_trajectories
 
     keys = None if observation_keys is None else observation_keys.split(",")

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=HERE,
         description="Train the teachers, learn stage K, or all of it. Run it again at any time: it goes on.",
         epilog="key=value overrides a setting, for example seed=1 or distill.ranks=4. "
-        "Exit codes: 0 done or submitted, 2 a mistake you can mend, 3 stopped with work left, 1 a fault of ours.",
+        "Exit codes: 0 done or submitted, 2 user error, 3 interrupted (run it again to continue), 1 internal error.",
     )
     add, flag = parser.add_argument, partial(parser.add_argument, action="store_true")
     where = "a scheduler (see hpc-cpd plugins); auto, the default: the configured one where it answers, else local"

@@ -17,7 +17,7 @@ class EWCSettings(QuadraticSettings):
 
 
 class EWC(QuadraticMethod):
-    """Fisher information of the actions; the quadratics of all stages are added up."""
+    """EWC: elastic weight consolidation, by the Fisher information of the actions; penalties of all stages add up."""
 
     Settings = EWCSettings
     measured_by = "fisher_diagonal"

@@ -19,7 +19,7 @@ class JointSettings(MethodSettings):
 
 
 class Joint(Method):
-    """All tasks at once."""
+    """Joint training: all tasks at once in one stage, the usual upper bound."""
 
     Settings = JointSettings
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {"stream": {"tasks_per_stage": 0}}

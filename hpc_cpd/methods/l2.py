@@ -17,7 +17,7 @@ class L2Settings(QuadraticSettings):
 
 
 class L2(QuadraticMethod):
-    """All parameters are as important as each other."""
+    """L2: every parameter is held equally near to its value after the stage before."""
 
     Settings = L2Settings
     measured_by = "all_alike"

@@ -26,7 +26,7 @@ class LoRASettings(MethodSettings):
 
 
 class LoRA(Method):
-    """Stage 1 learns the student, every later stage adapters of its own, and nothing else."""
+    """LoRA: stage 1 trains the student, every later stage only low-rank adapters of its own."""
 
     Settings = LoRASettings
     needs_task = True

@@ -17,7 +17,7 @@ class MASSettings(QuadraticSettings):
 
 
 class MAS(QuadraticMethod):
-    """Sensitivity of the actions' squared norm; the importances of all stages are added up."""
+    """MAS: memory aware synapses, by the sensitivity of the actions' squared norm; importances of all stages add up."""
 
     Settings = MASSettings
     measured_by = "output_sensitivity"

@@ -13,11 +13,11 @@ class OnlineEWCSettings(QuadraticSettings):
     """The weight of the regulariser, and how fast older stages are forgotten by it."""
 
     name: Literal["online_ewc"] = "online_ewc"
-    decay: float = Field(0.95, ge=0, le=1, description="gamma: what a stage leaves of the importance before it")
+    decay: float = Field(0.95, ge=0, le=1, description="gamma: each stage multiplies the earlier importance by this")
 
 
 class OnlineEWC(QuadraticMethod):
-    """Fisher information of the actions; that of earlier stages decays."""
+    """Online EWC: as EWC, by the Fisher information of the actions, but that of earlier stages decays."""
 
     Settings = OnlineEWCSettings
     measured_by = "fisher_diagonal"

@@ -28,14 +28,15 @@ class GrowthSettings(Settings):
     """New experts for the tasks of every later stage."""
 
     initial_gate_bias: float = Field(
-        -5.0, description="gate bias of a new expert (arXiv 2601.22475); of more than five, log(number / 5) lower"
+        -5.0,
+        description="gate bias of a new expert (arXiv 2601.22475); if a stage adds n > 5 experts: lowered by log(n/5)",
     )
     new_expert_routing_coefficient: float = Field(
         0.1, ge=0, description="top-k gate, phase 1: weight of sending new tasks to new experts and old ones to old"
     )
     freeze_old_experts: bool = Field(
         True,
-        description="experts of earlier stages and their rows of the gate never move again; false: phase 2 trains them",
+        description="experts of earlier stages and their rows of the gate stay frozen; false: phase 2 trains them",
     )
 
 
@@ -44,7 +45,10 @@ class SelfDistillationSettings(Settings):
 
     fraction: float = Field(0.5, gt=0, le=1, description="share of the rows about old tasks")
     interpolation_fraction: float = Field(
-        0.5, ge=0, le=1, description="share of these rows that lie between two remembered states of the old task"
+        0.5,
+        ge=0,
+        le=1,
+        description="share of them whose observations interpolate two remembered states of the old task",
     )
 
 
@@ -59,7 +63,7 @@ class OurSettings(ReplaySettings):
     """Growth, replay memory, self-distillation."""
 
     name: Literal["ours"] = "ours"
-    experts_per_task: int = Field(1, ge=1, description="experts born with every new task")
+    experts_per_task: int = Field(1, ge=1, description="experts added per new task")
     growth: GrowthSettings | None = Field(GrowthSettings(), description=WITHOUT_GROWTH)
     freeze_shared_layers: bool = Field(True, description="false: shared layers go on learning after stage 1")
     self_distillation: SelfDistillationSettings | None = Field(SelfDistillationSettings(), description="null: none")

@@ -73,7 +73,7 @@ class PackNetMasks:
 
 
 class PackNet(Method):
-    """Weights of its own for every stage: nothing is forgotten, and the number of stages must be known."""
+    """PackNet: every stage has weights of its own, so nothing is forgotten, and the number of stages must be known."""
 
     Settings = PackNetSettings
     needs_task = True

@@ -17,7 +17,7 @@ from hpc_cpd.methods.ours import WITHOUT_GROWTH, GrowthSettings, Ours, OurSettin
 class PaperGrowthSettings(GrowthSettings):
     """Phase 2 trains old experts too."""
 
-    freeze_old_experts: bool = Field(False, description="true: old experts and their rows of the gate never move again")
+    freeze_old_experts: bool = Field(False, description="true: old experts and their rows of the gate stay frozen")
 
 
 class PaperMemorySettings(MemorySettings):

@@ -68,7 +68,7 @@ class Run:
         if changed := changed_keys(old.model_copy(update=stream), config):
             raise UserError(
                 f"{self.folder} was made with other settings: {'; '.join(changed)}. "
-                "Choose another --run, or take them back"
+                "Choose another --run, or undo these changes"
             )
 
     def open(self, config: Config, provenance: Mapping[str, Any], longer: bool = False) -> None:
