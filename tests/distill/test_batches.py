@@ -14,7 +14,6 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.methods._rows import with_replay
 from hpc_cpd.methods.base import Stage, StageData, method_of
 from hpc_cpd.run.paths import Run
-from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.embeddings.one_hot import OneHotSettings
 from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import StudentParts, StudentPolicy
@@ -33,19 +32,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def past() -> StudentPolicy:
     """A student that knows the first two tasks."""
-    shape = small_shape(
-        observation_size=OBSERVATION_SIZE,
-        action_size=ACTION_SIZE,
-        task_vector_size=len(TASKS),
-        width=16,
-        backbone=TransformerSettings(layers=1, mixtures=1, heads=2),
-        history=4,
-        expert_hidden=8,
-        shared_expert_hidden=0,
-        experts_see_observation=True,
-        top_k=0,
-        initial_gate_bias=-5.0,
-    )
+    sizes = {"observation_size": OBSERVATION_SIZE, "action_size": ACTION_SIZE, "task_vector_size": len(TASKS)}
+    shape = small_shape(**sizes, expert_hidden=8)
     state = Student(shape, [[0, 1]], for_training=False).state_dict()
     vectors = {task: VECTORS[task] for task in TASKS[:2]}
     return StudentPolicy(StudentParts(state, shape, [[0, 1]], vectors, {}, OneHotSettings()))

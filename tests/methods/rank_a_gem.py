@@ -24,7 +24,6 @@ from hpc_cpd.distributed.torch import finish_distributed, gather, start_distribu
 from hpc_cpd.errors import run_command
 from hpc_cpd.methods.a_gem import AGEM
 from hpc_cpd.methods.base import Phase
-from hpc_cpd.student.backbones.transformer import TransformerSettings
 from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.network import Student, StudentShape
 from tests.student.reference import small_shape
@@ -36,17 +35,7 @@ TARGETS = {"against": -1.0, "along": 1.0}
 
 def shape_of(top_k: int) -> StudentShape:
     return small_shape(
-        observation_size=5,
-        action_size=2,
-        task_vector_size=3,
-        width=8,
-        backbone=TransformerSettings(layers=1, mixtures=1, heads=2),
-        history=2,
-        expert_hidden=8,
-        shared_expert_hidden=0,
-        experts_see_observation=True,
-        top_k=top_k,
-        initial_gate_bias=-5.0,
+        top_k, observation_size=5, action_size=2, task_vector_size=3, width=8, history=2, expert_hidden=8
     )
 
 

@@ -13,25 +13,13 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.methods._quadratic import QuadraticMethod
 from hpc_cpd.methods.base import Samples, method_of
 from hpc_cpd.run.paths import Run
-from hpc_cpd.student.backbones.transformer import TransformerSettings
-from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.student.network import Student
 from hpc_cpd.student.policy import load_student_parts
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import make_run
+from tests.student.reference import small_shape
 
-SHAPE = StudentShape(
-    observation_size=3,
-    action_size=2,
-    task_vector_size=2,
-    width=8,
-    backbone=TransformerSettings(layers=1, mixtures=1, heads=2),
-    history=2,
-    expert_hidden=8,
-    shared_expert_hidden=0,
-    experts_see_observation=True,
-    top_k=0,
-    initial_gate_bias=-5.0,
-)
+SHAPE = small_shape(observation_size=3, action_size=2, task_vector_size=2, width=8, history=2, expert_hidden=8)
 
 
 def method(name: str, *words: str) -> QuadraticMethod:

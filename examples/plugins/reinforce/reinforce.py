@@ -45,7 +45,7 @@ class LinearPolicy(torch.nn.Linear):
     @torch.inference_mode()
     def act(self, observations: np.ndarray) -> np.ndarray:
         """float32 [num_envs, obs] -> float32 [num_envs, act] in [-1, 1], without noise."""
-        return self(torch.from_numpy(observations)).clamp(-1.0, 1.0).numpy()
+        return self(torch.tensor(observations)).clamp(-1.0, 1.0).numpy()
 
     def description(self) -> dict:
         return {"observation_size": self.in_features, "action_size": self.out_features}

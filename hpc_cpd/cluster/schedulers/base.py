@@ -175,7 +175,7 @@ class Scheduler(ABC):
 
     def rendezvous(self, info: RankInfo, environment: Mapping[str, str]) -> tuple[str, int]:
         """The host and the port where the ranks of a stage meet; all ranks know them without talking."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only of a scheduler whose `rank` names ranks
 
     def seconds_left(self, job: JobStart) -> float | None:
         """How long the job of this process may still run; None: no limit, or no answer."""
@@ -183,7 +183,7 @@ class Scheduler(ABC):
 
     def requeue(self, job: JobStart) -> None:
         """Put the running job of this process back into the queue, and end it: its other ranks wait to be killed."""
-        raise NotImplementedError
+        raise NotImplementedError  # asked only where `requeues` is true
 
     # ---- inside an allocation, where work is not submitted but runs at once
 

@@ -55,8 +55,8 @@ class Backbone(nn.Module):
         `experts` must be called once for each mixture, in order. `positions` int64 [n], into B * L: the observations
         that features are wanted of; None: all. With `cache`, L is 1: the newest observation of each row.
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every backbone has its own
 
     def new_cache(self, rows: int) -> Cache:
         """For `rows` environments that each begin an episode."""
-        raise NotImplementedError
+        raise NotImplementedError  # every backbone keeps something else

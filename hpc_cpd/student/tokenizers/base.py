@@ -39,7 +39,7 @@ class Tokenizer(nn.Module):
         """Raw observations [..., obs] and task vectors [..., D] -> (tokens [..., width], what experts see [...,
         `seen_size`]).
         """
-        raise NotImplementedError
+        raise NotImplementedError  # every tokenizer has its own
 
     def normalised(self, observations: Tensor) -> Tensor:
         """Observations [..., obs] with mean 0 and standard deviation 1 in stage 1, clipped."""
