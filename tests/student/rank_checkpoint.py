@@ -21,7 +21,7 @@ from tests.student.reference import make_batch, make_student, masked_loss, small
 
 EXPERTS = [[0, 1, 2], [3, 4]]
 DEEP = {"layers": 2, "mixtures": 2, "shared_expert_hidden": 4}
-WINDOWS = 12
+WINDOWS = 20  # of six seeds all but 12 will do: there AdamW enlarges the rounding of a gradient that is almost zero
 
 
 def train(wish: dict[str, Any]) -> dict[str, Any]:
