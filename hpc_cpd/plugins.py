@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
-from typing import Any
+from typing import Any, get_args
 
 from hpc_cpd.errors import UserError
 
@@ -112,8 +112,12 @@ def load(kind: str, name: str) -> Any:
         raise UserError(
             f"the {about.word} '{name}' ({where}) has no {missing[0]}; what it must offer: docs/extending.md"
         )
-    if hasattr(plugin, "Settings") and plugin.Settings.model_fields["name"].default != name:
-        raise UserError(f"the {about.word} '{name}' ({where}) needs Settings of its own, in which name is '{name}'")
+    field = plugin.Settings.model_fields["name"] if hasattr(plugin, "Settings") else None
+    if field is not None and (field.default != name or get_args(field.annotation) not in ((), (name,))):
+        raise UserError(
+            f"the {about.word} '{name}' ({where}) needs Settings of its own, in which name is "
+            f"Literal['{name}'] = '{name}'"
+        )
     return plugin
 
 

@@ -62,7 +62,15 @@ class Choice:
         try:
             return settings.model_validate(given)
         except ValidationError as failure:
-            raise UserError(mistake(failure.errors()[0], settings, f"{key}.")) from None
+            error = failure.errors()[0]
+            raise UserError(mistake(error, settings, f"{key}.") + self._owners(error)) from None
+
+    def _owners(self, error: Mapping[str, Any]) -> str:
+        """Which built-in plug-ins have the setting that `error` calls unknown, as the end of a sentence, or empty."""
+        unknown = error["loc"][0] if error["type"] == "extra_forbidden" else None
+        every = ((name, plugins.load(self.kind, name)) for name in plugins.built_in(self.kind))
+        owners = [name for name, plugin in every if unknown in plugin.Settings.model_fields]
+        return f"; {unknown} is a setting of {', '.join(owners)}" if owners else ""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(

@@ -131,6 +131,10 @@ def test_a_preset_of_joint_training_is_one_stage_unless_somebody_cuts_it() -> No
         ("method=ewd", r"method: there is no method 'ewd'; did you mean 'ewc'\? known: .*ours"),
         ("method=better", r"method: there is no method 'better'; known: a_gem, .*ours"),
         ("method={name: ewc, coeficient: 1}", r"unknown setting 'method\.coeficient'; did you mean 'method\.coeff"),
+        (
+            "method={name: ewc, memory: {}}",
+            r"unknown setting 'method\.memory'.*; memory is a setting of a_gem, .*replay$",
+        ),
         ("method.growth.gate_bias=1", r"unknown setting 'method\.growth\.gate_bias'; .*initial_gate_bias"),
         ("method={name: ewc, coefficient: -1}", r"setting 'method\.coefficient' \(weight of the regulariser\): .*-1"),
         ("method={name: replay, replay_fraction: 2}", r"setting 'method\.replay_fraction' .*less than 1.*2"),
@@ -176,17 +180,18 @@ def test_a_run_that_exists_keeps_its_method(word: str, sentence: str, tmp_path: 
     run.open(load_config(None, ["method=ewc"]), {})
 
 
+@pytest.mark.parametrize("names", ['Literal["other"] = "other"', 'Literal["other"] = "mine"'])
 @pytest.mark.parametrize("body", ["", "    Settings = Named\n"])
 def test_a_plugin_whose_settings_have_another_name_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str, names: str
 ) -> None:
     lines = "from typing import Literal\nfrom hpc_cpd.methods.base import Method, MethodSettings\n"
-    lines += 'class Named(MethodSettings):\n    name: Literal["other"] = "other"\n'
+    lines += f"class Named(MethodSettings):\n    name: {names}\n"
     (tmp_path / "mine.py").write_text(f'{lines}class Mine(Method):\n    """Mine."""\n{body}')
     project = '[project]\nname = "mine"\nversion = "1"\n[project.entry-points."hpc_cpd.methods"]\nmine = "mine:Mine"\n'
     (tmp_path / "pyproject.toml").write_text(project)
     install_here(monkeypatch, tmp_path / "site", str(tmp_path))
     with pytest.raises(
-        UserError, match=r"the method 'mine' \(mine:Mine\) needs Settings of its own, in which name is 'mine'"
+        UserError, match=r"'mine' \(mine:Mine\) needs Settings of its own, in which name is Literal\['mine"
     ):
         plugins.load("methods", "mine")
