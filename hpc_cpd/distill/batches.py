@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hpc_cpd.distill.frozen import FrozenParts
 from hpc_cpd.methods.base import Drawn, Rows, StageData
 from hpc_cpd.randomness import numpy_generator
+from hpc_cpd.student.moe.precomputed import Precomputed, joined
 from hpc_cpd.trajectories.store import TrajectoryStore
 
 
@@ -32,6 +34,7 @@ class Batch:
     rows_of_all_ranks: int  # in the batch of all ranks; each row has one valid position
     new_rows_of_all_ranks: int
     origins: Sequence[tuple[TrajectoryStore, np.ndarray]]
+    precomputed: Precomputed | None = None  # of each row, what is frozen in this phase
 
     def split(self) -> tuple[Batch, Batch]:
         """(rows of this stage's tasks, the others)."""
@@ -43,7 +46,8 @@ class Batch:
         tensors = self.observations, self.target, self.valid, self.task_vectors, self.is_new_task
         observations, target, valid, told, is_new = (tensor[rows] for tensor in tensors)
         override = None if self.override is None else self.override[rows]
-        return Batch(observations, target, valid, told, is_new, override, of_all_ranks, new, self.origins)
+        known = None if self.precomputed is None else self.precomputed.rows(rows)
+        return Batch(observations, target, valid, told, is_new, override, of_all_ranks, new, self.origins, known)
 
     def describe(self, rows: Sequence[int]) -> list[str]:
         """Where `rows` of the whole batch were recorded, for a message."""
@@ -56,9 +60,11 @@ class StageBatches:
 
     def __init__(self, rows: Sequence[Rows], data: StageData, seed: int, stage: int, device: torch.device) -> None:
         """`rows`: the sources of every batch, in the order in which they draw."""
-        self.rows = list(rows)
+        self.rows, self.data = list(rows), data
         self.seed, self.stage = seed, stage
         self.device = device
+        self.frozen: FrozenParts | None = None
+        """Where what is frozen in the phase that learns comes from; None: nothing is."""
         self._past = data.past.student if data.past is not None else None
         # what is mapped may have to come from a disk, and a GPU need not wait for its rows
         stores = [store for store in (data.new, data.memory) if store is not None]
@@ -71,12 +77,15 @@ class StageBatches:
         drawn = list(zip(self._drawn(phase, step, rank, world_size), self.rows, strict=True))
         known = [(part, row) for part, row in drawn if not row.asks_past_student]
         asked = [part for part, row in drawn if row.asks_past_student]
+        precomputed = [self._precomputed(part, row) for part, row in known] if self.frozen is not None else []
         columns: list[tuple[np.ndarray, ...]] = [
             (part.observations, part.target, part.valid, part.task_vectors, np.full(len(part.valid), row.of_new_tasks))
             for part, row in known
         ]
         if asked:
-            columns.append(self._answered(asked))
+            answered, frozen = self._answered(asked)
+            columns.append(answered)
+            precomputed += [frozen] if frozen is not None else []
         # torch.tensor copies into memory aligned alike on every run: vectorised sums then give the same bits
         tensors = [torch.tensor(np.concatenate(column)) for column in zip(*columns, strict=True)]
         if self.device.type != "cpu":
@@ -84,7 +93,12 @@ class StageBatches:
         of_all, new = sum(row.count for row in self.rows), sum(row.count for row in self.rows if row.of_new_tasks)
         origins = [part.origin for part in (*(part for part, _ in known), *asked)]
         observations, target, valid, told, is_new = tensors
-        return Batch(observations, target, valid, told, is_new, is_new, of_all, new, origins)
+        whole = None
+        if self.frozen is not None:
+            whole = joined(
+                precomputed if self.frozen.with_experts else [part.without_experts() for part in precomputed]
+            )
+        return Batch(observations, target, valid, told, is_new, is_new, of_all, new, origins, whole)
 
     def _drawn(self, phase: int, step: int, rank: int, world_size: int) -> list[Drawn]:
         """`_draw`, read while the step before was made where reading takes time."""
@@ -99,14 +113,27 @@ class StageBatches:
         rng = numpy_generator(self.seed, "batch", self.stage, phase, step)
         return [row.draw(rng, rank, world_size) for row in self.rows]
 
-    def _answered(self, asked: Sequence[Drawn]) -> tuple[np.ndarray, ...]:
+    def _precomputed(self, part: Drawn, row: Rows) -> Precomputed:
+        assert self.frozen is not None
+        if row.as_recorded:
+            return self.frozen.of_steps(*part.origin, drawn=row.count)
+        return self.frozen.of_rows(*self._inputs(part.observations, part.task_vectors, part.valid))[0]
+
+    def _answered(self, asked: Sequence[Drawn]) -> tuple[tuple[np.ndarray, ...], Precomputed | None]:
         """Rows that ask for what the student before this stage does, which is known without a teacher."""
         assert self._past is not None
         observations, _, valid, told = (np.concatenate(column) for column in list(zip(*asked, strict=True))[:4])
-        with torch.inference_mode():
-            inputs = (torch.tensor(column).to(self.device) for column in (observations, told, valid))
-            actions = self._past(*inputs)[0]
-        return observations, actions.cpu().numpy(), valid, told, np.zeros(len(valid), bool)
+        inputs, frozen = self._inputs(observations, told, valid), None
+        with torch.no_grad():
+            if self.frozen is None:
+                actions = self._past(*inputs)[0]
+            else:
+                frozen, newest = self.frozen.of_rows(*inputs)
+                actions = newest[:, None].expand(-1, valid.shape[1], -1)
+        return (observations, actions.cpu().numpy(), valid, told, np.zeros(len(valid), bool)), frozen
+
+    def _inputs(self, *columns: np.ndarray) -> list[Tensor]:
+        return [torch.tensor(column).to(self.device) for column in columns]
 
 
 def shares_of(store: TrajectoryStore, task_weights: dict[str, float] | None) -> np.ndarray | None:

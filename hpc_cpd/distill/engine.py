@@ -66,9 +66,9 @@ class PhaseEngine:
         self._zero = self.engine.optimizer if settings.zero_stage else None
         self.world_size = torch.distributed.get_world_size()
 
-    def forward(self, *inputs: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """(actions [B, L, act], load-balancing loss, gate probabilities [B, L, M, E])."""
-        result: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs)
+    def forward(self, *inputs: Any, **others: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """(actions [B, L, act], load-balancing loss, gate probabilities [B, L, M, E]); see `Student.forward`."""
+        result: tuple[Tensor, Tensor, Tensor] = self.engine(*inputs, **others)
         return result
 
     def gradients(self, loss: Tensor) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hpc_cpd.distill.batches import Batch, StageBatches
 from hpc_cpd.distill.engine import PhaseEngine
+from hpc_cpd.distill.frozen import FrozenParts
 from hpc_cpd.distributed.failures import collective_timeout, naming_lost_ranks
 from hpc_cpd.distributed.torch import COLLECTIVE_TIMEOUT_SECONDS, all_ranks_max, device_of_rank, gather, run_on_rank
 from hpc_cpd.errors import StopRequested, UserError
@@ -46,6 +47,10 @@ def train_phases(
     done = sum(phase.steps for phase in phases_of(method, stage.number) if phase.number < reached)
     metrics = MetricsLog(folder / "metrics.jsonl", done + first_step) if torch.distributed.get_rank() == 0 else None
 
+    frozen = None
+    if batches.data.past is not None:
+        steps = sum(phase.steps for phase in phases)
+        frozen = FrozenParts(batches.data, steps, folder / "frozen", config.distill.in_memory_gigabytes)
     state: Mapping[str, Tensor] = start.state
     new_experts = [expert for born in start.experts_by_stage[stage.number - 1 :] for expert in born]
     for phase in [phase for phase in phases if phase.number >= reached]:
@@ -57,6 +62,7 @@ def train_phases(
             _, moments, kept = load_checkpoint(newest, student)
             method.load_state_dict(kept)
         fixed = method.freeze(student, phase, new_experts)
+        batches.frozen = frozen if frozen is not None and frozen.serve(student) else None
         engine = PhaseEngine(student, config.distill, phase.steps, method)
         engine.restore(moments)
         engine.hold(fixed)
@@ -69,6 +75,9 @@ def train_phases(
             save.finish()
         engine.close()
         done, first_step = done + phase.steps, 0
+    batches.frozen = None
+    if frozen is not None:
+        frozen.close()
     return dict(state)
 
 
@@ -91,7 +100,8 @@ def batch_loss(
 
     The mean of the loss over ranks is the loss of the batch of all ranks; so is that of `share` times a sum over rows.
     """
-    actions, balance, gate = engine.forward(batch.observations, batch.task_vectors, batch.valid, batch.override)
+    inputs = batch.observations, batch.task_vectors, batch.valid, batch.override
+    actions, balance, gate = engine.forward(*inputs, precomputed=batch.precomputed)
     errors = action_mean_error(actions, batch.target, batch.valid)
     share = engine.world_size / batch.rows_of_all_ranks  # DeepSpeed averages over ranks, the loss over valid steps
     return errors.sum() * share + load_balancing * balance, errors.detach(), balance.detach(), gate, share

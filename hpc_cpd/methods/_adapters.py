@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hpc_cpd.randomness import torch_generator
 from hpc_cpd.student.moe.gate import Gate
+from hpc_cpd.student.moe.precomputed import OldExperts
 from hpc_cpd.student.network import Student
 
 _UP, _DOWN = "_up", "_down"
@@ -71,8 +72,8 @@ class AdaptedGate(Gate):
     weight_1_up: nn.Parameter
     weight_1_down: nn.Parameter
 
-    def _logits(self, tokens: Tensor) -> Tensor:
-        return super()._logits(tokens) + F.linear(F.linear(tokens, self.weight_1_down), self.weight_1_up)
+    def _logits(self, tokens: Tensor, old: OldExperts | None) -> Tensor:
+        return super()._logits(tokens, old) + F.linear(F.linear(tokens, self.weight_1_down), self.weight_1_up)
 
 
 def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank: int, seed: int, stage: int) -> None:

@@ -22,6 +22,7 @@ class StoreRows:
     count: int
     of_new_tasks: bool = False
     asks_past_student: bool = False
+    as_recorded: bool = True
 
     def __post_init__(self) -> None:
         self.shares = self.data.shares(self.store)
@@ -43,6 +44,8 @@ class StoreRows:
 class SelfDistillationRows(StoreRows):
     """New observations under the vector of an old task: what the past student would do there (arXiv 1606.09282)."""
 
+    as_recorded: bool = False
+
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Drawn:
         assert self.data.past is not None
         drawn, old_vectors = super().draw(rng, rank, world_size), np.stack(list(self.data.past.task_vectors.values()))
@@ -55,6 +58,8 @@ class InterpolatedRows(StoreRows):
 
     A memory of ten episodes knows ten goals of a task, but the past student knows what to do at those in between.
     """
+
+    as_recorded: bool = False
 
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Drawn:
         one = self._steps(rng)

@@ -107,6 +107,7 @@ class Rows(Protocol):
     count: int  # in the batch of all ranks
     of_new_tasks: bool  # whether the rows belong to tasks of this stage
     asks_past_student: bool  # the target is what the student did before this stage, in place of `Drawn.target`
+    as_recorded: bool  # `Drawn` has the histories of steps of a store and the vectors of their tasks, nothing else
 
     def draw(self, rng: np.random.Generator, rank: int, world_size: int) -> Drawn:
         """Draw the rows of all ranks from `rng`, and read rows ``rank::world_size`` of them."""

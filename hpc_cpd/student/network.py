@@ -20,6 +20,7 @@ from hpc_cpd.settings import NetworkSettings, PluginSettings, StudentSettings
 from hpc_cpd.student.backbones.base import Backbone, Cache
 from hpc_cpd.student.moe.executors import FunctionalMixture, StackedMixture
 from hpc_cpd.student.moe.mixture import Mixture
+from hpc_cpd.student.moe.precomputed import Precomputed
 from hpc_cpd.student.tokenizers.base import Tokenizer
 
 Executor = Literal["sparse", "stacked", "functional"]
@@ -104,6 +105,7 @@ class Student(nn.Module):
         override: Tensor | None = None,
         cache: Cache | None = None,
         at: Tensor | None = None,
+        precomputed: Precomputed | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Raw observations float32 [B, L, obs], task vectors float32 [B, D], valid bool [B, L] (None: all).
 
@@ -113,7 +115,12 @@ class Student(nn.Module):
 
         With `cache` L is 1: the newest observation of every row, whose past is in the cache; the load-balancing loss
         is 0 then. `at` int64 [B], in place of `valid`: one position of each window, and L is 1 in what is returned.
+
+        `precomputed`: what `precompute` gave for the same windows, or a student with the same frozen parts; where one
+        position of each is valid.
         """
+        if precomputed is not None and valid is not None:
+            return self._from_precomputed(precomputed, valid, override)
         rows, length = observations.shape[:2]
         vectors = task_vectors[:, None].expand(-1, length, -1)
         tokens, seen = self.tokenizer(observations, vectors)
@@ -142,6 +149,45 @@ class Student(nn.Module):
             torch.stack(experts.balances).mean() if experts.balances else actions.new_zeros(()),
             gate.view(*places, *gate.shape[1:]),
         )
+
+    def _from_precomputed(
+        self, known: Precomputed, valid: Tensor, override: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward` from the experts on: what comes before them is not computed, and enters no gradient."""
+        mixture = cast(Mixture, self.mixtures[0])
+        mixed, balance, gate = mixture(known.inputs, None, override, known.old)
+        features = self.backbone.finish(known.inputs[:, : self.shape.width] + mixed)
+        positions = valid.reshape(-1).nonzero().squeeze(1)
+        actions, gate = (
+            values.new_zeros(valid.numel(), values.shape[1]).index_copy(0, positions, values).view(*valid.shape, -1)
+            for values in (self.head(features), gate)
+        )
+        return actions, balance, gate.unsqueeze(2)
+
+    @torch.no_grad()
+    def precompute(self, observations: Tensor, task_vectors: Tensor, valid: Tensor) -> tuple[Precomputed, Tensor]:
+        """(what a later student with these parts frozen need not compute again, actions [B, act] of this one).
+
+        Shapes as for `forward`, with one valid position in each window. For a student whose backbone
+        `ends_with_experts` and that holds all of its experts.
+        """
+        found: list[Precomputed] = []
+        vectors = task_vectors[:, None].expand(-1, observations.shape[1], -1)
+        tokens, seen = self.tokenizer(observations, vectors)
+        context = torch.cat([seen, vectors], dim=-1) if self.shape.experts_see_observation else vectors
+        positions = valid.reshape(-1).nonzero().squeeze(1)
+
+        def experts(number: int, features: Tensor, places: Tensor | None = None) -> Tensor:
+            if places is None:
+                features = features.index_select(0, positions)
+            inputs = torch.cat([features, context.flatten(0, 1).index_select(0, positions)], dim=-1)
+            mixture = cast(Mixture, self.mixtures[number])
+            old = mixture.as_old(inputs)
+            found.append(Precomputed(inputs, old))
+            return features + mixture.with_shared(old.mixed(), inputs)
+
+        actions = self.head(self.backbone(tokens, experts, positions))
+        return found[0], actions
 
     def shared_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """(name, parameter) of everything but gates and experts that grow; the same on every rank."""

@@ -37,6 +37,7 @@ class GRU(Backbone):
 
     Settings = GRUSettings
     mixtures = 1
+    ends_with_experts = True
 
     def __init__(self, settings: GRUSettings, shape: StudentShape, generator: torch.Generator) -> None:
         super().__init__()

@@ -63,6 +63,7 @@ class Transformer(Backbone):
     def __init__(self, settings: TransformerSettings, shape: StudentShape, generator: torch.Generator) -> None:
         super().__init__()
         self.mixtures = settings.mixtures
+        self.ends_with_experts = settings.mixtures == 1
         self.head_size = shape.width // settings.heads
         self.blocks = nn.ModuleList(
             Block(shape.width, settings.heads, window, generator)
@@ -91,8 +92,12 @@ class Transformer(Backbone):
                 tokens = experts(mixture, self.norms_features[mixture](tokens), wanted)
             if number != last:
                 tokens = tokens.view(shape)
-        features: Tensor = self.final_norm(tokens)
-        return features
+        return self.finish(tokens)
+
+    def finish(self, features: Tensor) -> Tensor:
+        """See :class:`Backbone`."""
+        finished: Tensor = self.final_norm(features)
+        return finished
 
     def new_cache(self, rows: int) -> Cache:
         """Keys and values [2, rows, heads, window, head size] of each block; that of age a stands at a % window."""

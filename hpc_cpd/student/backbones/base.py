@@ -44,6 +44,9 @@ class Backbone(nn.Module):
 
     mixtures: int
     """How many mixtures of experts it calls."""
+    ends_with_experts: bool = False
+    """Whether nothing behind its only mixture looks at another observation: `finish` is all that is left to do there. A
+    stage in which the backbone is frozen then computes the features of a step once."""
     functional: bool = False
     """Whether `torch.func` computes gradients of single samples through it: then no shape may depend on the data."""
 
@@ -56,6 +59,10 @@ class Backbone(nn.Module):
         that features are wanted of; None: all. With `cache`, L is 1: the newest observation of each row.
         """
         raise NotImplementedError  # every backbone has its own
+
+    def finish(self, features: Tensor) -> Tensor:
+        """What `forward` does behind its only mixture, where it `ends_with_experts`: [n, width] -> [n, width]."""
+        return features
 
     def new_cache(self, rows: int) -> Cache:
         """For `rows` environments that each begin an episode."""

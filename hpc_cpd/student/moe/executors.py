@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hpc_cpd.student.moe.mixture import Expert, Mixture
+from hpc_cpd.student.moe.precomputed import OldExperts
 
 FEW_ROWS = 64
 """Up to so many, one product for all experts is faster than one for each; beyond, their results leave the cache."""
@@ -90,11 +91,15 @@ class FunctionalMixture(Mixture):
     """
 
     def forward(
-        self, tokens: Tensor, valid: Tensor | None = None, override: Tensor | None = None
+        self,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        override: Tensor | None = None,
+        old: OldExperts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [n, input] -> (outputs [n, output], 0 in place of a loss, gate probabilities [n, E]).
 
-        Every token is served, whatever `valid` says, and the gate routes alone.
+        Every token is served, whatever `valid` says, every expert is asked, and the gate routes alone.
         """
         logits = self.gate(tokens, None)[0]
         weights = self.gate.weights_of_all(logits)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hpc_cpd.randomness import torch_generator
+from hpc_cpd.student.moe.precomputed import OldExperts
 
 GATE_ROW_SCALE = 0.1
 """New gate rows are this much smaller than an ordinary layer's, so that the initial bias decides alone."""
@@ -61,31 +62,36 @@ class Gate(nn.Module):
         """That of each of so many. More than five share the weight that five have: many change no more than five do."""
         return self.initial_bias - math.log(max(1.0, new_experts / 5))
 
-    def forward(self, tokens: Tensor, override: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, override: Tensor | None, old: OldExperts | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens [n, input] -> (logits [n, E], logits that select [n, E], or None where they are the same).
+
+        `old`: what is known of the experts of all stages but the newest.
 
         Tokens flagged by `override` bool [n] are routed without the initial bias of the newest stage: an expert that
         starts at -5 would never be among the top k, and would get no gradient.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # who serves a token must not be a matter of rounding
-            logits = self._logits(tokens.float())
+            logits = self._logits(tokens.float(), old)
         if override is None or not self.selects or len(self.stages) == 1:
             return logits, None
         change = logits.new_zeros(self.num_experts)
         change[-self.newest :] = -self.initial_bias_of(self.newest)
         return logits, logits.detach() + override[:, None] * change
 
-    def _logits(self, tokens: Tensor) -> Tensor:
+    def _logits(self, tokens: Tensor, old: OldExperts | None) -> Tensor:
         # stage by stage: one product over all rows would round the old logits otherwise once there are more rows
-        parts = [
+        parts = [] if old is None else [old.logits]
+        parts += [
             # not get_parameter, which takes no plain tensor in a parameter's place (torch.func.functional_call)
             F.linear(tokens, getattr(self, f"weight_{stage}"), getattr(self, f"bias_{stage}"))
-            for stage in self.stages
+            for stage in (self.stages if old is None else self.stages[-1:])
         ]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
-    def route(self, logits: Tensor, chooser: Tensor | None) -> Routing:
-        """Choose experts and weights for tokens with these logits.
+    def route(self, logits: Tensor, chooser: Tensor | None, old: OldExperts | None = None) -> Routing:
+        """Choose experts and weights for tokens with these logits; of `old` experts, among those it has answers of.
 
         With k >= 2 the weights are a softmax over the chosen logits alone: the renormalised probabilities, but
         computed without the others, so that growth leaves them the same to the last bit. With k = 1 that would be
@@ -96,9 +102,9 @@ class Gate(nn.Module):
         if not self.selects:
             return Routing(probabilities, None, probabilities, probabilities.detach().sum(dim=0).double())
         # Where the bias was overridden the gate did not choose: as load, such tokens would push new experts down again.
-        wished = self._highest(logits.detach())
+        wished = self._highest(logits.detach(), old)
         load = torch.bincount(wished.reshape(-1), minlength=self.num_experts).double()
-        selected = wished if chooser is None else self._highest(chooser)
+        selected = wished if chooser is None else self._highest(chooser, old)
         if self.top_k == 1:
             weights = OneByLogProbability.apply(logits, probabilities.detach(), selected)
         else:
@@ -120,7 +126,9 @@ class Gate(nn.Module):
             weights = F.softmax(logits.gather(1, selected), dim=-1)
         return torch.zeros_like(logits).scatter(1, selected, weights)
 
-    def _highest(self, logits: Tensor) -> Tensor:
+    def _highest(self, logits: Tensor, old: OldExperts | None = None) -> Tensor:
+        if old is not None:
+            logits = old.only_selected(logits)
         if self.top_k == 1:
             return logits.argmax(dim=-1, keepdim=True)  # topk takes up to ten times as long
         return logits.topk(self.top_k, dim=-1).indices

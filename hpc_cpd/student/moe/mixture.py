@@ -16,8 +16,9 @@ from torch import distributed as dist
 
 from hpc_cpd.layers import seeded_linear
 from hpc_cpd.randomness import torch_generator
-from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, SendToAll, Tie, plan_rows
+from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, RowPlan, SendToAll, Tie, plan_rows
 from hpc_cpd.student.moe.gate import Gate, Routing
+from hpc_cpd.student.moe.precomputed import OldExperts
 
 if TYPE_CHECKING:
     from hpc_cpd.student.network import StudentShape
@@ -76,30 +77,40 @@ class Mixture(nn.Module):
         self._group: Group = None
 
     def forward(
-        self, tokens: Tensor, valid: Tensor | None = None, override: Tensor | None = None
+        self,
+        tokens: Tensor,
+        valid: Tensor | None = None,
+        override: Tensor | None = None,
+        old: OldExperts | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [n, input] -> (outputs [n, output], load-balancing loss [], gate probabilities [n, E]).
 
         Tokens with `valid` bool [n] False reach no expert, count in no statistics, and come out as zeros. The loss is
-        scaled so that its mean over ranks is the loss of the global batch. `override` bool [n]: see `Gate.forward`. A
+        scaled so that its mean over ranks is the loss of the global batch. `override` bool [n]: see `Gate.forward`.
+        `old`: what the experts of all stages but the newest say, which are then not asked (without `valid`). A
         collective over the ranks when training or when experts are spread.
         """
         if self.expert_parallel_size > 1 and self._group is None:
             raise RuntimeError("experts are spread over ranks, but no expert-parallel group was set by the engine")
-        logits, chooser = self.gate(tokens, override)
+        logits, chooser = self.gate(tokens, override, old)
         index = None if valid is None or bool(valid.all()) else valid.nonzero().squeeze(1)
         if index is None:
-            routing, served = self.gate.route(logits, chooser), tokens
+            routing, served = self.gate.route(logits, chooser, old), tokens
             probabilities = routing.probabilities
         else:
             routing = self.gate.route(logits[index], None if chooser is None else chooser[index])
             served = tokens.index_select(0, index)
             probabilities = F.softmax(logits, dim=-1)
-        table = self._counts(routing)
+        first = 0 if old is None else old.logits.shape[1]  # column of the gate from which on experts are asked
+        table = self._counts(routing, first)
         if routing.selected is None:
-            outputs = self._mix_all(served, routing.weights, table)
-        else:
+            outputs = self._mix_all(served, routing.weights[:, first:], table, first)
+            if old is not None:
+                outputs = outputs + old.outputs.squeeze(1) * routing.weights[:, :first].sum(dim=1, keepdim=True)
+        elif old is None:
             outputs = self._mix_selected(served, routing, routing.selected, table)
+        else:
+            outputs = self._mix_with_old(served, routing, routing.selected, table, old)
         outputs = self.with_shared(outputs, served)
         if index is not None:
             outputs = outputs.new_zeros(tokens.shape[0], self.output_size).index_copy(0, index, outputs)
@@ -109,6 +120,23 @@ class Mixture(nn.Module):
         """What the shared expert says of `tokens`, if there is one, added to `outputs`."""
         return outputs if self.shared is None else outputs + self.shared(tokens)
 
+    @torch.no_grad()
+    def as_old(self, tokens: Tensor) -> OldExperts:
+        """What the experts of this mixture, all of them on this rank, say of `tokens` [n, input], for a later mixture
+        that has more of them."""
+        logits, _ = self.gate(tokens, None)
+        experts = list(self.experts.values())
+        if not self.gate.top_k:
+            weights = F.softmax(logits, dim=-1).unsqueeze(-1).unbind(1)
+            return OldExperts(logits, None, self._weighted_sum(tokens, weights, experts)[:, None])
+        selected = logits.topk(min(self.gate.top_k, len(experts)), dim=-1).indices
+        order = selected.flatten().argsort(stable=True)
+        rows = tokens.index_select(0, order // selected.shape[1])
+        counts = torch.bincount(selected.flatten(), minlength=len(experts)).tolist()
+        done = [expert(part) for expert, part in zip(experts, rows.split(counts), strict=True) if len(part)]
+        results = tokens.new_empty(len(rows), self.output_size).index_copy_(0, order, torch.cat(done))
+        return OldExperts(logits, selected, results.view(*selected.shape, self.output_size))
+
     def newest(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, less the loss, for the newest observations [n, input] of a student that acts."""
         outputs, _, probabilities = self(tokens)
@@ -117,7 +145,7 @@ class Mixture(nn.Module):
     def weights_changed(self) -> None:
         """The parameters were given other values: whoever keeps copies makes new ones."""
 
-    def _counts(self, routing: Routing) -> Tensor:
+    def _counts(self, routing: Routing, first: int) -> Tensor:
         """float64 [ranks, 1 + 2 E] on the CPU: valid tokens, load of every expert, rows sent to every expert.
 
         One small exchange serves both the split sizes of the dispatch and the global load-balancing loss.
@@ -127,6 +155,7 @@ class Mixture(nn.Module):
             rows = torch.zeros_like(load)
         else:
             rows = torch.bincount(routing.selected.reshape(-1), minlength=len(self.ids)).double()
+            rows[:first] = 0.0
         own = torch.cat([load.new_full((1,), float(routing.probabilities.shape[0])), load, rows])
         if self._group is None or dist.get_world_size() == 1 or not (self.training or self.expert_parallel_size > 1):
             return own[None].cpu()
@@ -148,24 +177,26 @@ class Mixture(nn.Module):
         own = (routing.probabilities.sum(dim=0) * share).sum()
         return own * (len(self.ids) * len(table) / tokens)
 
-    def _mix_all(self, tokens: Tensor, weights: Tensor, table: Tensor) -> Tensor:
+    def _mix_all(self, tokens: Tensor, weights: Tensor, table: Tensor, first: int) -> Tensor:
+        """The experts of the columns from `first` on, with `weights` [n, those]."""
+        experts = [expert for number, expert in self.experts.items() if int(number) >= self.ids[first]]
         if self.expert_parallel_size == 1:
             columns = weights.unsqueeze(-1).unbind(1)
-            return self._tied(self._weighted_sum(tokens, columns))
-        counts = [int(count) for count in self._peers(table)[:, 0]]
-        blocks = [weights[:, torch.from_numpy(np.flatnonzero(self.owners == peer))] for peer in range(len(counts))]
+            return self._tied(self._weighted_sum(tokens, columns, experts))
+        counts, owners = [int(count) for count in self._peers(table)[:, 0]], self.owners[first:]
+        blocks = [weights[:, torch.from_numpy(np.flatnonzero(owners == peer))] for peer in range(len(counts))]
         most = max(block.shape[1] for block in blocks)
         padded = torch.stack([F.pad(block, (0, most - block.shape[1])) for block in blocks])
         all_tokens, all_weights = SendToAll.apply(tokens, padded, counts, self._group)
-        partial = self._weighted_sum(all_tokens, all_weights.unsqueeze(-1).unbind(1)[: len(self.experts)])
-        partial = self._tied(partial) if len(self.experts) else self._tied(partial, all_tokens, all_weights)
+        partial = self._weighted_sum(all_tokens, all_weights.unsqueeze(-1).unbind(1)[: len(experts)], experts)
+        partial = self._tied(partial) if experts else self._tied(partial, all_tokens, all_weights)
         parts = ExchangeRows.apply(partial, counts, [len(tokens)] * len(counts), self._group)
         outputs: Tensor = parts.view(len(counts), len(tokens), self.output_size).sum(dim=0)
         return outputs
 
-    def _weighted_sum(self, tokens: Tensor, columns: tuple[Tensor, ...]) -> Tensor:
+    def _weighted_sum(self, tokens: Tensor, columns: tuple[Tensor, ...], experts: list[nn.Module]) -> Tensor:
         total: Tensor | None = None
-        for expert, weight in zip(self.experts.values(), columns, strict=True):
+        for expert, weight in zip(experts, columns, strict=True):
             output = expert(tokens)
             total = output * weight if total is None else torch.addcmul(total, output, weight)
         return tokens.new_zeros(tokens.shape[0], self.output_size) if total is None else total
@@ -177,17 +208,37 @@ class Mixture(nn.Module):
         k = selected.shape[1]
         pairs = tokens.repeat_interleave(k, dim=0) if k > 1 else tokens
         rows = Reorder.apply(pairs, plan.outgoing, plan.returning)
+        outputs: Tensor = Combine.apply(self._asked(rows, plan), routing.weights, plan)
+        return outputs
+
+    def _mix_with_old(
+        self, tokens: Tensor, routing: Routing, selected: Tensor, table: Tensor, old: OldExperts
+    ) -> Tensor:
+        """`_mix_selected` where the answers of `old` experts are known, and nothing before the experts learns."""
+        columns = selected.flatten()
+        asked = (columns >= old.logits.shape[1]).nonzero().squeeze(1)
+        counts = self._peers(table)[:, 1 + len(self.ids) :].astype(np.int64)
+        plan = plan_rows(columns[asked], counts, self.owners, self.expert_parallel_rank)
+        asked = asked.index_select(0, plan.outgoing)
+        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan)
+        answers = old.of_pairs(selected).flatten(0, 1).index_copy(0, asked, done)
+        outputs: Tensor = (answers.view(*selected.shape, -1) * routing.weights.unsqueeze(-1)).sum(dim=1)
+        return outputs
+
+    def _asked(self, rows: Tensor, plan: RowPlan) -> Tensor:
+        """What the experts say of `rows`, which are in the order of `plan`."""
         if self.expert_parallel_size > 1:
             rows = ExchangeRows.apply(rows, plan.send, plan.receive, self._group)
         arrived = rows
         if plan.by_expert is not None:
             rows = Reorder.apply(rows, plan.by_expert, plan.by_peer)
-        # to learn, every local expert is called, also with no rows: a parameter without a gradient on one replica alone
-        # would leave the ranks with gradients of different sizes
+        # every local expert that learns is called, also with no rows: a parameter without a gradient on one replica
+        # alone would leave the ranks with gradients of different sizes
+        learns = torch.is_grad_enabled()
         results = [
             expert(part)
             for expert, part in zip(self.experts.values(), rows.split(plan.expert_rows), strict=True)
-            if len(part) or torch.is_grad_enabled()
+            if len(part) or (learns and any(weight.requires_grad for weight in expert.parameters()))
         ]
         if results:
             done = torch.cat(results)
@@ -195,11 +246,10 @@ class Mixture(nn.Module):
                 done = Reorder.apply(done, plan.by_peer, plan.by_expert)
             done = self._tied(done)
         else:
-            done = self._tied(tokens.new_zeros(0, self.output_size), arrived)
+            done = self._tied(arrived.new_zeros(0, self.output_size), arrived)
         if self.expert_parallel_size > 1:
             done = ExchangeRows.apply(done, plan.receive, plan.send, self._group)
-        outputs: Tensor = Combine.apply(done, routing.weights, plan)
-        return outputs
+        return done
 
     def _tied(self, value: Tensor, *others: Tensor) -> Tensor:
         if self._group is None:
