@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
-from hpc_cpd.cluster.ranks import usable_cores
+from hpc_cpd.cluster.ranks import LAST_LINES, Outcome, end_in_words, tethered, usable_cores
 from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
-from hpc_cpd.cluster.supervisor import LAST_LINES, Outcome, end_in_words, supervise, tethered
+from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.cluster.units import Unit, not_done, request_of
 from hpc_cpd.config import changed_keys
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
