@@ -24,7 +24,6 @@ from typing import NoReturn
 
 from hpc_cpd.cluster.job_record import begin_job, end_job
 from hpc_cpd.cluster.preemption import Stop, StopFlag, Watch, die_with_parent, hold_lifeline
-from hpc_cpd.cluster.ranks import free_port
 from hpc_cpd.cluster.schedulers.base import RankInfo, Scheduler, find_rank, scheduler_of
 from hpc_cpd.cluster.units import StageUnit, TeacherUnit, Unit
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, UserError, run_command, sentence_of
@@ -71,7 +70,7 @@ def rendezvous(info: RankInfo, scheduler: Scheduler) -> dict[str, str]:
         host, port = scheduler.rendezvous(info, os.environ)
         names |= {"MASTER_ADDR": host, "MASTER_PORT": str(port)}
     elif info.size == 1:
-        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # 0: any that is free
     return names
 
 
@@ -227,7 +226,7 @@ def _connect(info: RankInfo) -> Callable[[dict[str, object]], None]:
     return speak
 
 
-def remove_leftovers(folder: Path = Path("/dev/shm"), processes: Path = Path("/proc")) -> list[str]:
+def remove_leftovers(folder: Path = Path("/dev/shm")) -> list[str]:
     """Delete this user's MPICH files that no living process maps; returns their names.
 
     MPICH's ranks on one node find each other through a file in /dev/shm whose name is made from the job's and step's
@@ -241,9 +240,7 @@ def remove_leftovers(folder: Path = Path("/dev/shm"), processes: Path = Path("/p
             status = path.stat()
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > 2.0:
                 candidates[str(path)] = path
-    if not candidates:
-        return []
-    for maps in processes.glob("[0-9]*/maps"):
+    for maps in Path("/proc").glob("[0-9]*/maps") if candidates else ():
         with suppress(OSError):  # gone, or of another user, who cannot map our files
             text = maps.read_text(errors="replace")
             candidates = {name: path for name, path in candidates.items() if name not in text}
