@@ -282,14 +282,12 @@ def end_in_words(code: int) -> str:
 
 def find_mpiexec() -> str:
     """The mpiexec beside this Python, in the package mpich, or else in PATH. Raises UserError: there is none."""
-    places = [Path(sys.executable).parent / "mpiexec"]
+    places = [str(Path(sys.executable).parent / "mpiexec")]
     with suppress(metadata.PackageNotFoundError):
-        places += [Path(str(file.locate())) for file in metadata.files("mpich") or () if file.name == "mpiexec"]
-    if in_path := shutil.which("mpiexec"):
-        places.append(Path(in_path))
-    for place in places:
-        if os.access(place, os.X_OK) and place.is_file():
-            return str(place)
+        places += [str(file.locate()) for file in metadata.files("mpich") or () if file.name == "mpiexec"]
+    for place in (*places, "mpiexec"):
+        if found := shutil.which(place):
+            return found
     raise UserError(
         f"there is no mpiexec, neither {places[0]} nor in PATH; install it with "
         f"'{sys.executable} -m pip install mpich', or use --ranks 1"

@@ -16,8 +16,9 @@ from rich.console import Console
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.ranks import Outcome, RankedJob, find_mpiexec, usable_cores
 from hpc_cpd.cluster.schedulers.base import Job, JobState, RankInfo, Scheduler, Starter
-from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit, not_done
+from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit, not_done
 from hpc_cpd.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
+from hpc_cpd.progress import say
 from hpc_cpd.settings import PluginSettings
 
 
@@ -68,7 +69,7 @@ class Local(Scheduler):
         rank = int(environment.get("RANK", environment.get("PMI_RANK", "0")))
         return RankInfo(rank, int(environment["HPC_CPD_RANKS"]), int(environment.get("LOCAL_RANK", rank)))
 
-    def run(self, request: LaunchRequest, stop: StopFlag, say: Say) -> None:
+    def run(self, request: LaunchRequest, stop: StopFlag) -> None:
         """Do all that is left of `request`. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
         logs = (request.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
         teachers = not_done(request.teachers)
@@ -76,9 +77,9 @@ class Local(Scheduler):
             starter, ranks = self._starter(teachers[0], request), teachers[0].ranks(request.config)
             at_once = starter.at_once if starter is not None else max(1, usable_cores() // ranks)
             jobs = [self._job(unit, request, logs, at_once) for unit in teachers]
-            _run_jobs(jobs, at_once, stop, say, request.allow_missing)
+            _run_jobs(jobs, at_once, stop, request.allow_missing)
         for unit in not_done(request.stages):
-            _run_jobs([self._job(unit, request, logs, 1)], 1, stop, say, go_on=False)
+            _run_jobs([self._job(unit, request, logs, 1)], 1, stop, go_on=False)
 
     def _starter(self, unit: Unit, request: LaunchRequest) -> Starter | None:
         return None if self.around is None else self.around.starter(unit, request.config)
@@ -155,7 +156,7 @@ def supervise(work: Sequence[Work], at_once: int, stop: StopFlag, show: Show, go
     return outcomes
 
 
-def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, say: Say, go_on: bool) -> None:
+def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, go_on: bool) -> None:
     """Run and show `jobs`. With `go_on` those that fail are told and left behind."""
     console = Console()
     live = console.is_terminal
