@@ -9,7 +9,15 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-FILE = "progress.json"
+NEWS_FILE = "progress.json"
+
+
+def say(text: str) -> None:
+    """Show a person one line."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read along has gone (head, a lost terminal): the work goes on unheard
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class News:
 def latest_news(folder: Path) -> News | None:
     """The last news from `folder`; None where there are none, or none that can be read."""
     with suppress(OSError, ValueError, TypeError):
-        return News(**json.loads((folder / FILE).read_bytes()))
+        return News(**json.loads((folder / NEWS_FILE).read_bytes()))
     return None
 
 
@@ -99,6 +107,6 @@ class Progress:
         if self.folder is not None:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = self.folder / f".{FILE}.{os.getpid()}.tmp"
+                temporary = self.folder / f".{NEWS_FILE}.{os.getpid()}.tmp"
                 temporary.write_text(json.dumps(asdict(news)) + "\n")
-                os.replace(temporary, self.folder / FILE)
+                os.replace(temporary, self.folder / NEWS_FILE)
