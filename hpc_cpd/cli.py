@@ -91,7 +91,7 @@ def evaluate(
     settings = at.config().evaluation
     number = _published_stage(at, stage)
 
-    from hpc_cpd.evaluation.rollouts import evaluate_policy
+    from hpc_cpd.evaluation.rollouts import evaluate_policy, task_record
     from hpc_cpd.student.policy import TaskAgnosticPolicy, load_student
 
     policy = load_student(at.stage(number) / "student")
@@ -104,10 +104,10 @@ def evaluate(
     console, rates = Console(), []
     for task in policy.task_ids:
         with console.status(task):
-            results = evaluate_policy(player, task, count, goals)
-        steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
-        rates.append(sum(result.success for result in results) / len(results))
-        table.add_row(task, f"{rates[-1]:.0%}", f"{sum(steps) / len(steps):.0f}" if steps else "-")
+            record = task_record(evaluate_policy(player, task, count, goals))
+        rates.append(record["successes"] / record["episodes"])
+        steps = record["mean_steps_to_success"]
+        table.add_row(task, f"{rates[-1]:.0%}", "-" if steps is None else f"{steps:.0f}")
     table.add_section()
     table.add_row("mean", f"{sum(rates) / len(rates):.1%}", "", style="bold")
     console.print(table)
@@ -219,24 +219,22 @@ def verify(run: RunFolder) -> None:
 
     problems: list[str] = []
     checked: Counter[str] = Counter()
+
+    def check(kind: str, published: Path, find: Callable[..., list[str]], *arguments: object) -> None:
+        if is_done(published):
+            checked[kind] += 1
+            problems.extend(find(*arguments))
+
     for task in chain(*plan):
-        if is_done(at.teacher(task)):
-            checked["teachers"] += 1
-            problems += _problem(load_any_teacher, at.teacher(task))
-        if is_done(at.trajectories(task)):
-            checked["trajectory folders"] += 1
-            problems += verify_folder(at.trajectories(task), task)
+        check("teachers", at.teacher(task), _problem, load_any_teacher, at.teacher(task))
+        check("trajectory folders", at.trajectories(task), verify_folder, at.trajectories(task), task)
+    keeps_memory = load("methods", at.config().method.name).keeps_memory
     for stage, new in enumerate(plan, 1):
-        if is_done(at.stage(stage)):
-            checked["students"] += 1
-            problems += _problem(load_student, at.stage(stage) / "student")
-            if load("methods", at.config().method.name).keeps_memory:
-                checked["memories"] += 1
-                problems += verify_folder(at.stage(stage) / "memory")
+        check("students", at.stage(stage), _problem, load_student, at.stage(stage) / "student")
+        if keeps_memory:
+            check("memories", at.stage(stage), verify_folder, at.stage(stage) / "memory")
         for task in new:
-            if is_done(at.dagger(stage, task)):
-                checked["DAgger folders"] += 1
-                problems += verify_folder(at.dagger(stage, task), task)
+            check("DAgger folders", at.dagger(stage, task), verify_folder, at.dagger(stage, task), task)
     console = Console()
     for problem in problems:
         console.print(f"- {problem}", soft_wrap=True, markup=False)

@@ -23,13 +23,13 @@ class MemorySettings(Settings):
     """The replay memory."""
 
     budget_fraction: float = Field(0.05, gt=0, le=1, description=BUDGET)
-    selection: Selection = chosen("dpp", "which episodes are kept")
+    selection: Selection = chosen("which episodes are kept")
 
 
 class UniformMemorySettings(MemorySettings):
     """The replay memory of the baselines, chosen at random."""
 
-    selection: Selection = chosen("uniform", "which episodes are kept")
+    selection: Selection = chosen("which episodes are kept", "uniform")
 
 
 class ReplaySettings(MethodSettings):

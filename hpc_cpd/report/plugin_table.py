@@ -53,6 +53,8 @@ def _rows(settings: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, st
             yield from _rows(kind, f"{prefix}{name}.")
         elif name != "name":
             default = field.get_default(call_default_factory=True)
+            if choice:
+                default = default or choice.default
             shown = "null" if default is None else str(getattr(default, "name", default))
             type_ = f"one of: hpc-cpd plugins {choice.kind}" if choice else _words(kind)
             described = field.description or ""

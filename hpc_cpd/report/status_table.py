@@ -21,6 +21,7 @@ from rich.style import Style
 
 from hpc_cpd.cluster.status import RunStatus, State, UnitStatus
 from hpc_cpd.cluster.units import TeacherUnit
+from hpc_cpd.report.run_results import short_names
 
 Row = dict[str, str]
 
@@ -116,14 +117,12 @@ def short_duration(seconds: float) -> str:
 
 
 def _rows(units: Sequence[UnitStatus]) -> list[Row]:
-    families = {one.unit.task.partition("/")[0] for one in units if isinstance(one.unit, TeacherUnit)}
-    return [_row(unit, len(families) == 1) for unit in units]
+    tasks = [one.unit.task for one in units if isinstance(one.unit, TeacherUnit)]
+    names = dict(zip(tasks, short_names(tasks), strict=True))
+    return [_row(one, names[one.unit.task] if isinstance(one.unit, TeacherUnit) else one.unit.name) for one in units]
 
 
-def _row(unit: UnitStatus, one_family: bool) -> Row:
-    task = unit.unit.task if isinstance(unit.unit, TeacherUnit) else unit.unit.name
-    if one_family and isinstance(unit.unit, TeacherUnit):
-        task = task.partition("/")[2] or task
+def _row(unit: UnitStatus, task: str) -> Row:
     row = dict.fromkeys(_HEADINGS, "") | {"Task": task, "State": unit.state}
     if unit.state != "done":
         said = [None if unit.reason == "FAILED" else unit.reason, unit.progress.place if unit.progress else None]

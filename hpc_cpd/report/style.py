@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.typing import ColorType
 
-from hpc_cpd.report.run_results import short_names
+from hpc_cpd.report.run_results import Row, short_names
 from hpc_cpd.run.publish import write_bytes
 
 T = TypeVar("T")
@@ -82,6 +82,8 @@ DARK = Theme(
     ramp=((0.0, "#3a2a26"), (0.4, "#24384b"), (0.7, "#2a618f"), (0.9, "#479ade"), (1.0, "#a9dbff")),
 )
 THEMES = (LIGHT, DARK)
+Drawing = Callable[[T, Theme], Figure | None]
+"""Draws results in the colours of a theme; None: there is nothing to show yet."""
 
 
 def new_figure(
@@ -115,10 +117,16 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Theme, bands: bool = True) -> None:
-    """Label the y axis with tasks, first on top, and mark which stage each belongs to."""
-    ax.set_ylim(len(tasks) - 0.5, -0.5)
-    ax.set_yticks(range(len(tasks)), short_names(tasks))
+def task_figure(theme: Theme, rows: Sequence[Row], width: float, bands: bool = True) -> tuple[Figure, Axes]:
+    """A figure whose y axis has the tasks of `rows`, first on top, and marks which stage each belongs to.
+
+    `bands`: a shade behind every other stage, lines at the ticks of the x axis, and room above for a legend.
+    """
+    height = ROW_INCHES * len(rows) + 0.8 + 0.3 * bands
+    figure, (ax,) = new_figure(theme, width, height, grid="x" if bands else None)
+    stages = [row["stage"] for row in rows]
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_yticks(range(len(rows)), short_names([row["task"] for row in rows]))
     right = ax.secondary_yaxis("right")
     right.tick_params(colors=theme.muted, labelcolor=theme.muted, labelsize=8, length=0)
     right.spines["right"].set_visible(False)
@@ -132,12 +140,15 @@ def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Them
         if top > 0:
             ax.axhline(top, color=theme.line, linewidth=0.8, zorder=2.5)
     right.set_yticks(list(middles.values()), list(middles))
+    return figure, ax
 
 
 def tiles(
     ax: Axes, values: np.ndarray, colours: Colormap, theme: Theme, left: float = 0.0, numbers: bool = True
 ) -> None:
-    """Draw rates [rows, columns] as tiles from x = `left` - 0.5 on; NaN leaves the place empty."""
+    """Draw rates [rows, columns] as tiles from x = `left` - 0.5 on, named above; NaN leaves the place empty."""
+    ax.xaxis.set_ticks_position("top")
+    ax.xaxis.set_label_position("top")
     rows, columns = values.shape
     edges = np.arange(columns + 1) + left - 0.5, np.arange(rows + 1) - 0.5
     masked = np.ma.masked_invalid(np.clip(values, 0, 1))
@@ -236,11 +247,11 @@ def write_page(folder: Path, title: str, parts: Iterable[str]) -> Path:
     return folder / "index.html"
 
 
-def draw(figures: Mapping[str, Callable[[T, Theme], Figure | None]], results: T, folder: Path) -> list[str]:
-    """Write the pictures of `results`, light and dark, or delete what is left of earlier ones; return those drawn."""
+def draw(figures: Mapping[str, Drawing[T]], results: T, folder: Path, themes: Iterable[Theme] = THEMES) -> list[str]:
+    """Write the pictures of `results` in each theme, or delete what is left of earlier ones; return those drawn."""
     drawn = []
     for name, figure_of in figures.items():
-        for theme in THEMES:
+        for theme in themes:
             figure, path = figure_of(results, theme), folder / f"{name}{theme.suffix}.png"
             if figure is None:
                 path.unlink(missing_ok=True)
@@ -279,6 +290,11 @@ def table(headings: Iterable[str], rows: Iterable[str], foot: str = "") -> str:
     return f'<div class="scroll"><table>{body}</table></div>'
 
 
+def tr(cells: Iterable[str]) -> str:
+    """One row of a table; each cell is HTML."""
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
 def small(words: str) -> str:
     """What stands behind a number in small letters; nothing for nothing."""
     return f"<small>{text(words)}</small>" if words else ""
@@ -291,10 +307,9 @@ def text(value: Any) -> str:
 
 def picture(name: str, title: str, caption: str) -> str:
     """A section around NAME.png, and its dark twin for who prefers it."""
-    dark = next(theme.suffix for theme in THEMES if theme.suffix)
     return (
         f'<section><h2>{text(title)}</h2><figure><a href="{name}.png"><picture>'
-        f'<source srcset="{name}{dark}.png" media="screen and (prefers-color-scheme: dark)">'
+        f'<source srcset="{name}{DARK.suffix}.png" media="screen and (prefers-color-scheme: dark)">'
         f'<img src="{name}.png" alt="{text(title)}" loading="lazy"></picture></a>'
         f"<figcaption><p>{text(caption)}</p></figcaption></figure></section>"
     )

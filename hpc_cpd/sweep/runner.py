@@ -22,12 +22,12 @@ from hpc_cpd.cluster.ranks import LAST_LINES, Outcome, end_in_words, tethered, u
 from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
 from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.cluster.units import Unit, not_done, request_of
-from hpc_cpd.config import changed_keys
+from hpc_cpd.config import changed_keys, config_as_yaml
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.progress import Reader, say
 from hpc_cpd.report.comparison import write_sweep_file
 from hpc_cpd.run.lock import Lock
-from hpc_cpd.run.publish import is_done
+from hpc_cpd.run.publish import is_done, write_bytes
 from hpc_cpd.sweep.plan import Entry, Row, Shared, Sweep, in_turn, link, shared_by
 from hpc_cpd.tasks.registry import run_plan
 
@@ -182,7 +182,7 @@ def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once
     shared = shared_by(sweep, todo)
     kinds = [one for one in dict.fromkeys(shared.values()) if not one.done]
     for one in kinds:
-        one.write_config()
+        write_bytes(one.run.folder.with_suffix(".yaml"), config_as_yaml(one.config).encode())  # which its command names
     words = [where, *(["--wait"] if queues else [])]
     teachers = [_launch(one, "teachers", f"teachers {one.run.folder.name}", words) for one in kinds]
     outcomes = supervise(teachers, 1, stop, _show)  # each uses all the cores
