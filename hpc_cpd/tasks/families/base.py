@@ -154,7 +154,10 @@ class TaskFamily(Protocol):
     """
 
     def names(self) -> Sequence[str]:
-        """The names of its tasks, for listings and spelling hints; importing no simulator if possible."""
+        """The names of its tasks, for listings and spelling hints; importing no simulator if possible.
+
+        Empty where they cannot be listed: the first line of the class's docstring says how one is written.
+        """
 
     def describe(self, name: str) -> TaskSpec:
         """The facts of a task. Raises UserError if there is no such task or it cannot be used."""
