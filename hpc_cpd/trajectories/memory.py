@@ -16,15 +16,19 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd import plugins
+from hpc_cpd.errors import UserError
 from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.run.publish import DONE, atomic_folder, is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import PluginSettings
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.selection.base import Candidates, trajectory_features
 from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
 SELECTION = "selection.json"
+MOST_TRIED = 100
+"""Made-up episodes among which a launch has a selection choose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +76,36 @@ def select_memory(
     chosen = candidates.choose(plugins.load("selections", selection.name)(selection))
     origin, kept = store.origins[task_id], [episodes[number] for number in chosen]
     return TaskMemory(origin, kept, quality[chosen].tolist(), len(episodes), int(lengths.sum()), budget)
+
+
+def try_selection(selection: PluginSettings, task: TaskSpec, episodes: int, budget_fraction: float) -> None:
+    """Have a selection choose among made-up `episodes` of `task`, before a run has spent hours on real ones.
+
+    A run keeps its selection from the first stage on, and it may be anybody's code. Raises UserError like
+    `select_memory`, or one sentence for whatever else it raises.
+    """
+    draws = np.random.default_rng(0)
+
+    def floats(steps: int, shape: Sequence[int] | None) -> NDArray[np.float32]:
+        return draws.uniform(-1.0, 1.0, (steps, *(shape or ()))).astype(np.float32)
+
+    made: list[Episode] = []
+    for index in range(min(episodes, MOST_TRIED)):
+        steps = 10 + index % 7
+        seen, acted = floats(steps + 1, task.observation_space.shape), floats(steps, task.action_space.shape)
+        success = np.arange(steps) == steps - 1
+        made.append(Episode(seen[:-1], acted, acted, floats(steps, ()), success, seen[-1], index, index))
+    origin = Origin(task.task_id, "", 0, task.reward_version, task.environment_version)
+    store = TrajectoryStore({task.task_id: made}, {task.task_id: origin})
+    try:
+        select_memory(store, task.task_id, draws.uniform(0.1, 1.0, len(made)), budget_fraction, selection, 0)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the selection '{selection.name}' fails among {len(made)} made-up episodes: {type(error).__name__}: "
+            f"{' '.join(str(error).split())}; repair it (what it must offer: docs/extending/selections.md)"
+        ) from error
 
 
 def episode_quality(errors: ArrayLike) -> NDArray[np.float64]:
