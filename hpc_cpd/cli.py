@@ -64,7 +64,8 @@ def status(
       state: done, running, waiting, stopped, failed, given up, not started
       job, reason (in the scheduler's words), node, seconds_left (of its time limit)
       restarts; failures: in a row, those above cluster.max_retries are given up
-      progress: null or phase, step, total, loss; steps_per_second
+      progress: null or phase, step, total, loss; steps_per_second (of a
+      teacher in training: rounds, where it is recorded: episodes)
       success (0 to 1); error: one line; log: the file that ends with it
     - done, total: counts of teachers, trajectories and stages
     - next: the command to run, or null; notes: sentences

@@ -39,7 +39,7 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     due = SaveDue(run, config.checkpoint_every_seconds)
     boundary = CheckpointBoundary(communicator, stop, due, f"the trajectories of {task_id}")
     progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
-    tell = partial(progress.update, phase="recording", total=settings.episodes)
+    tell = partial(progress.update, phase="recording", total=settings.episodes, counted="episodes")
     plan = EpisodePlan(config.seed, task_id, "trajectory", settings.action_noise, settings.steps_after_success)
 
     def close() -> None:

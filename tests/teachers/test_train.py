@@ -112,11 +112,12 @@ def test_a_training_says_where_it_is_in_a_file(tmp_path: Path) -> None:
         return False
 
     _train(run, REACH, stop)
-    assert (told[0]["phase"], told[0]["step"]) == ("start", 0)
-    assert (told[-1]["phase"], told[-1]["step"], told[-1]["total"]) == ("ppo", 3, 3)
+    assert (told[0]["phase"], told[0]["step"], told[0]["counted"]) == ("start", 0, "steps")
+    place = [told[-1][key] for key in ("phase", "step", "total", "counted")]
+    assert place == ["ppo", 3, 3, "rounds"]
     collect_trajectories(run, REACH, Communicator(), lambda: False)
     last = read_json(run.teacher(REACH) / "progress.json")
-    assert (last["phase"], last["total"]) == ("recording", 5)
+    assert (last["phase"], last["total"], last["counted"]) == ("recording", 5, "episodes")
 
 
 class _Examiner:
