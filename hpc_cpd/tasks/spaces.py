@@ -65,11 +65,6 @@ def stack(elements: Sequence[Any]) -> Any:
     return np.array(elements)
 
 
-def rows_of(data: Data, rows: Any) -> Any:
-    """Some rows, or one, of a batch."""
-    return mapped(lambda values: values[rows], data)
-
-
 def write_rows(data: Data, rows: NDArray[np.int64], new: Data) -> None:
     """Put `new` into `rows` of a batch."""
     mapped(lambda values, others: operator.setitem(values, rows, others), data, new)
