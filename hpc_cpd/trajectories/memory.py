@@ -23,7 +23,7 @@ from hpc_cpd.settings import PluginSettings
 from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.selection.base import Candidates, trajectory_features
-from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+from hpc_cpd.trajectories.shard import write_manifest, write_shard
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
 SELECTION = "selection.json"
@@ -131,10 +131,7 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
     """
     with atomic_folder(Path(folder)) as temporary:
         for part, task in enumerate(tasks):
-            writer = ShardWriter(temporary, 0, part, task.origin)
-            for episode in task.episodes:
-                writer.add(episode)
-            writer.close()
+            write_shard(temporary, 0, part, task.origin, task.episodes)
         listed = [_selection(task) for task in tasks]
         summary = {"tasks": len(tasks), "steps": sum(memory["kept_steps"] for memory in listed)}
         write_json(temporary / SELECTION, {**facts, **summary, "memories": listed})

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import mark_done, read_json, sha256
-from hpc_cpd.trajectories.schema import SCHEMA_VERSION
+from hpc_cpd.trajectories import shard
+from hpc_cpd.trajectories.schema import SCHEMA_VERSION, Origin
 from hpc_cpd.trajectories.shard import (
     closed_shards,
     load_shard,
@@ -26,7 +27,7 @@ from hpc_cpd.trajectories.shard import (
     read_shard,
     write_manifest,
 )
-from tests.trajectories.recorded import TASK, assert_same_episode, make_discrete, make_episode, open_writer, write_shard
+from tests.trajectories.recorded import TASK, assert_same_episode, make_discrete, make_episode, write_shard
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -83,7 +84,7 @@ def test_pictures_and_discrete_actions_keep_their_types(tmp_path):
 )
 def test_discrete_actions_that_are_none_are_refused(tmp_path, actions):
     with pytest.raises(UserError, match="action"):
-        open_writer(tmp_path, target="teacher_logits").add(dataclasses.replace(make_discrete(0), actions=actions))
+        write_shard(tmp_path, [dataclasses.replace(make_discrete(0), actions=actions)], target="teacher_logits")
 
 
 def test_bytes_depend_on_contents_alone(tmp_path):
@@ -100,23 +101,14 @@ def test_a_shard_may_hold_more_episodes_than_an_old_hdf5_attribute(tmp_path):
 ARRAYS = ("observations", "actions", "teacher_mean", "rewards", "success", "final_observation")
 
 
-def test_the_writer_copies_so_that_buffers_may_be_reused(tmp_path):
-    episode, expected = make_episode(0), make_episode(0)
-    writer = open_writer(tmp_path)
-    writer.add(episode)
-    for name in ARRAYS:
-        getattr(episode, name)[...] = 0
-    assert_same_episode(read_shard(writer.close())[0], expected)
-
-
 def test_float64_is_stored_as_float32(tmp_path):
     wide = {name: getattr(make_episode(0), name).astype(np.float64) for name in ARRAYS}
     path = write_shard(tmp_path, [dataclasses.replace(make_episode(0), **wide)])
     assert_same_episode(read_shard(path)[0], make_episode(0))
 
 
-def test_a_writer_without_episodes_leaves_no_file(tmp_path):
-    assert open_writer(tmp_path).close() is None
+def test_a_shard_without_episodes_leaves_no_file(tmp_path):
+    assert shard.write_shard(tmp_path, 0, 0, Origin(TASK, "", 0, "", ""), []) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,7 +116,7 @@ def test_a_closed_part_is_never_overwritten(tmp_path):
     path = write_shard(tmp_path, [make_episode(0)], rank=1)
     before = path.read_bytes()
     with pytest.raises(FileExistsError):
-        open_writer(tmp_path, rank=1)
+        write_shard(tmp_path, [make_episode(0)], rank=1)
     assert path.read_bytes() == before
     assert (next_part(tmp_path, 1), next_part(tmp_path, 0)) == (1, 0)
 
@@ -132,9 +124,9 @@ def test_a_closed_part_is_never_overwritten(tmp_path):
 def test_a_killed_writer_leaves_only_a_hidden_file_that_the_next_writer_removes(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from tests.trajectories.recorded import make_episode, open_writer\n"
+        "from tests.trajectories.recorded import make_episode, write_shard\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"  # die between write and rename
-        "writer = open_writer(Path(sys.argv[1])); writer.add(make_episode(0)); writer.close()\n"
+        "write_shard(Path(sys.argv[1]), [make_episode(0)])\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -191,17 +183,14 @@ def test_an_episode_recorded_by_two_ranks_is_refused(tmp_path):
     ],
 )
 def test_a_broken_episode_is_refused_before_it_is_written(tmp_path, name, value, named):
-    writer = open_writer(tmp_path)
     with pytest.raises(UserError, match=named):
-        writer.add(dataclasses.replace(make_episode(0), **{name: value}))
-    assert len(writer) == 0
+        write_shard(tmp_path, [dataclasses.replace(make_episode(0), **{name: value})])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_episodes_of_different_sizes_do_not_mix(tmp_path):
-    writer = open_writer(tmp_path)
-    writer.add(make_episode(0))
     with pytest.raises(UserError, match="observations"):
-        writer.add(make_episode(1, observation_size=4))
+        write_shard(tmp_path, [make_episode(0), make_episode(1, observation_size=4)])
 
 
 def _edit(path: Path, change) -> None:

@@ -25,7 +25,7 @@ from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.tasks.registry import describe
 from hpc_cpd.tasks.spaces import shown
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import MANIFEST, ShardWriter, read_manifest, write_manifest
+from hpc_cpd.trajectories.shard import MANIFEST, read_manifest, write_manifest, write_shard
 from hpc_cpd.trajectories.store import open_trajectories
 
 OBSERVATION_KEY = "state"
@@ -120,10 +120,7 @@ def import_trajectories(
     if not episodes:
         raise UserError(f"{path} holds no demonstrations (groups data/demo_0, data/demo_1, ...)")
     with atomic_folder(target) as temporary:
-        writer = ShardWriter(temporary, 0, 0, origin)
-        for episode in episodes:
-            writer.add(episode)
-        writer.close()
+        write_shard(temporary, 0, 0, origin, episodes)
         manifest = write_manifest(temporary, imported_from=path.name, imported_sha256=source_hash)
         mark_done(temporary, {"episodes": manifest["episodes"], "steps": manifest["steps"]})
     return len(episodes)
