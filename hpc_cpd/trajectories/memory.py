@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from hpc_cpd import plugins
-from hpc_cpd.errors import UserError
 from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.run.publish import DONE, atomic_folder, is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import PluginSettings
@@ -97,15 +96,9 @@ def try_selection(selection: PluginSettings, task: TaskSpec, episodes: int, budg
         made.append(Episode(seen[:-1], acted, acted, floats(steps, ()), success, seen[-1], index, index))
     origin = Origin(task.task_id, "", 0, task.reward_version, task.environment_version)
     store = TrajectoryStore({task.task_id: made}, {task.task_id: origin})
-    try:
-        select_memory(store, task.task_id, draws.uniform(0.1, 1.0, len(made)), budget_fraction, selection, 0)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(
-            f"the selection '{selection.name}' fails among {len(made)} made-up episodes: {type(error).__name__}: "
-            f"{' '.join(str(error).split())}; repair it (what it must offer: docs/extending/selections.md)"
-        ) from error
+    errors, failing = draws.uniform(0.1, 1.0, len(made)), f"the selection '{selection.name}' fails in order()"
+    page = "docs/extending/selections.md"
+    plugins.ask(failing, page, select_memory, store, task.task_id, errors, budget_fraction, selection, 0)
 
 
 def episode_quality(errors: ArrayLike) -> NDArray[np.float64]:

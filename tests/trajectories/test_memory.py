@@ -229,7 +229,7 @@ def test_a_selection_that_returns_no_order_is_named_with_what_it_returned(store,
     [
         (lambda *_: [], "'uniform' returned nothing for metaworld/reach-v3"),
         (lambda *_: [12], "'uniform' returned row 12 for"),
-        (lambda *_: 1 / 0, "'uniform' fails among 12 made-up episodes: ZeroDivisionError: division by zero; repair it"),
+        (lambda *_: 1 / 0, "'uniform' fails in order.*ZeroDivisionError: division by zero; repair"),
     ],
 )
 @pytest.mark.parametrize("method", ["ours", "replay", "a_gem", "clonex"])

@@ -138,7 +138,9 @@ class OneByOne:
     def step(self, rows: NDArray[np.int64], actions: Any) -> Steps:
         results = [self._simulators[row].step(mapped(operator.itemgetter(row), actions)) for row in rows]
         observations, rewards, terminated, truncated, success = zip(*results, strict=True)
-        return Steps(stack(observations), *map(np.array, (rewards, terminated, truncated, success)), {})
+        return Steps(
+            stack(observations), np.array(rewards), np.array(terminated), np.array(truncated), np.array(success), {}
+        )
 
     def close(self) -> None:
         for simulator in self._simulators:
