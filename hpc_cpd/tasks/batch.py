@@ -31,7 +31,6 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
 
     def __init__(self, task: TaskSpec, batch: Batch, seed: int) -> None:
         self.task = task
-        self.seed = seed
         self.num_envs = batch.num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self.single_observation_space = task.observation_space

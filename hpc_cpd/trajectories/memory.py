@@ -8,9 +8,8 @@ manifest, and is read back by `open_trajectories`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,16 +29,14 @@ MOST_TRIED = 100
 """Made-up episodes among which a launch has a selection choose."""
 
 
-@dataclass(frozen=True, eq=False)
-class TaskMemory:
+class TaskMemory(NamedTuple):
     """What is kept of one task."""
 
     origin: Origin
-    episodes: list[Episode]  # in the order of selection
-    quality: list[float]  # of the kept episodes
-    total_episodes: int
-    total_steps: int
-    budget_steps: int
+    episodes: list[Episode]
+    """in the order of selection"""
+    record: dict[str, Any]
+    """what `SELECTION` says of the task, plain JSON values"""
 
 
 def select_memory(
@@ -74,7 +71,19 @@ def select_memory(
     candidates = Candidates(task_id, episodes, lengths, quality, budget, rng, features)
     chosen = candidates.choose(plugins.load("selections", selection.name)(selection))
     origin, kept = store.origins[task_id], [episodes[number] for number in chosen]
-    return TaskMemory(origin, kept, quality[chosen].tolist(), len(episodes), int(lengths.sum()), budget)
+    record = {
+        "task_id": task_id,
+        "teacher_sha256": origin.teacher_sha256,
+        "total_episodes": len(episodes),
+        "total_steps": int(lengths.sum()),
+        "budget_steps": budget,
+        "kept_steps": int(lengths[chosen].sum()),
+        "episodes": [
+            {"episode_index": one.index, "goal_index": one.goal_index, "length": len(one), "quality": float(value)}
+            for one, value in zip(kept, quality[chosen], strict=True)
+        ],
+    }
+    return TaskMemory(origin, kept, record)
 
 
 def try_selection(selection: PluginSettings, task: TaskSpec, episodes: int, budget_fraction: float) -> None:
@@ -125,9 +134,8 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
     with atomic_folder(Path(folder)) as temporary:
         for part, task in enumerate(tasks):
             write_shard(temporary, 0, part, task.origin, task.episodes)
-        listed = [_selection(task) for task in tasks]
-        summary = {"tasks": len(tasks), "steps": sum(memory["kept_steps"] for memory in listed)}
-        write_json(temporary / SELECTION, {**facts, **summary, "memories": listed})
+        summary = {"tasks": len(tasks), "steps": sum(task.record["kept_steps"] for task in tasks)}
+        write_json(temporary / SELECTION, {**facts, **summary, "memories": [task.record for task in tasks]})
         write_manifest(temporary)
         mark_done(temporary, summary)
 
@@ -140,17 +148,3 @@ def open_memory(folders: Sequence[str | Path], in_memory_gigabytes: float | None
     if any(not is_done(Path(folder)) or read_json(Path(folder) / DONE)["steps"] for folder in folders):
         return open_trajectories(folders, in_memory_gigabytes=in_memory_gigabytes)
     return None
-
-
-def _selection(task: TaskMemory) -> dict[str, Any]:
-    kept = [
-        {"episode_index": episode.index, "goal_index": episode.goal_index, "length": len(episode), "quality": quality}
-        for episode, quality in zip(task.episodes, task.quality, strict=True)
-    ]
-    return {
-        "task_id": task.origin.task_id,
-        "teacher_sha256": task.origin.teacher_sha256,
-        **{name: getattr(task, name) for name in ("total_episodes", "total_steps", "budget_steps")},
-        "kept_steps": sum(map(len, task.episodes)),
-        "episodes": kept,
-    }

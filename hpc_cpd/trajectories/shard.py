@@ -39,10 +39,13 @@ def write_shard(folder: str | Path, rank: int, part: int, origin: Origin, episod
         orphan.unlink(missing_ok=True)
     held: dict[int, Episode] = {}
     for episode in episodes:
-        now, first = _canonical(episode, origin.target), next(iter(held.values()), None)
-        if problem := schema.episode_problem(now, first, origin.target):
+        now = _canonical(episode, origin.target)
+        problem = schema.shard_problem(*schema.shard_contents([now], origin), None) if len(now) else "has no steps"
+        if problem is None and held and (other := schema.difference(now, next(iter(held.values())))):
+            problem = f"has {other} as those before"
+        if problem:
             raise UserError(
-                f"episode {episode.index} of {origin.task_id} cannot be recorded: {problem}; "
+                f"episode {episode.index} of {origin.task_id} cannot be recorded: it {problem}; "
                 "check the teacher and the environment that made it"
             )
         if now.index in held:
@@ -59,18 +62,10 @@ def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
     buffer = io.BytesIO()
     # v110: the older format limits an attribute (goal_index) to 64 KiB
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
-        columns: dict[str, NDArray[Any]] = {
-            name: np.concatenate([getattr(episode, name) for episode in episodes]) for name in STEPWISE
-        }
-        columns["episode_offsets"] = np.cumsum([0, *map(len, episodes)], dtype=np.int64)
-        columns["final_observations"] = np.stack([episode.final_observation for episode in episodes])
-        columns["episode_index"] = np.array([episode.index for episode in episodes], np.int64)
+        attributes, columns = schema.shard_contents(episodes, origin)
         for name, values in columns.items():
-            file.create_dataset(origin.target if name == "teacher_mean" else name, data=values, track_times=False)
-        goals = np.array([episode.goal_index for episode in episodes], np.int64)
-        file.attrs["schema_version"] = SCHEMA_VERSION
-        for name in schema.ATTRIBUTES:
-            file.attrs[name] = goals if name == "goal_index" else getattr(origin, name)
+            file.create_dataset(name, data=values, track_times=False)
+        file.attrs.update(schema_version=SCHEMA_VERSION, **attributes)
     return buffer.getvalue()
 
 

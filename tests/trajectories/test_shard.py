@@ -176,7 +176,7 @@ def test_an_episode_recorded_by_two_ranks_is_refused(tmp_path):
     [
         ("observations", np.full((5, 3), np.nan, np.float32), "NaN"),
         ("teacher_mean", np.full((5, 2), np.inf, np.float32), "NaN or infinity"),
-        ("actions", np.zeros((4, 2), np.float32), "5 observations but 4 actions"),
+        ("actions", np.zeros((4, 2), np.float32), r"'actions' of shape \(4, 2\), but 5 observations"),
         ("teacher_mean", np.zeros((5, 3), np.float32), "teacher_mean"),
         ("final_observation", np.zeros(2, np.float32), "final_observation"),
         ("observations", np.zeros((5, 9), np.float32), "final_observation"),

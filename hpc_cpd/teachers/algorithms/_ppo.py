@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,10 +55,12 @@ class PPOLearner:
         self._environments = TrainingEnvironments(task.task_id, self.seed, len(self._numbers))
 
     def collect(self, number: int) -> Rollout:
+        envs, first = self._environments.of_round(number), self._numbers.start
+        play = partial(collect_rollout, envs, self.policy, self.settings, self.seed, first_environment=first)
         if number == 0 and not self.hints.freeze_normaliser:
-            first = self._rollout(0, NORMALISER_STEPS)
-            update_normaliser(self.policy, first.observations, self.communicator)
-        return self._rollout(number)
+            before = play(iteration=0, steps=NORMALISER_STEPS)
+            update_normaliser(self.policy, before.observations, self.communicator)
+        return play(iteration=1 + number)
 
     def update(self, number: int, experience: Rollout) -> RoundResult:
         settings, both = self.settings, number >= self.hints.critic_only_rounds
@@ -89,12 +91,6 @@ class PPOLearner:
 
     def close(self) -> None:
         self._environments.close()
-
-    def _rollout(self, number: int, steps: int | None = None) -> Rollout:
-        """The rollout of round `number`; with `steps`, the one before the first round."""
-        envs = self._environments.of_round(number)
-        draws = 1 + number if steps is None else 0
-        return collect_rollout(envs, self.policy, self.settings, self.seed, draws, self._numbers.start, steps)
 
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:

@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,13 +39,8 @@ BLOCKS_PER_GOAL_SET = 6
 """48 episodes: a seed has 50 goals, and a clone of more goals generalises better to others."""
 
 
-class Samples(NamedTuple):
-    """What is cloned, in the order of the episodes."""
-
-    observations: NDArray[np.float32]
-    """[samples, obs]"""
-    targets: NDArray[np.float32]
-    """[samples, act], clean actions in [-1, 1]"""
+Samples = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""What is cloned, in the order of the episodes: observations [samples, obs], clean actions in [-1, 1] [samples, act]."""
 
 
 class ScriptedPolicy:
@@ -165,4 +160,4 @@ def read_demonstrations(task: TaskSpec, folder: Path) -> Samples:
 def _as_samples(episodes: list[Episode]) -> Samples:
     ordered = sorted(episodes, key=lambda episode: episode.index)
     targets = np.concatenate([episode.teacher_mean for episode in ordered])
-    return Samples(np.concatenate([episode.observations for episode in ordered]), np.clip(targets, -1.0, 1.0))
+    return np.concatenate([episode.observations for episode in ordered]), np.clip(targets, -1.0, 1.0)

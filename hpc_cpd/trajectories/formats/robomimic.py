@@ -104,13 +104,9 @@ def import_trajectories(
                 _Demonstration(path, name, data[name], spec).read(number, observation_keys, action_range)
                 for number, name in enumerate(names)
             ]
-            origin = Origin(
-                task_id,
-                str(data.attrs.get("teacher_sha256", source_hash)),
-                int(data.attrs.get("seed", 0)),
-                str(data.attrs.get("reward_version", "unknown")),
-                str(data.attrs.get("environment_version", "unknown")),
-            )
+            facts = {"teacher_sha256": source_hash, "reward_version": "unknown", "environment_version": "unknown"}
+            told = {name: str(data.attrs[name]) for name in facts if name in data.attrs}
+            origin = Origin(task_id, seed=int(data.attrs.get("seed", 0)), **(facts | told))
     except PermissionError as error:
         raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for permission") from None
     except (OSError, KeyError, RuntimeError) as error:
