@@ -69,19 +69,13 @@ def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
     return buffer.getvalue()
 
 
-def read_shard(path: str | Path, task_id: str | None = None) -> list[Episode]:
-    """The episodes of a shard in file order.
+def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = False) -> tuple[Origin, list[Episode]]:
+    """Origin and episodes (in file order) of a shard, every check made.
+
+    `mapped`: what has a row per step stays in the file, which must not be written to (a closed shard never is).
 
     Raises UserError naming the shard when it is missing, truncated, of another schema version or task (`task_id`; None:
     any), or when shapes, offsets or numbers in it are wrong.
-    """
-    return load_shard(path, task_id)[1]
-
-
-def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = False) -> tuple[Origin, list[Episode]]:
-    """Origin and episodes of a shard, every check made. Raises UserError like `read_shard`.
-
-    `mapped`: what has a row per step stays in the file, which must not be written to (a closed shard never is).
     """
     path = Path(path)
     if not path.is_file():

@@ -24,7 +24,6 @@ from hpc_cpd.trajectories.shard import (
     closed_shards,
     load_shard,
     next_part,
-    read_shard,
     write_manifest,
 )
 from tests.trajectories.recorded import TASK, assert_same_episode, make_discrete, make_episode, write_shard
@@ -38,7 +37,7 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, lengths, sizes):
     shutil.rmtree(tmp_path / "t", ignore_errors=True)
     episodes = [make_episode(number, steps, *sizes) for number, steps in enumerate(lengths)]
     path = write_shard(tmp_path / "t", episodes)
-    for written, read in zip(episodes, read_shard(path, TASK), strict=True):
+    for written, read in zip(episodes, load_shard(path, TASK)[1], strict=True):
         assert_same_episode(written, read)
 
 
@@ -95,7 +94,7 @@ def test_bytes_depend_on_contents_alone(tmp_path):
 def test_a_shard_may_hold_more_episodes_than_an_old_hdf5_attribute(tmp_path):
     episode = make_episode(0, 1, 1, 1)
     path = write_shard(tmp_path, [dataclasses.replace(episode, goal_index=n, index=n) for n in range(9000)])
-    assert [e.goal_index for e in read_shard(path)] == list(range(9000))
+    assert [e.goal_index for e in load_shard(path)[1]] == list(range(9000))
 
 
 ARRAYS = ("observations", "actions", "teacher_mean", "rewards", "success", "final_observation")
@@ -104,7 +103,7 @@ ARRAYS = ("observations", "actions", "teacher_mean", "rewards", "success", "fina
 def test_float64_is_stored_as_float32(tmp_path):
     wide = {name: getattr(make_episode(0), name).astype(np.float64) for name in ARRAYS}
     path = write_shard(tmp_path, [dataclasses.replace(make_episode(0), **wide)])
-    assert_same_episode(read_shard(path)[0], make_episode(0))
+    assert_same_episode(load_shard(path)[1][0], make_episode(0))
 
 
 def test_a_shard_without_episodes_leaves_no_file(tmp_path):
@@ -231,10 +230,10 @@ DAMAGE = {
 def test_a_wrong_shard_is_named_with_what_is_wrong(tmp_path, damage):
     change, sentence = DAMAGE[damage]
     path = write_shard(tmp_path, [make_episode(4, 5), make_episode(7, 3)])
-    read_shard(path, TASK)
+    load_shard(path, TASK)[1]
     _edit(path, change)
     with pytest.raises(UserError) as error:
-        read_shard(path, TASK)
+        load_shard(path, TASK)[1]
     assert str(path) in str(error.value)
     assert sentence in str(error.value)
 
@@ -242,7 +241,7 @@ def test_a_wrong_shard_is_named_with_what_is_wrong(tmp_path, damage):
 def test_a_shard_of_another_task_is_refused(tmp_path):
     path = write_shard(tmp_path, [make_episode(0)], task_id="metaworld/push-v3")
     with pytest.raises(UserError, match="was recorded on metaworld/push-v3, not on metaworld/reach-v3"):
-        read_shard(path, TASK)
+        load_shard(path, TASK)[1]
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
@@ -251,7 +250,7 @@ def test_a_truncated_shard_is_refused(tmp_path, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(UserError, match=r"shard-0000-00000\.h5 is truncated or damaged"):
-        read_shard(path, TASK)
+        load_shard(path, TASK)[1]
 
 
 def test_the_sentence_holds_the_command_that_makes_the_shard_again(tmp_path):
@@ -263,16 +262,16 @@ def test_the_sentence_holds_the_command_that_makes_the_shard_again(tmp_path):
     path.write_bytes(b"")
     command = f"run python -m hpc_cpd.launch --stage teachers --run {run}"
     with pytest.raises(UserError) as error:  # not published: the collection goes on after the other shards
-        read_shard(path)
+        load_shard(path)[1]
     assert str(error.value).endswith(f"delete {path} and {command}")
     mark_done(task, {})
     with pytest.raises(UserError) as error:  # published: nothing is made again while DONE stands
-        read_shard(path)
+        load_shard(path)[1]
     assert str(error.value).endswith(f"delete {task} and {command}")
     memory = write_shard(run / "stages" / "2" / "memory", [make_episode(0)])
     memory.write_bytes(b"")
     with pytest.raises(UserError) as error:
-        read_shard(memory)
+        load_shard(memory)[1]
     assert str(error.value).endswith(
         f"delete {run / 'stages' / '2'} and run python -m hpc_cpd.launch --stage 2 --run {run}"
     )

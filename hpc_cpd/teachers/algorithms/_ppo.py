@@ -7,24 +7,23 @@ iteration, environment number), so a resumed run needs no state of the simulator
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.spaces import flatdim
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.optimizers import Adam
-from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.spaces import flat_size
+from hpc_cpd.tasks.batch import UNBOUNDED_GOALS, BatchEnv
 from hpc_cpd.teachers.algorithms.base import Hints, RoundResult, TeacherContext
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, TrainingEnvironments, generator
+from hpc_cpd.teachers.rollouts import TrainingEnvironments, generator
 
 NORMALISER_STEPS = 100
 """Steps of the untrained policy that give the normaliser its first statistics."""
@@ -42,7 +41,7 @@ class PPOLearner:
         self.settings, self.hints = settings, hints
         self.seed, self.communicator = context.seed, context.communicator
         self.rounds = settings.iterations
-        sizes = flat_size(task.observation_space), flat_size(task.action_space), settings.hidden
+        sizes = flatdim(task.observation_space), flatdim(task.action_space), settings.hidden
         weights = generator(self.seed, task.task_id, "weights")
         self.policy = TeacherPolicy(
             task.task_id, *sizes, hints.activation, hints.initial_log_std, weights, smallest_std=hints.smallest_std
@@ -97,8 +96,7 @@ class PPOLearner:
             group["lr"] = learning_rate
 
 
-@dataclass
-class Rollout:
+class Rollout(NamedTuple):
     """What one rank saw in one iteration; T steps of its N environments. Rewards are scaled."""
 
     observations: Floats
