@@ -64,7 +64,8 @@ def status(
       state: done, running, waiting, stopped, failed, given up, not started
       job, reason (in the scheduler's words), node, seconds_left (of its time limit)
       restarts; failures: in a row, those above cluster.max_retries are given up
-      progress: null or phase, step, total, loss; steps_per_second
+      progress: null or phase, step, total, loss; steps_per_second (of a
+      teacher in training: rounds, where it is recorded: episodes)
       success (0 to 1); error: one line; log: the file that ends with it
     - done, total: counts of teachers, trajectories and stages
     - next: the command to run, or null; notes: sentences
@@ -247,23 +248,33 @@ def verify(run: RunFolder) -> None:
 @app.command()
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), or a task id")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), a family, or a task id"),
     ] = None,
 ) -> None:
-    """The task sets and families, or the tasks of one set with their spaces."""
+    """The task sets and families; the tasks of one family; or the tasks of one set with their spaces."""
     from hpc_cpd import plugins
+    from hpc_cpd.report.plugin_table import print_family
     from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks
     from hpc_cpd.tasks.spaces import shown
 
-    console = Console()
+    console, families = Console(), plugins.names("tasks")
     if name is None:
         for known, size in TASK_SETS.items():
             console.print(f"{known}: {size} tasks; {known}x2: {2 * size}, each with half of a task's goals")
         console.print("Or a list of task ids. They begin with the word of a family:")
-        for family in plugins.names("tasks"):
+        for family in families:
             console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
         console.print("for example metaworld/reach-v3, or gymnasium/MODULE:ID where MODULE registers ID")
+        console.print("The tasks of one family: hpc-cpd tasks FAMILY")
         return
+    if name.rstrip("/") in families:
+        print_family(name.rstrip("/"), console)
+        return
+    if "/" not in name and not name.startswith(tuple(TASK_SETS)):
+        names = [*TASK_SETS, *families]
+        hint = plugins.hint(name, names)
+        raise UserError(f"there is no task set or family '{name}'; {hint}known: {', '.join(names)}")
     columns = (Column(heading, overflow="fold") for heading in ("Task", "Observation", "Action"))
     table = Table(*columns, Column("Horizon", justify="right"), title=name)
     for task in resolve_tasks(name):

@@ -22,7 +22,10 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class News:
-    """What ``progress.json`` holds. `step` of `total` counts within `phase`; `seconds`: since the epoch."""
+    """What ``progress.json`` holds. `step` of `total` counts within `phase`; `seconds`: since the epoch.
+
+    `counted`: what a step is, in the plural: rounds of a teacher's algorithm, episodes that are recorded.
+    """
 
     name: str
     text: str
@@ -32,6 +35,7 @@ class News:
     loss: float | None = None
     steps_per_second: float | None = None
     seconds: float = 0.0
+    counted: str = "steps"
 
     @property
     def line(self) -> str:
@@ -89,8 +93,9 @@ class Progress:
         step: int | None = None,
         total: int | None = None,
         loss: float | None = None,
+        counted: str = "steps",
     ) -> None:
-        """Say `text`. `step` of `total` counts within `phase`, of which the steps per second are told as well."""
+        """Say `text`. `step` of `total` counts within `phase`, whose speed is told as well: `counted` per second."""
         now = time.monotonic()
         if not self.enabled or not (last or now - self._last >= self.every_seconds):
             return
@@ -99,10 +104,10 @@ class Progress:
             before = self._place
             if before is not None and before[0] == phase and step > before[1] and now > self._last:
                 rate = (step - before[1]) / (now - self._last)
-                text += f", {rate:.1f} steps/s" if rate >= 1 else f", {rate:.2g} steps/s"
+                text += f", {rate:{'.1f' if rate >= 1 else '.2g'}} {counted}/s"
             self._place = (phase, step)
         self._last = now
-        news = News(self.name, text, phase or text, step, total, loss, rate, time.time())
+        news = News(self.name, text, phase or text, step, total, loss, rate, time.time(), counted)
         print(news.line, flush=True)
         if self.folder is not None:
             with suppress(OSError):

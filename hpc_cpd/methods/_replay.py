@@ -61,6 +61,14 @@ class ReplayMethod(Method):
         of these, the share between two remembered states."""
         return 0.0, 0.0
 
+    def check(self, stages: int) -> None:
+        from hpc_cpd.tasks.registry import describe, resolve_tasks
+        from hpc_cpd.trajectories.memory import try_selection
+
+        memory: MemorySettings = self.settings.memory
+        task, episodes = describe(resolve_tasks(self.config.stream.tasks)[0]), self.config.trajectories.episodes
+        try_selection(memory.selection, task, episodes, memory.budget_fraction)
+
     def open_memory(self, stage: Stage) -> TrajectoryStore | None:
         from hpc_cpd.trajectories.memory import open_memory
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import DONE, is_done
-from hpc_cpd.trajectories.schema import STEPWISE, Episode, Origin, broken
+from hpc_cpd.trajectories.schema import STEPWISE, Episode, Origin, broken, difference
 from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest, refuse_repeats
 
 STATISTICS_STEPS = 65_536
@@ -87,14 +87,13 @@ class TrajectoryStore:
 
     Attributes: `task_ids`, `episodes` (list of EpisodeSpan), `observations` [S, ...], `actions` float32 [S, act]
     (discrete: int64 [S]), `teacher_mean` [S, act] (logits [S, A] if ``target`` is "teacher_logits"), `rewards` [S],
-    `success` [S], `final_observations` [E, ...], `origins` (task id -> Origin), `folders`.
+    `success` [S], `final_observations` [E, ...], `origins` (task id -> Origin).
     """
 
     def __init__(
         self,
         episodes: Mapping[str, Sequence[Episode]],
         origins: Mapping[str, Origin] | None = None,
-        folders: Sequence[Path] = (),
         mapped: bool = False,
     ) -> None:
         """Copy `episodes` (task id -> episodes), or keep them as they are if they are `mapped` from files.
@@ -106,7 +105,6 @@ class TrajectoryStore:
         if not self.task_ids:
             raise UserError("there are no episodes to read; record some with hpc_cpd.launch --stage teachers")
         self.origins = dict(origins or {})
-        self.folders = list(folders)
         ordered = [
             (task, episode)
             for task, task_id in enumerate(self.task_ids)
@@ -221,12 +219,6 @@ class TrajectoryStore:
         wanted = oldest + np.arange(length)
         return self._take(np.minimum(wanted, now), wanted == now)
 
-    def sample_windows(
-        self, batch: int, length: int, rng: np.random.Generator, balance_tasks: bool = False
-    ) -> dict[str, NDArray[Any]]:
-        """`gather` of `draw_windows`."""
-        return self.gather(self.draw_windows(batch, rng, balance_tasks), length)
-
     def observation_statistics(self, task_id: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation of every number of the observations, float32 [...], computed in float64.
 
@@ -251,12 +243,6 @@ class TrajectoryStore:
         totals = np.add.reduceat(np.asarray(values, np.float64), self._episode_starts)
         return totals / np.array([span.length for span in self.episodes])
 
-    def verify(self) -> None:
-        """Check the files again against their manifests. Raises UserError naming the first broken shard."""
-        for folder in self.folders:
-            for problem in verify_folder(folder):
-                raise UserError(problem)
-
     def _take(self, steps: NDArray[np.int64], valid: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
         # take is four times faster than [steps]
         rows = {name: getattr(self, name).take(steps, axis=0) for name in ("observations", "actions", "teacher_mean")}
@@ -269,13 +255,10 @@ class TrajectoryStore:
             if (task, episode.index) in seen:
                 raise UserError(f"episode {episode.index} of {self.task_ids[task]} is there twice; open it only once")
             seen.add((task, episode.index))
-            for name in ("observations", "actions", "teacher_mean"):
-                here, there = getattr(episode, name), getattr(first, name)
-                if here.shape[1:] != there.shape[1:] or here.dtype != there.dtype:
-                    raise UserError(
-                        f"{self.task_ids[task]} has {name} {here.dtype}{list(here.shape[1:])}, but "
-                        f"{self.task_ids[first_task]} has {there.dtype}{list(there.shape[1:])}; open them apart"
-                    )
+            if different := difference(episode, first):
+                raise UserError(
+                    f"{self.task_ids[task]} has {different} as {self.task_ids[first_task]} has; open them apart"
+                )
 
 
 def open_trajectories(
@@ -305,7 +288,7 @@ def open_trajectories(
             if origins.setdefault(origin.task_id, origin) != origin:
                 raise broken(folder / entry["file"], f"comes from another teacher or version of {origin.task_id}")
             episodes.setdefault(origin.task_id, []).extend(recorded)
-    return TrajectoryStore(episodes, origins, paths, mapped)
+    return TrajectoryStore(episodes, origins, mapped)
 
 
 def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:
