@@ -87,13 +87,14 @@ class TrajectoryStore:
 
     Attributes: `task_ids`, `episodes` (list of EpisodeSpan), `observations` [S, ...], `actions` float32 [S, act]
     (discrete: int64 [S]), `teacher_mean` [S, act] (logits [S, A] if ``target`` is "teacher_logits"), `rewards` [S],
-    `success` [S], `final_observations` [E, ...], `origins` (task id -> Origin).
+    `success` [S], `final_observations` [E, ...], `origins` (task id -> Origin), `folders`.
     """
 
     def __init__(
         self,
         episodes: Mapping[str, Sequence[Episode]],
         origins: Mapping[str, Origin] | None = None,
+        folders: Sequence[Path] = (),
         mapped: bool = False,
     ) -> None:
         """Copy `episodes` (task id -> episodes), or keep them as they are if they are `mapped` from files.
@@ -105,6 +106,7 @@ class TrajectoryStore:
         if not self.task_ids:
             raise UserError("there are no episodes to read; record some with hpc_cpd.launch --stage teachers")
         self.origins = dict(origins or {})
+        self.folders = list(folders)
         ordered = [
             (task, episode)
             for task, task_id in enumerate(self.task_ids)
@@ -219,6 +221,12 @@ class TrajectoryStore:
         wanted = oldest + np.arange(length)
         return self._take(np.minimum(wanted, now), wanted == now)
 
+    def sample_windows(
+        self, batch: int, length: int, rng: np.random.Generator, balance_tasks: bool = False
+    ) -> dict[str, NDArray[Any]]:
+        """`gather` of `draw_windows`."""
+        return self.gather(self.draw_windows(batch, rng, balance_tasks), length)
+
     def observation_statistics(self, task_id: str | None = None) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Mean and standard deviation of every number of the observations, float32 [...], computed in float64.
 
@@ -242,6 +250,12 @@ class TrajectoryStore:
         """Mean of `values` [S] (one per step) over each episode, float64 [E]."""
         totals = np.add.reduceat(np.asarray(values, np.float64), self._episode_starts)
         return totals / np.array([span.length for span in self.episodes])
+
+    def verify(self) -> None:
+        """Check the files again against their manifests. Raises UserError naming the first broken shard."""
+        for folder in self.folders:
+            for problem in verify_folder(folder):
+                raise UserError(problem)
 
     def _take(self, steps: NDArray[np.int64], valid: NDArray[np.bool_]) -> dict[str, NDArray[Any]]:
         # take is four times faster than [steps]
@@ -288,7 +302,7 @@ def open_trajectories(
             if origins.setdefault(origin.task_id, origin) != origin:
                 raise broken(folder / entry["file"], f"comes from another teacher or version of {origin.task_id}")
             episodes.setdefault(origin.task_id, []).extend(recorded)
-    return TrajectoryStore(episodes, origins, mapped)
+    return TrajectoryStore(episodes, origins, paths, mapped)
 
 
 def verify_folder(folder: str | Path, task_id: str | None = None) -> list[str]:

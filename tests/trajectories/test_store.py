@@ -162,7 +162,7 @@ def test_gathered_windows_are_copies():
 def test_slices_of_ranks_make_up_the_global_batch():
     store = _store({TASK: [5, 9], OTHER: [20]})
     starts = store.draw_windows(12, np.random.default_rng([4, 2]), True)
-    whole = store.gather(starts, 4)
+    whole = store.sample_windows(12, 4, np.random.default_rng([4, 2]), True)
     for rank in range(3):
         mine = store.gather(starts[rank::3], 4)
         for name, values in mine.items():
@@ -251,11 +251,13 @@ def test_a_good_folder_has_no_problems(tmp_path):
     folder = _folder(tmp_path)
     (folder / ".shard-0000-00001.h5.ab.tmp").write_bytes(b"half")
     assert verify_folder(folder, TASK) == []
+    open_trajectories(folder).verify()
 
 
 @pytest.mark.parametrize("position", [0, 100, 2000, -1])
 def test_one_flipped_bit_is_found_on_opening_and_on_verifying(tmp_path, position):
     folder = _folder(tmp_path)
+    store = open_trajectories(folder)
     path = folder / "shard-0001-00000.h5"
     data = bytearray(path.read_bytes())
     data[position] ^= 1
@@ -265,6 +267,8 @@ def test_one_flipped_bit_is_found_on_opening_and_on_verifying(tmp_path, position
     assert "sha256" in problem
     with pytest.raises(UserError, match=r"shard-0001-00000\.h5"):
         open_trajectories(folder)
+    with pytest.raises(UserError, match=r"shard-0001-00000\.h5"):
+        store.verify()
 
 
 def test_every_broken_shard_is_listed(tmp_path):
