@@ -38,7 +38,7 @@ from hpc_cpd.errors import run_command
 from hpc_cpd.run.publish import mark_done
 from hpc_cpd.trajectories.formats.robomimic import OBSERVATION_KEY, export_robomimic
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, write_manifest
+from hpc_cpd.trajectories.shard import closed_shards, write_manifest, write_shard
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
 EPISODES_PER_SHARD = 250
@@ -57,13 +57,13 @@ Reader = Callable[[NDArray[np.int64], NDArray[np.int64], int], Windows]
 def record(folder: Path, episodes: int, steps: int) -> None:
     rng = np.random.default_rng(0)
     for part in range(-(-episodes // EPISODES_PER_SHARD)):
-        writer = ShardWriter(folder, 0, part, Origin("metaworld/reach-v3", "0" * 64, 0, "v2", "synthetic"))
+        made: list[Episode] = []
         for index in range(part * EPISODES_PER_SHARD, min(episodes, (part + 1) * EPISODES_PER_SHARD)):
             observations = rng.standard_normal((steps + 1, OBSERVATION), np.float32)
             actions, teacher_mean = rng.standard_normal((2, steps, ACTION), np.float32)
             flat = np.zeros(steps, np.float32)
-            writer.add(Episode(observations[:-1], actions, teacher_mean, flat, flat > 0, observations[-1], 0, index))
-        writer.close()
+            made.append(Episode(observations[:-1], actions, teacher_mean, flat, flat > 0, observations[-1], 0, index))
+        write_shard(folder, 0, part, Origin("metaworld/reach-v3", "0" * 64, 0, "v2", "synthetic"), made)
     write_manifest(folder)
     mark_done(folder, {})
 

@@ -64,7 +64,8 @@ def status(
       state: done, running, waiting, stopped, failed, given up, not started
       job, reason (in the scheduler's words), node, seconds_left (of its time limit)
       restarts; failures: in a row, those above cluster.max_retries are given up
-      progress: null or phase, step, total, loss; steps_per_second
+      progress: null or phase, step, total, loss; steps_per_second (of a
+      teacher in training: rounds, where it is recorded: episodes)
       success (0 to 1); error: one line; log: the file that ends with it
     - done, total: counts of teachers, trajectories and stages
     - next: the command to run, or null; notes: sentences
@@ -91,7 +92,7 @@ def evaluate(
     settings = at.config().evaluation
     number = _published_stage(at, stage)
 
-    from hpc_cpd.evaluation.rollouts import evaluate_policy
+    from hpc_cpd.evaluation.rollouts import evaluate_policy, task_record
     from hpc_cpd.student.policy import TaskAgnosticPolicy, load_student
 
     policy = load_student(at.stage(number) / "student")
@@ -104,10 +105,10 @@ def evaluate(
     console, rates = Console(), []
     for task in policy.task_ids:
         with console.status(task):
-            results = evaluate_policy(player, task, count, goals)
-        steps = [result.steps_to_success for result in results if result.steps_to_success is not None]
-        rates.append(sum(result.success for result in results) / len(results))
-        table.add_row(task, f"{rates[-1]:.0%}", f"{sum(steps) / len(steps):.0f}" if steps else "-")
+            record = task_record(evaluate_policy(player, task, count, goals))
+        rates.append(record["successes"] / record["episodes"])
+        steps = record["mean_steps_to_success"]
+        table.add_row(task, f"{rates[-1]:.0%}", "-" if steps is None else f"{steps:.0f}")
     table.add_section()
     table.add_row("mean", f"{sum(rates) / len(rates):.1%}", "", style="bold")
     console.print(table)
@@ -219,24 +220,22 @@ def verify(run: RunFolder) -> None:
 
     problems: list[str] = []
     checked: Counter[str] = Counter()
+
+    def check(kind: str, published: Path, find: Callable[..., list[str]], *arguments: object) -> None:
+        if is_done(published):
+            checked[kind] += 1
+            problems.extend(find(*arguments))
+
     for task in chain(*plan):
-        if is_done(at.teacher(task)):
-            checked["teachers"] += 1
-            problems += _problem(load_any_teacher, at.teacher(task))
-        if is_done(at.trajectories(task)):
-            checked["trajectory folders"] += 1
-            problems += verify_folder(at.trajectories(task), task)
+        check("teachers", at.teacher(task), _problem, load_any_teacher, at.teacher(task))
+        check("trajectory folders", at.trajectories(task), verify_folder, at.trajectories(task), task)
+    keeps_memory = load("methods", at.config().method.name).keeps_memory
     for stage, new in enumerate(plan, 1):
-        if is_done(at.stage(stage)):
-            checked["students"] += 1
-            problems += _problem(load_student, at.stage(stage) / "student")
-            if load("methods", at.config().method.name).keeps_memory:
-                checked["memories"] += 1
-                problems += verify_folder(at.stage(stage) / "memory")
+        check("students", at.stage(stage), _problem, load_student, at.stage(stage) / "student")
+        if keeps_memory:
+            check("memories", at.stage(stage), verify_folder, at.stage(stage) / "memory")
         for task in new:
-            if is_done(at.dagger(stage, task)):
-                checked["DAgger folders"] += 1
-                problems += verify_folder(at.dagger(stage, task), task)
+            check("DAgger folders", at.dagger(stage, task), verify_folder, at.dagger(stage, task), task)
     console = Console()
     for problem in problems:
         console.print(f"- {problem}", soft_wrap=True, markup=False)
@@ -249,23 +248,33 @@ def verify(run: RunFolder) -> None:
 @app.command()
 def tasks(
     name: Annotated[
-        str | None, typer.Argument(metavar="[SET]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), or a task id")
+        str | None,
+        typer.Argument(metavar="[NAME]", help="MT10, MT25, MT50, MT50x2 (halves of the goals), a family, or a task id"),
     ] = None,
 ) -> None:
-    """The task sets and families, or the tasks of one set with their spaces."""
+    """The task sets and families; the tasks of one family; or the tasks of one set with their spaces."""
     from hpc_cpd import plugins
+    from hpc_cpd.report.plugin_table import print_family
     from hpc_cpd.tasks.registry import TASK_SETS, describe, resolve_tasks
     from hpc_cpd.tasks.spaces import shown
 
-    console = Console()
+    console, families = Console(), plugins.names("tasks")
     if name is None:
         for known, size in TASK_SETS.items():
             console.print(f"{known}: {size} tasks; {known}x2: {2 * size}, each with half of a task's goals")
         console.print("Or a list of task ids. They begin with the word of a family:")
-        for family in plugins.names("tasks"):
+        for family in families:
             console.print(f"  {family}/... ({plugins.origin('tasks', family)})", markup=False)
         console.print("for example metaworld/reach-v3, or gymnasium/MODULE:ID where MODULE registers ID")
+        console.print("The tasks of one family: hpc-cpd tasks FAMILY")
         return
+    if name.rstrip("/") in families:
+        print_family(name.rstrip("/"), console)
+        return
+    if "/" not in name and not name.startswith(tuple(TASK_SETS)):
+        names = [*TASK_SETS, *families]
+        hint = plugins.hint(name, names)
+        raise UserError(f"there is no task set or family '{name}'; {hint}known: {', '.join(names)}")
     columns = (Column(heading, overflow="fold") for heading in ("Task", "Observation", "Action"))
     table = Table(*columns, Column("Horizon", justify="right"), title=name)
     for task in resolve_tasks(name):

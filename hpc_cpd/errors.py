@@ -68,6 +68,16 @@ def disk_error_sentence(error: BaseException, folder_option: str | None = "--run
     return f"cannot write {name or 'to the run folder'}: {_DISK_ERRORS[number].format(elsewhere=elsewhere)}"
 
 
+def sentence_of(error: BaseException, folder_option: str | None = "--run") -> str | None:
+    """The one sentence that a person is shown in place of a traceback; None: `error` is a fault of ours.
+
+    `folder_option`: as in :func:`disk_error_sentence`.
+    """
+    if isinstance(error, UserError | StopRequested | LockLost | RankLost):
+        return str(error)
+    return disk_error_sentence(error, folder_option)
+
+
 def run_command(main: Callable[[], int | None], folder_option: str | None = "--run") -> int:
     """Run `main` and turn what it raises into the exit codes of the public interface (0, 2, 3; 1 by traceback).
 
@@ -81,8 +91,7 @@ def run_command(main: Callable[[], int | None], folder_option: str | None = "--r
     try:
         return main() or EXIT_DONE
     except Exception as error:
-        known = isinstance(error, (UserError, *endings))
-        sentence = str(error) if known else disk_error_sentence(error, folder_option)
+        sentence = sentence_of(error, folder_option)
         if sentence is None:
             raise
         word, code = endings.get(type(error), ("error", EXIT_USER_ERROR))

@@ -32,6 +32,7 @@ from hpc_cpd.cluster.snapshot import live_owner
 from hpc_cpd.cluster.units import LaunchRequest, not_done, request_of
 from hpc_cpd.config import load_config, taken_over
 from hpc_cpd.errors import EXIT_USER_ERROR, StopRequested, UserError, run_command
+from hpc_cpd.progress import say
 from hpc_cpd.run.job import set_this_job
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.paths import Run
@@ -69,12 +70,12 @@ def launch(arguments: argparse.Namespace) -> None:
         _announce(request, scheduler)
         if isinstance(scheduler, Local):
             submit.require_one_stage(request, set())
-            scheduler.run(request, stop, _say)
+            scheduler.run(request, stop)
         else:
-            submit.submit_all(request, scheduler, arguments.retry, _say, stop)
+            submit.submit_all(request, scheduler, arguments.retry, stop)
     if scheduler.queues:
         if not arguments.wait:
-            _say(f"\nNext: hpc-cpd status {request.run.folder}")
+            say(f"\nNext: hpc-cpd status {request.run.folder}")
             return
         submit.wait_for(request, scheduler, stop)
         if stop():
@@ -196,10 +197,10 @@ def _open(request: LaunchRequest, scheduler: Scheduler) -> None:
     old, longer = run.config(), _goes_on_longer(request)
     run.open(config, {}, longer)
     if longer:
-        _say(f"{len(request.plan)} stages, there were fewer: {run.folder} goes on with further tasks")
+        say(f"{len(request.plan)} stages, there were fewer: {run.folder} goes on with further tasks")
     for sentence in taken_over(old, config):
         queued = " (jobs in the queue keep what they were submitted with)" if scheduler.queues else ""
-        _say(f"From now on: {sentence}{queued}")
+        say(f"From now on: {sentence}{queued}")
 
 
 def _provenance(request: LaunchRequest) -> dict[str, object]:
@@ -223,10 +224,10 @@ def _finish(request: LaunchRequest) -> None:
     run = request.run
     page = build_report(run)
     print_table(run)
-    _say(f"Report: {page}")
+    say(f"Report: {page}")
     missing = [stage for stage in range(1, len(request.plan) + 1) if not is_done(run.stage(stage))]
     last = run.stage(len(request.plan)) / "student"
-    _say(f"Next: {HERE} --stage {missing[0]} --run {run.folder}" if missing else f"Student: {last}")
+    say(f"Next: {HERE} --stage {missing[0]} --run {run.folder}" if missing else f"Student: {last}")
 
 
 # ---- what is said
@@ -239,39 +240,32 @@ def _announce(request: LaunchRequest, scheduler: Scheduler) -> None:
     where = f"through {scheduler.name}"
     if isinstance(scheduler, Local):
         where = "on this machine" if scheduler.around is None else "in this allocation"
-    _say(f"Run {request.run.folder} ({where})")
+    say(f"Run {request.run.folder} ({where})")
     for name, version in untested_versions().items():
-        _say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
+        say(f"  {name} {version} has not been tested, {TESTED[name]} has: rewards and success may differ")
     left = not_done(request.stages)
     if request.teachers:
-        _say(f"  {part('teachers and trajectories', len(request.teachers), len(not_done(request.teachers)))}")
+        say(f"  {part('teachers and trajectories', len(request.teachers), len(not_done(request.teachers)))}")
     if request.asked == "all":
-        _say(f"  {part('stages', len(request.stages), len(left))}")
+        say(f"  {part('stages', len(request.stages), len(left))}")
     elif request.stages:
-        _say(f"  stage {request.asked}: {'to do' if left else 'done'}")
+        say(f"  stage {request.asked}: {'to do' if left else 'done'}")
     if not request.todo:
-        _say("Everything asked for is done already.")
+        say("Everything asked for is done already.")
 
 
 def _print_plan(request: LaunchRequest, scheduler: Scheduler) -> None:
     """What ``--dry-run`` shows: the units, and the exact text of each job."""
     for index, unit in enumerate(not_done(request.teachers)):
-        _say(f"  teacher {index}: {unit.task}")
+        say(f"  teacher {index}: {unit.task}")
     for stage in not_done(request.stages):
-        _say(f"  {stage.name}: {', '.join(request.plan[stage.stage - 1])}")
+        say(f"  {stage.name}: {', '.join(request.plan[stage.stage - 1])}")
     if not scheduler.queues:
-        _say(f"  {request.config.teachers.ranks} ranks per teacher, {request.config.distill.ranks} per stage")
+        say(f"  {request.config.teachers.ranks} ranks per teacher, {request.config.distill.ranks} per stage")
         return
     for job in scheduler.jobs(request, request.todo):
         after = {unit: f"<job of {unit.name}>" for unit in job.needs}
-        _say(f"\n# ---- {job.name}\n{scheduler.describe(job, after)}")
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever read along has gone (head, a lost terminal): the work goes on unheard
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say(f"\n# ---- {job.name}\n{scheduler.describe(job, after)}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
@@ -119,6 +119,22 @@ def load(kind: str, name: str) -> Any:
             f"Literal['{name}'] = '{name}'"
         )
     return plugin
+
+
+def ask(failing: str, page: str, method: Callable[..., Any], *arguments: Any) -> Any:
+    """What a method of a plug-in returns. Raises UserError: its own, or one sentence for whatever else it raises.
+
+    `failing` begins the sentence, such as ``the selection 'mine' fails in order()``; `page` says what it must offer.
+    """
+    try:
+        return method(*arguments)
+    except UserError:
+        raise
+    except Exception as error:  # a plug-in may be anybody's code
+        raise UserError(
+            f"{failing}: {type(error).__name__}: {' '.join(str(error).split())}; repair the package that declares it "
+            f"(what it must offer: {page})"
+        ) from error
 
 
 def origin(kind: str, name: str) -> str:

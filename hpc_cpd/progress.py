@@ -9,12 +9,23 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-FILE = "progress.json"
+NEWS_FILE = "progress.json"
+
+
+def say(text: str) -> None:
+    """Show a person one line."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # whoever read along has gone (head, a lost terminal): the work goes on unheard
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @dataclass(frozen=True)
 class News:
-    """What ``progress.json`` holds. `step` of `total` counts within `phase`; `seconds`: since the epoch."""
+    """What ``progress.json`` holds. `step` of `total` counts within `phase`; `seconds`: since the epoch.
+
+    `counted`: what a step is, in the plural: rounds of a teacher's algorithm, episodes that are recorded.
+    """
 
     name: str
     text: str
@@ -24,6 +35,7 @@ class News:
     loss: float | None = None
     steps_per_second: float | None = None
     seconds: float = 0.0
+    counted: str = "steps"
 
     @property
     def line(self) -> str:
@@ -41,7 +53,7 @@ class News:
 def latest_news(folder: Path) -> News | None:
     """The last news from `folder`; None where there are none, or none that can be read."""
     with suppress(OSError, ValueError, TypeError):
-        return News(**json.loads((folder / FILE).read_bytes()))
+        return News(**json.loads((folder / NEWS_FILE).read_bytes()))
     return None
 
 
@@ -81,8 +93,9 @@ class Progress:
         step: int | None = None,
         total: int | None = None,
         loss: float | None = None,
+        counted: str = "steps",
     ) -> None:
-        """Say `text`. `step` of `total` counts within `phase`, of which the steps per second are told as well."""
+        """Say `text`. `step` of `total` counts within `phase`, whose speed is told as well: `counted` per second."""
         now = time.monotonic()
         if not self.enabled or not (last or now - self._last >= self.every_seconds):
             return
@@ -91,14 +104,14 @@ class Progress:
             before = self._place
             if before is not None and before[0] == phase and step > before[1] and now > self._last:
                 rate = (step - before[1]) / (now - self._last)
-                text += f", {rate:.1f} steps/s" if rate >= 1 else f", {rate:.2g} steps/s"
+                text += f", {rate:{'.1f' if rate >= 1 else '.2g'}} {counted}/s"
             self._place = (phase, step)
         self._last = now
-        news = News(self.name, text, phase or text, step, total, loss, rate, time.time())
+        news = News(self.name, text, phase or text, step, total, loss, rate, time.time(), counted)
         print(news.line, flush=True)
         if self.folder is not None:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                temporary = self.folder / f".{FILE}.{os.getpid()}.tmp"
+                temporary = self.folder / f".{NEWS_FILE}.{os.getpid()}.tmp"
                 temporary.write_text(json.dumps(asdict(news)) + "\n")
-                os.replace(temporary, self.folder / FILE)
+                os.replace(temporary, self.folder / NEWS_FILE)

@@ -79,9 +79,9 @@ class Choice:
         )
 
 
-def chosen(default: str, description: str) -> Any:
-    """The field of a setting that is marked with a :class:`Choice`: `default` is resolved like any other name."""
-    return Field(default, validate_default=True, description=description)
+def chosen(description: str, default: str | None = None) -> Any:
+    """The field of a setting that is marked with a :class:`Choice`, whose default may be another than the mark's."""
+    return Field({} if default is None else default, validate_default=True, description=description)
 
 
 def choice_of(settings: type[BaseModel] | None, name: str) -> Choice | None:
@@ -130,12 +130,10 @@ class TeacherSettings(Settings):
     """Single-task experts. `algorithm` and `start` say how those are trained that ``source: train`` trains."""
 
     source: Annotated[PluginSettings, Choice("sources", "train")] = chosen(
-        "train", "where teachers come from: trained in the run, the zoo, a student"
+        "where teachers come from: trained in the run, the zoo, a student"
     )
-    algorithm: Annotated[PluginSettings, Choice("algorithms", "ppo")] = chosen("ppo", "what trains a teacher")
-    start: Annotated[PluginSettings, Choice("starts", "demonstrations")] = chosen(
-        "demonstrations", "the first weights of a teacher"
-    )
+    algorithm: Annotated[PluginSettings, Choice("algorithms", "ppo")] = chosen("what trains a teacher")
+    start: Annotated[PluginSettings, Choice("starts", "demonstrations")] = chosen("the first weights of a teacher")
     ranks: int = resumable(2, ge=1, description="MPI ranks per teacher")
 
 
@@ -165,13 +163,11 @@ class NetworkSettings(Settings):
         True, description="experts and gate also receive the observation, so a frozen backbone loses nothing"
     )
     top_k: int = Field(0, ge=0, description="experts per token; 0 mixes all of them (dense softmax)")
-    tokenizer: Annotated[PluginSettings, Choice("tokenizers", "linear")] = chosen(
-        "linear", "makes a token of an observation"
-    )
+    tokenizer: Annotated[PluginSettings, Choice("tokenizers", "linear")] = chosen("makes a token of an observation")
     backbone: Annotated[PluginSettings, Choice("backbones", "transformer")] = chosen(
-        "transformer", "makes features of the tokens of a history"
+        "makes features of the tokens of a history"
     )
-    head: Annotated[PluginSettings, Choice("heads", "linear")] = chosen("linear", "makes an action of the features")
+    head: Annotated[PluginSettings, Choice("heads", "linear")] = chosen("makes an action of the features")
 
     @model_validator(mode="after")
     def _fit(self) -> Self:
@@ -184,7 +180,7 @@ class StudentSettings(NetworkSettings):
     """The generalist: tokenizer, backbone, mixtures of experts that grow, head."""
 
     task_embedding: Annotated[PluginSettings, Choice("embeddings", "contrastive")] = chosen(
-        "contrastive", "gives every task its vector"
+        "gives every task its vector"
     )
 
 
@@ -259,9 +255,7 @@ METHOD = Choice("methods", "ours")
 class Config(Settings):
     """One experiment."""
 
-    method: Annotated[PluginSettings, METHOD] = chosen(
-        METHOD.default, "how a stage learns, and what is done against forgetting"
-    )
+    method: Annotated[PluginSettings, METHOD] = chosen("how a stage learns, and what is done against forgetting")
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="the run folder is runs/NAME")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything but the evaluation goals")

@@ -1,5 +1,6 @@
 """``hpc-cpd``: what it says of itself and of plug-ins, and advice that holds."""
 
+import sys
 from importlib import metadata
 
 import pytest
@@ -98,3 +99,29 @@ def test_a_refused_write_names_only_an_option_that_the_command_has():
     refusal = PermissionError(13, "Permission denied", "/closed/report")
     assert disk_error_sentence(refusal, "--out").endswith("choose another folder with --out")
     assert "--" not in disk_error_sentence(refusal, None)
+
+
+def test_a_family_lists_its_tasks(monkeypatch):
+    shown = said("tasks", "metaworld").splitlines()
+    assert "NAME@1of2" in shown[0] and shown[1] == "metaworld/reach-v3" and len(shown) == 52
+    assert shown[-1] == "The spaces of one: hpc-cpd tasks metaworld/NAME"
+    assert said("tasks", "metaworld/").splitlines() == shown
+    assert "gymnasium/Pendulum-v1" in said("tasks", "gymnasium").splitlines()
+    monkeypatch.setattr(plugins.load("tasks", "gymnasium"), "names", list, raising=False)
+    first, last = said("tasks", "gymnasium").splitlines()
+    assert "gymnasium/MODULE:ID where MODULE registers ID" in first and "written gymnasium/NAME" in last
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("metawrld", "did you mean 'metaworld'? known: MT10, MT25, MT50, gymnasium, metaworld"),
+        ("MT50xx", "there is no task set 'MT50xx'"),
+        ("metaworld/raech-v3", "did you mean 'metaworld/reach-v3'"),
+    ],
+)
+def test_a_name_that_is_no_task_set_family_or_task_is_refused(name, parts, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hpc-cpd", "tasks", name])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2 and parts in capsys.readouterr().err

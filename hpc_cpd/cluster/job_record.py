@@ -17,7 +17,7 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.run.job import this_job
 from hpc_cpd.run.publish import read_json, write_json
 
-FILE = "attempt.json"
+RECORD_FILE = "attempt.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def begin_job(folder: Path, log: Path) -> None:
     number, seconds = (1, 0.0) if before is None else (before.number + 1, _seconds(folder, before))
     who, job, restart, host = _who(), this_job().id, this_job().restart, socket.gethostname()
     record = JobRecord(number, who, job, restart, host, str(log), time.time(), seconds_before=seconds)
-    write_json(folder / FILE, asdict(record))
+    write_json(folder / RECORD_FILE, asdict(record))
 
 
 def end_job(folder: Path, log: Path, code: int, sentence: str) -> None:
@@ -61,7 +61,7 @@ def end_job(folder: Path, log: Path, code: int, sentence: str) -> None:
     record = read_job_record(folder)
     if record is not None and record.code is None and record.who == _who():
         ended = replace(record, ended=time.time(), code=code, sentence=sentence[:2000], log=str(log))
-        write_json(folder / FILE, asdict(ended))
+        write_json(folder / RECORD_FILE, asdict(ended))
 
 
 def _seconds(folder: Path, record: JobRecord) -> float | None:
@@ -85,5 +85,5 @@ def _who() -> str:
 def read_job_record(folder: Path) -> JobRecord | None:
     """The record of the last start on the unit of `folder`; None: there is none, or it is damaged (it is only news)."""
     with suppress(UserError, TypeError):
-        return JobRecord(**read_json(folder / FILE))
+        return JobRecord(**read_json(folder / RECORD_FILE))
     return None

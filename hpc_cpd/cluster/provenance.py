@@ -45,11 +45,10 @@ def untested_versions() -> dict[str, str | None]:
 def _commit() -> tuple[str | None, bool | None]:
     """The commit of the source tree this package runs from, and whether tracked files differ from it."""
     folder = Path(__file__).resolve().parents[2]
-    if not (folder / ".git").exists():
-        return None, None
     with suppress(OSError, subprocess.SubprocessError):
-        commit = _git(folder, "rev-parse", "HEAD")
-        return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
+        if (folder / ".git").exists():  # else git would tell of a repository around it
+            commit = _git(folder, "rev-parse", "HEAD")
+            return commit, bool(_git(folder, "status", "--porcelain", "--untracked-files=no"))
     return None, None
 
 

@@ -28,12 +28,27 @@ from typing import Any
 
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.schedulers.base import foreign_variables
-from hpc_cpd.cluster.supervisor import LAST_LINES, Outcome, end_in_words, tethered
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from hpc_cpd.progress import Reader
 
 GRACE_SECONDS = 3.0
+LAST_LINES = 15
 PORTS = (20000, 32000)  # where the ranks of a stage meet
+
+# The kernel's promise to kill a command with its parent must be asked for before the command replaces this process.
+_TETHER = (
+    "import os, sys; from hpc_cpd.cluster.preemption import die_with_parent; "
+    "die_with_parent(int(sys.argv[1])); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a piece of work ended: an exit code of the public interface, and one sentence if it was not done."""
+
+    name: str
+    code: int
+    sentence: str = ""
 
 
 def usable_cores() -> int:
@@ -254,16 +269,25 @@ class RankedJob:
         return f"{self.name}: rank {rank} of {self.ranks} {how}; its log {log} ends with\n{shown}"
 
 
+def tethered(command: Sequence[str]) -> list[str]:
+    """`command` such that the kernel kills it when this process ends."""
+    return [sys.executable, "-c", _TETHER, str(os.getpid()), *command]
+
+
+def end_in_words(code: int) -> str:
+    """``was killed by SIGKILL`` or ``ended with exit code 1``."""
+    names = {number.value: number.name for number in signal.Signals}
+    return f"ended with exit code {code}" if code >= 0 else f"was killed by {names.get(-code, f'signal {-code}')}"
+
+
 def find_mpiexec() -> str:
     """The mpiexec beside this Python, in the package mpich, or else in PATH. Raises UserError: there is none."""
-    places = [Path(sys.executable).parent / "mpiexec"]
+    places = [str(Path(sys.executable).parent / "mpiexec")]
     with suppress(metadata.PackageNotFoundError):
-        places += [Path(str(file.locate())) for file in metadata.files("mpich") or () if file.name == "mpiexec"]
-    if in_path := shutil.which("mpiexec"):
-        places.append(Path(in_path))
-    for place in places:
-        if os.access(place, os.X_OK) and place.is_file():
-            return str(place)
+        places += [str(file.locate()) for file in metadata.files("mpich") or () if file.name == "mpiexec"]
+    for place in (*places, "mpiexec"):
+        if found := shutil.which(place):
+            return found
     raise UserError(
         f"there is no mpiexec, neither {places[0]} nor in PATH; install it with "
         f"'{sys.executable} -m pip install mpich', or use --ranks 1"

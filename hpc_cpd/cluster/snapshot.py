@@ -13,11 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc_cpd.cluster.job_record import FILE as RECORD
-from hpc_cpd.cluster.job_record import JobRecord, read_job_record
+from hpc_cpd.cluster.job_record import RECORD_FILE, JobRecord, read_job_record
 from hpc_cpd.cluster.units import TeacherUnit, Unit
-from hpc_cpd.progress import FILE as NEWS
-from hpc_cpd.progress import News, latest_news
+from hpc_cpd.progress import NEWS_FILE, News, latest_news
 from hpc_cpd.run.lock import STALE_SECONDS, lives_here
 from hpc_cpd.run.publish import DONE
 
@@ -51,45 +49,40 @@ def snapshot_of(unit: Unit) -> UnitSnapshot:
     """What is there now, in one look at each folder."""
     folder, names = unit.folder, [_names(folder) for folder in unit.folders]
     own, parts = names[0], tuple(DONE in found for found in names)
-    record = read_job_record(folder) if RECORD in own else None
+    record = read_job_record(folder) if RECORD_FILE in own else None
     success = _success(unit, parts[0], own)
     if all(parts):
         return UnitSnapshot(unit, parts, begun=True, record=record, success=success)
     begun = record is not None or any(parts) or not own.isdisjoint(("start", "student"))
     begun = begun or ("checkpoints" in own and bool(_names(folder / "checkpoints")))
     owner = live_owner(folder) if "lock.json" in own else None
-    return UnitSnapshot(unit, parts, begun, record, owner, success, latest_news(folder) if NEWS in own else None)
+    return UnitSnapshot(unit, parts, begun, record, owner, success, latest_news(folder) if NEWS_FILE in own else None)
 
 
 def _success(unit: Unit, published: bool, names: set[str]) -> float | None:
     """The success rate of what is published, or of a teacher's last evaluation on the way there."""
-    teaches, lines = isinstance(unit, TeacherUnit), list[str]()
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
-        if published and teaches:
-            return float(json.loads((unit.folder / DONE).read_bytes())["success"])
-        if published:
+    teaches = isinstance(unit, TeacherUnit)
+    if published:
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
+            if teaches:
+                return float(json.loads((unit.folder / DONE).read_bytes())["success"])
             tasks = json.loads((unit.folder / "evaluation.json").read_bytes())["tasks"]
             return sum(task["successes"] / task["episodes"] for task in tasks.values()) / len(tasks)
-    if teaches and not published and "metrics.jsonl" in names:
-        lines = [line for line in tail(unit.folder / "metrics.jsonl") if '"success"' in line]
-    for line in lines:  # one may be cut short by a kill, or by the beginning of the tail
-        with suppress(ValueError, TypeError, KeyError):
-            return float(json.loads(line)["success"])
+    elif teaches and "metrics.jsonl" in names:
+        for line in tail(unit.folder / "metrics.jsonl"):  # one may be cut short by a kill, or as the tail begins
+            with suppress(ValueError, TypeError, KeyError):
+                return float(json.loads(line)["success"])
     return None
 
 
 def live_owner(folder: Path) -> Owner | None:
     """Who holds the lock of `folder`, if it seems to be alive."""
     path = folder / "lock.json"
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         owner = json.loads(path.read_text())
-        age = time.time() - path.stat().st_mtime
-        host, job = str(owner["host"]), owner.get("job")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    if lives_here(owner) is False or age >= STALE_SECONDS:
-        return None
-    return Owner(host, None if job is None else str(job))
+        if lives_here(owner) is not False and time.time() - path.stat().st_mtime < STALE_SECONDS:
+            return Owner(owner["host"], owner.get("job"))
+    return None
 
 
 def _names(folder: Path) -> set[str]:

@@ -15,8 +15,9 @@ from typing import Any
 from hpc_cpd.cluster.job_record import JobRecord, read_job_record
 from hpc_cpd.cluster.preemption import Stop
 from hpc_cpd.cluster.schedulers.base import JobState, Phase, Scheduler
-from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit
+from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit
 from hpc_cpd.errors import EXIT_STOPPED, StopRequested, UserError
+from hpc_cpd.progress import say
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import read_json, write_json
 
@@ -46,23 +47,21 @@ class Submissions:
     resubmitter: str | None = None
 
     @classmethod
-    def read(cls, run: Run) -> Submissions:
-        """Those of `run`, empty if nothing was submitted yet. Raises UserError when the file is damaged."""
+    def read(cls, run: Run, scheduler: str | None = None) -> Submissions:
+        """Those of `run`, empty if nothing was submitted yet; only if `scheduler` knows them, where that is given.
+
+        Raises UserError when the file is damaged.
+        """
         path = run.logs / "submitted.json"
         if not path.is_file():
-            return cls(run)
+            return cls(run, scheduler)
         values: dict[str, Any] = read_json(path)
         try:
             units = {name: Submission(**one | {"avoid": tuple(one["avoid"])}) for name, one in values["units"].items()}
-            return cls(run, values["scheduler"], units, values["resubmitter"])
+            found = cls(run, values["scheduler"], units, values["resubmitter"])
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; delete it when no job of the run is in the queue") from None
-
-    @classmethod
-    def of(cls, run: Run, scheduler: str) -> Submissions:
-        """Those that `scheduler` knows: empty where the last ones went to another. Raises UserError: damaged."""
-        found = cls.read(run)
-        return found if found.scheduler == scheduler else cls(run, scheduler)
+        return found if scheduler in (None, found.scheduler) else cls(run, scheduler)
 
     def write(self) -> None:
         """Replace the file."""
@@ -84,18 +83,18 @@ class Submissions:
         return {name for name, one in self.units.items() if one.job in states and states[one.job].live}
 
 
-def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, say: Say, stop: Stop) -> None:
+def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, stop: Stop) -> None:
     """Submit what `request` asks for and is neither done nor in the queue.
 
     With `retry` (the resubmitter's way) only what was submitted before and ended unfinished, unless it failed too often
     or somebody cancelled it. Raises UserError when the scheduler refuses, or when a single stage lacks what it needs,
     and StopRequested when `stop()` is true before all is submitted: whoever cancels a resubmitter wants no more jobs.
     """
-    submissions = Submissions.of(request.run, scheduler.name)
+    submissions = Submissions.read(request.run, scheduler.name)
     states = scheduler.states(submissions.jobs())
     live = submissions.live(states)
     if retry:
-        todo = _worth_another_try(request, submissions, states, live, say)
+        todo = _worth_another_try(request, submissions, states, live)
     else:
         require_one_stage(request, live)
         todo = {
@@ -138,7 +137,7 @@ def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, say: S
 
 def queued(request: LaunchRequest, scheduler: Scheduler) -> set[str]:
     """The names of the units of the run that wait or run now. Raises UserError: the scheduler does not answer."""
-    submissions = Submissions.of(request.run, scheduler.name)
+    submissions = Submissions.read(request.run, scheduler.name)
     return submissions.live(scheduler.states(submissions.jobs())) if submissions.units else set()
 
 
@@ -155,7 +154,7 @@ def wait_for(request: LaunchRequest, scheduler: Scheduler, stop: Stop, every_sec
     """
     silent, heard = 0, time.monotonic()
     while request.todo and not stop():
-        submissions = Submissions.of(request.run, scheduler.name)
+        submissions = Submissions.read(request.run, scheduler.name)
         try:
             states = scheduler.states(submissions.jobs(request.todo))
             heard = time.monotonic()
@@ -189,7 +188,7 @@ def require_one_stage(request: LaunchRequest, in_queue: set[str]) -> None:
 
 
 def _worth_another_try(
-    request: LaunchRequest, submissions: Submissions, states: Mapping[str, JobState], live: set[str], say: Say
+    request: LaunchRequest, submissions: Submissions, states: Mapping[str, JobState], live: set[str]
 ) -> dict[str, Submission]:
     """The units to submit again, with their count of failures; what is given up is told."""
     todo: dict[str, Submission] = {}

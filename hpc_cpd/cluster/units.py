@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -11,9 +11,6 @@ from typing import ClassVar, TypeVar
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import Config
-
-Say = Callable[[str], None]
-"""Shows a person one line."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from hpc_cpd.tasks.registry import describe, make_batch
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, play_block
 from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
 from hpc_cpd.trajectories.schema import Origin
-from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+from hpc_cpd.trajectories.shard import write_manifest, write_shard
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
 FIRST_INDEX = 2**40
@@ -68,13 +68,11 @@ def _play(stage: Stage, task: str, folder: Path, student: StudentPolicy, wanted:
     teacher = load_any_teacher(run.teacher(task))
     digest = sha256(weights_of(run.teacher(task)))
     origin = Origin(task, digest, config.seed, spec.reward_version, spec.environment_version)
-    writer = ShardWriter(folder, rank, 0, origin)
     with closing(make_batch(task, BLOCK, config.seed)) as envs:
-        for block in range(rank, -(-wanted // BLOCK), world_size):
-            for episode in play_block(envs, student, plan, block, teacher):
-                if episode.index < wanted:
-                    writer.add(replace(episode, index=FIRST_INDEX + episode.index))
-    writer.close()
+        blocks = range(rank, -(-wanted // BLOCK), world_size)
+        played = [episode for block in blocks for episode in play_block(envs, student, plan, block, teacher)]
+    kept = [replace(episode, index=FIRST_INDEX + episode.index) for episode in played if episode.index < wanted]
+    write_shard(folder, rank, 0, origin, kept)
 
 
 def _publish(run: Run, task: str, folder: Path) -> None:

@@ -31,8 +31,6 @@ def run_on_rank(ranks: Ranks, work: Callable[[], Result]) -> Result:
     When it fails, that rank raises its own error, and the others raise UserError, StopRequested, LockLost or OSError
     alike, or RuntimeError with its text.
     """
-    if ranks.size == 1:
-        return work()
     result: Result = _results(ranks, work if ranks.rank == 0 else lambda: None)[0]
     return result
 
@@ -42,8 +40,6 @@ def run_on_all_ranks(ranks: Ranks, work: Callable[[], Result]) -> Result:
 
     Errors are raised as by `run_on_rank`; the error of the lowest rank is the one that the others raise.
     """
-    if ranks.size == 1:
-        return work()
     kept: list[Result] = []
     _results(ranks, lambda: kept.append(work()))
     return kept[0]

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import distributed as dist
@@ -33,7 +33,12 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
         os.environ.setdefault("MASTER_PORT", "0")
     backends = None  # DeepSpeed's choice, gloo
     if torch.cuda.is_available():
-        require_gpu()
+        rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if gpus <= rank:
+            raise UserError(
+                f"rank {rank} of this machine has no GPU: there are {gpus}, and every rank needs one of its own; start "
+                "fewer ranks per machine (distill.ranks), or set CUDA_VISIBLE_DEVICES= to learn on its cores"
+            )
         torch.cuda.set_device(device_of_rank())  # before any collective asks for it
         backends = "cpu:gloo,cuda:nccl"  # results of the evaluation and errors of episodes are on the CPU
     else:
@@ -48,10 +53,10 @@ def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tu
     if AdamW not in ZERO_SUPPORTED_OPTIMIZERS:  # ZeRO knows an optimizer by its very type
         ZERO_SUPPORTED_OPTIMIZERS.append(AdamW)
     _import_muon_uncompiled()
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         deepspeed.init_distributed(backends, timeout=timedelta(seconds=timeout_seconds), verbose=False)
         gc.freeze()  # what the imports made lives as long as the rank: collecting after every phase need not look at it
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return dist.get_rank(), dist.get_world_size()
 
 
 def _import_muon_uncompiled() -> None:
@@ -71,19 +76,9 @@ def _import_muon_uncompiled() -> None:
 
 def finish_distributed() -> None:
     """Leave together: a process that ends while its groups live can abort at exit."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-
-
-def require_gpu() -> None:
-    """Raise UserError when this machine has GPUs, but none for this rank."""
-    rank, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-    if 0 < gpus <= rank:
-        raise UserError(
-            f"rank {rank} of this machine has no GPU: there are {gpus}, and every rank needs one of its own; start "
-            "fewer ranks per machine (distill.ranks), or set CUDA_VISIBLE_DEVICES= to learn on its cores"
-        )
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def require_gpus(ranks: int) -> None:
@@ -105,10 +100,10 @@ def device_of_rank() -> torch.device:
 
 def all_ranks_max(values: list[float]) -> list[float]:
     """Element-wise maximum over ranks: how flags are agreed upon at a step boundary."""
-    if torch.distributed.get_world_size() == 1:  # an exchange with nobody takes a millisecond on a busy machine
+    if dist.get_world_size() == 1:  # an exchange with nobody takes a millisecond on a busy machine
         return values
     tensor = torch.tensor(values, device=device_of_rank())
-    torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [float(value) for value in tensor]
 
 
@@ -118,35 +113,30 @@ def stop_together(stop: Callable[[], bool], what: str) -> None:
         raise StopRequested(f"{what}; run it again to go on")
 
 
-def is_distributed() -> bool:
-    """Whether this process is one of several ranks."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+class _Group:
+    """The ranks of the default group; this process alone where there is none."""
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized()
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
+
+    def gather(self, value: Result) -> list[Result]:
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
 
 def gather(value: Result) -> list[Result]:
     """Every rank's `value`, on every rank. A collective."""
-    if not is_distributed():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-class _TorchRanks:
-    """The ranks of the default group; this process alone where there is none."""
-
-    def __init__(self) -> None:
-        self.size = dist.get_world_size() if is_distributed() else 1
-        self.rank = dist.get_rank() if self.size > 1 else 0
-
-    gather = staticmethod(gather)
+    return _Group().gather(value)
 
 
 def run_on_rank(work: Callable[[], Result]) -> Result:
     """Run `work` on rank 0 alone; all get its result, or raise its error (`distributed.outcome`). A collective."""
-    return outcome.run_on_rank(_TorchRanks(), work)
+    return outcome.run_on_rank(_Group(), work)
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:
     """Run `work` on every rank; when it fails on any, all raise (`distributed.outcome`). A collective."""
-    return outcome.run_on_all_ranks(_TorchRanks(), work)
+    return outcome.run_on_all_ranks(_Group(), work)

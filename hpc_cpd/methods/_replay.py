@@ -23,13 +23,13 @@ class MemorySettings(Settings):
     """The replay memory."""
 
     budget_fraction: float = Field(0.05, gt=0, le=1, description=BUDGET)
-    selection: Selection = chosen("dpp", "which episodes are kept")
+    selection: Selection = chosen("which episodes are kept")
 
 
 class UniformMemorySettings(MemorySettings):
     """The replay memory of the baselines, chosen at random."""
 
-    selection: Selection = chosen("uniform", "which episodes are kept")
+    selection: Selection = chosen("which episodes are kept", "uniform")
 
 
 class ReplaySettings(MethodSettings):
@@ -60,6 +60,14 @@ class ReplayMethod(Method):
         """Of the rows about old tasks, the share that asks the past student at other observations than remembered ones;
         of these, the share between two remembered states."""
         return 0.0, 0.0
+
+    def check(self, stages: int) -> None:
+        from hpc_cpd.tasks.registry import describe, resolve_tasks
+        from hpc_cpd.trajectories.memory import try_selection
+
+        memory: MemorySettings = self.settings.memory
+        task, episodes = describe(resolve_tasks(self.config.stream.tasks)[0]), self.config.trajectories.episodes
+        try_selection(memory.selection, task, episodes, memory.budget_fraction)
 
     def open_memory(self, stage: Stage) -> TrajectoryStore | None:
         from hpc_cpd.trajectories.memory import open_memory

@@ -28,6 +28,7 @@ class AGEM(ReplayMethod):
     needs_new_and_old = True
 
     def check(self, stages: int) -> None:
+        super().check(stages)
         if self.config.distill.zero_stage:
             raise UserError(
                 "method a_gem needs whole gradients on every rank, but distill.zero_stage is "

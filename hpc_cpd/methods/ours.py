@@ -76,6 +76,7 @@ class Ours(ReplayMethod):
     Settings = OurSettings
 
     def check(self, stages: int) -> None:
+        super().check(stages)
         settings, config = self.settings, self.config
         if stages > 1 and config.student.top_k and settings.growth and config.distill.phase1_steps == 0:
             raise UserError(

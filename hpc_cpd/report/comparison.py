@@ -176,8 +176,6 @@ def _numbers(group: Group) -> dict[str, Any] | None:
     counted = np.max([facts.counted for facts in finished], axis=0)
     metrics = continual_metrics(stages=counted, **rates)
     name_tasks(metrics, first.tasks)
-    for row in metrics["per_task"]:
-        row["task"] = first.tasks[row.pop("index")]
     return metrics
 
 

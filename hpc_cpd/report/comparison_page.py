@@ -13,7 +13,7 @@ from typing import Any
 from hpc_cpd.errors import UserError
 from hpc_cpd.report.comparison import Comparison, cells, compare, headings, is_sweep
 from hpc_cpd.report.figures import COMPARISON_FIGURES
-from hpc_cpd.report.style import LIGHT, again, draw, opening, picture, png, section, small, table, text, write_page
+from hpc_cpd.report.style import LIGHT, again, draw, opening, picture, section, small, table, text, tr, write_page
 from hpc_cpd.run.publish import write_bytes, write_json
 
 SCHEMA_VERSION = 1
@@ -86,10 +86,7 @@ def _parts(comparison: Comparison, drawn: list[str], folder: Path) -> list[str]:
 
 
 def _table(comparison: Comparison) -> str:
-    rows = []
-    for group in comparison.begun:
-        row = (f"<td>{text(value)}{small(more)}</td>" for value, more in cells(comparison, group))
-        rows.append(f"<tr>{''.join(row)}</tr>")
+    rows = [tr(text(value) + small(more) for value, more in cells(comparison, group)) for group in comparison.begun]
     teaches = "".join(f"<li><b>{text(g.name)}</b>: {text(g.teaches)}</li>" for g in comparison.begun if g.teaches)
     about = (
         "Only finished runs count. Means over tasks have a stratified bootstrap over episodes, and over seeds where "
@@ -105,8 +102,7 @@ def _settings(comparison: Comparison) -> str:
     names = [group.name for group in comparison.begun]
     rows = []
     for key, values in comparison.settings().items():
-        row = (key, *(plain(values[name]) if name in values else "" for name in names))
-        rows.append(f"<tr>{''.join(f'<td>{text(cell)}</td>' for cell in row)}</tr>")
+        rows.append(tr(map(text, (key, *(plain(values[name]) if name in values else "" for name in names)))))
     return section("settings", "Settings that differ", table(("Setting", *names), rows) if rows else "<p>None.</p>")
 
 
@@ -139,7 +135,6 @@ def plain(value: Any) -> str:
 
 def results_page(folder: Path) -> str:
     """The text of the page. Raises UserError when there is no published sweep under `folder`."""
-    sweeps = _sweeps(folder)
     parts = [
         "# Results\n\nWritten by `hpc-cpd results`; every number in the tables is computed from the files beside this "
         "page, which `hpc-cpd sweep FILE --publish` copied from the runs; the sentences under a table were written by "
@@ -149,7 +144,7 @@ def results_page(folder: Path) -> str:
     ]
     notes = folder / NOTES
     parts += [notes.read_text()] if notes.is_file() else []
-    parts += [_section(compare([sweep]), sweep, folder) for sweep in sweeps]
+    parts += [_section(compare([sweep]), sweep, folder) for sweep in _sweeps(folder)]
     return "\n".join(parts)
 
 
@@ -157,11 +152,7 @@ def write_results(folder: Path) -> Path:
     """Write FOLDER.md and its pictures (beside the files of each sweep); return the page."""
     text = results_page(folder)
     for sweep in _sweeps(folder):
-        comparison = compare([sweep])
-        for name in PICTURES:
-            figure = COMPARISON_FIGURES[name](comparison, LIGHT)
-            if figure is not None:
-                write_bytes(sweep / f"{name}.png", png(figure))
+        draw({name: COMPARISON_FIGURES[name] for name in PICTURES}, compare([sweep]), sweep, themes=(LIGHT,))
     page = folder.with_name(f"{folder.name}.md")
     write_bytes(page, text.encode())
     return page

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -12,7 +11,7 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, MaxNLoc
 
 from hpc_cpd.report.comparison import Comparison
 from hpc_cpd.report.run_results import Record, RunResults, short_names
-from hpc_cpd.report.style import ROW_INCHES, Theme, legend, new_figure, outline, task_axis, tiles
+from hpc_cpd.report.style import ROW_INCHES, Drawing, Theme, legend, new_figure, outline, task_figure, tiles
 
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.0f}%")
 POINTS = FuncFormatter(lambda value, _: f"{100 * value:+.0f}" if value else "0")
@@ -32,8 +31,7 @@ def success_matrix(facts: RunResults, theme: Theme) -> Figure | None:
     if facts.evaluations:
         values[:, : len(facts.evaluations)] = facts.matrix().T
     cell = 0.56 if total <= 14 else 0.38
-    figure, (ax,) = new_figure(theme, max(6.0, _NAMES_INCHES + cell * (total + 1.5) + 0.6), _height(len(tasks)))
-    task_axis(ax, tasks, [row["stage"] for row in facts.rows], theme, bands=False)
+    figure, ax = task_figure(theme, facts.rows, max(6.0, _NAMES_INCHES + cell * (total + 1.5) + 0.6), bands=False)
     numbers = total <= MAX_NUMBERED_COLUMNS
     teacher = np.array([[row["teacher"] if row["teacher"] is not None else np.nan] for row in facts.rows])
     tiles(ax, teacher, theme.success_colours, theme, left=-1.4)
@@ -45,9 +43,7 @@ def success_matrix(facts: RunResults, theme: Theme) -> Figure | None:
     ax.set_xlim(-2.0, total - 0.4)
     marks = [k for k in range(total) if numbers or (k + 1) % 5 == 0]
     ax.set_xticks([-1.4, *marks], ["teacher", *(str(k + 1) for k in marks)])
-    ax.xaxis.set_ticks_position("top")
     ax.set_xlabel("success in % after stage", x=(2.0 + (total - 1) / 2) / (total + 1.6), ha="center")
-    ax.xaxis.set_label_position("top")
     return figure
 
 
@@ -56,8 +52,7 @@ def teacher_and_student(facts: RunResults, theme: Theme) -> Figure | None:
     rows = [row for row in facts.rows if row["teacher"] is not None or row.get("final") is not None]
     if not rows:
         return None
-    figure, (ax,) = new_figure(theme, 8.2, _height(len(rows)) + 0.3, grid="x")
-    task_axis(ax, [row["task"] for row in rows], [row["stage"] for row in rows], theme)
+    figure, ax = task_figure(theme, rows, 8.2)
     for y, row in enumerate(rows):
         final, own = row.get("final"), row.get("after_own_stage")
         if interval := row.get("final_interval"):
@@ -88,8 +83,7 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
     rows = [row for row in facts.rows if row.get("forgetting") is not None]
     if not rows or not facts.metrics:
         return None
-    figure, (ax,) = new_figure(theme, 8.2, _height(len(rows)) + 0.3, grid="x")
-    task_axis(ax, [row["task"] for row in rows], [row["stage"] for row in rows], theme)
+    figure, ax = task_figure(theme, rows, 8.2)
     for y, row in enumerate(rows):
         value, interval = row["forgetting"], row["forgetting_interval"]
         ax.barh(y, value, height=0.56, color=theme.loss if value > 0 else theme.gain, alpha=0.9, zorder=2)
@@ -196,16 +190,16 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
     record = facts.routing()
     experts: list[Record] = record.get("experts") or []
     answer: dict[str, list[float]] = record.get("tasks") or {}
-    tasks = [task for task in facts.tasks if task in answer]
+    rows = [row for row in facts.rows if row["task"] in answer]
+    tasks = [row["task"] for row in rows]
     if not experts or not tasks:
         return None
     values = np.full((len(tasks), len(experts)), np.nan)
-    for row, task in enumerate(tasks):
+    for y, task in enumerate(tasks):
         shares = answer[task][: len(experts)]
-        values[row, : len(shares)] = shares
+        values[y, : len(shares)] = shares
     cell = 0.46 if len(experts) <= 16 else 0.26
-    figure, (ax,) = new_figure(theme, max(6.0, _NAMES_INCHES + cell * len(experts) + 0.6), _height(len(tasks)))
-    task_axis(ax, tasks, [row["stage"] for row in facts.rows if row["task"] in tasks], theme, bands=False)
+    figure, ax = task_figure(theme, rows, max(6.0, _NAMES_INCHES + cell * len(experts) + 0.6), bands=False)
     tiles(ax, values, theme.share_colours, theme, numbers=len(experts) <= 16)
     for column, expert in enumerate(experts):
         if expert.get("task") in tasks:
@@ -215,14 +209,12 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
     ax.set_xlim(-0.6, len(experts) - 0.4)
     marks = range(0, len(experts), 1 if len(experts) <= 30 else 5)
     ax.set_xticks(list(marks), [str(experts[i].get("id", i)) for i in marks])
-    ax.xaxis.set_ticks_position("top")
-    ax.xaxis.set_label_position("top")
     ax.set_xlabel("expert, in order of birth: mean gate probability in %")
     return figure
 
 
 _OF_A_RUN = (success_matrix, teacher_and_student, forgetting, routing, stage_curves, teacher_curves)
-FIGURES: dict[str, Callable[[RunResults, Theme], Figure | None]] = {draw.__name__: draw for draw in _OF_A_RUN}
+FIGURES: dict[str, Drawing[RunResults]] = {draw.__name__: draw for draw in _OF_A_RUN}
 
 
 def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
@@ -289,15 +281,13 @@ def final_success(comparison: Comparison, theme: Theme) -> Figure | None:
     tasks = comparison.tasks
     values = np.full((len(runs), len(tasks)), np.nan)
     for row, (_, facts) in enumerate(runs):
-        for task, rate in zip(facts.tasks, facts.matrix()[-1], strict=True):
-            values[row, tasks.index(task)] = rate
+        values[row, [tasks.index(task) for task in facts.tasks]] = facts.matrix()[-1]
     names = [group.name if len(group.seeds) == 1 else f"{group.name}, {facts.config.seed}" for group, facts in runs]
     numbers = len(tasks) <= 30
     width = max(6.0, 2.6 + (0.36 if numbers else 0.2) * len(tasks))
     figure, (ax,) = new_figure(theme, width, ROW_INCHES * len(runs) + 1.9)
     ax.set(xlim=(-0.5, len(tasks) - 0.5), ylim=(len(runs) - 0.5, -0.5), yticks=range(len(runs)), yticklabels=names)
     ax.set_xticks(range(len(tasks)), short_names(tasks), rotation=90)
-    ax.xaxis.set_ticks_position("top")
     tiles(ax, values, theme.success_colours, theme, numbers=numbers)
     for row, ((above, _), (below, _)) in enumerate(pairwise(runs), 1):
         if above is not below:
@@ -305,13 +295,9 @@ def final_success(comparison: Comparison, theme: Theme) -> Figure | None:
     return figure
 
 
-COMPARISON_FIGURES: dict[str, Callable[[Comparison, Theme], Figure | None]] = dict(
+COMPARISON_FIGURES: dict[str, Drawing[Comparison]] = dict(
     success_by_stage=success_by_stage, forgetting=forgetting_of_rows, final_success=final_success
 )
-
-
-def _height(rows: int) -> float:
-    return ROW_INCHES * rows + 0.8
 
 
 def _evaluations(lines: list[Record]) -> list[tuple[float, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 from hpc_cpd.config import config_as_yaml
 from hpc_cpd.report.figures import FIGURES
 from hpc_cpd.report.run_results import Row, RunResults, read_results, shown
-from hpc_cpd.report.style import again, draw, opening, picture, section, small, table, text, write_page
+from hpc_cpd.report.style import again, draw, opening, picture, section, small, table, text, tr, write_page
 from hpc_cpd.report.table import headings, interval, percent, points
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import write_json
@@ -120,9 +120,8 @@ def _cards(m: Mapping[str, Any]) -> str:
         rate = name in ("average_success", "recovery")
         value = percent(m[name]) if rate else points(m[name], signed=name.endswith("transfer"))
         sure = interval(m["intervals"].get(name), "%" if rate else " pp", 0)
-        lines = (f"95%: {sure}" if sure and m[name] is not None else "", more)
-        if of_old and not old:
-            lines = (lines[0], "nothing to forget after one stage")
+        about = "nothing to forget after one stage" if of_old and not old else more
+        lines = (f"95%: {sure}" if sure and m[name] is not None else "", about)
         cells.append(f'<div class="card"><span>{label}</span><b>{value}</b>{"".join(map(small, lines))}</div>')
     return "".join(cells)
 
@@ -156,8 +155,7 @@ def _memories(facts: RunResults) -> str:
         return ""
     rows = []
     for stage, r in ((stage, _memory(record)) for stage, record in records.items()):
-        cells = (stage, f"{r['kept_steps']:,}", f"{r['total_steps']:,}", percent(r["share"]))
-        rows.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        rows.append(tr((str(stage), f"{r['kept_steps']:,}", f"{r['total_steps']:,}", percent(r["share"]))))
     first = next(iter(records.values()))
     about = f"chosen by {first['selection']['name']}, budget {percent(first['budget_fraction'])} per task"
     about = f'<p class="small">Steps kept of each stage\'s data ({text(about)}).</p>'

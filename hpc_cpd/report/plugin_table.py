@@ -1,4 +1,4 @@
-"""What ``hpc-cpd plugins`` prints: every plug-in of a kind, or the settings of one."""
+"""What ``hpc-cpd plugins`` prints: every plug-in of a kind, or the settings of one; and the tasks of a family."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.text import Text
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import choice_of
+from hpc_cpd.tasks.registry import ask
 
 
 def print_kind(kind: str, console: Console) -> None:
@@ -45,6 +46,17 @@ def print_settings(kind: str, name: str, console: Console) -> None:
     console.print(table)
 
 
+def print_family(name: str, console: Console) -> None:
+    """The ids of the tasks that a family lists, a line each. Raises UserError: it cannot be loaded, or fails."""
+    family = plugins.load("tasks", name)
+    console.print(Text(f"{name}, from {plugins.origin('tasks', name)}: {_first_line(family)}"), soft_wrap=True)
+    listed = ask(family.names, "names", f"{name}/...")
+    for task in listed:
+        console.print(f"{name}/{task}", soft_wrap=True, markup=False, highlight=False)
+    told = "The spaces of one" if listed else f"It lists none; an id is written {name}/NAME. The spaces of one"
+    console.print(f"{told}: hpc-cpd tasks {name}/NAME", soft_wrap=True)
+
+
 def _rows(settings: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for name, field in settings.model_fields.items():
         kind = field.annotation
@@ -53,6 +65,8 @@ def _rows(settings: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, st
             yield from _rows(kind, f"{prefix}{name}.")
         elif name != "name":
             default = field.get_default(call_default_factory=True)
+            if choice:
+                default = default or choice.default
             shown = "null" if default is None else str(getattr(default, "name", default))
             type_ = f"one of: hpc-cpd plugins {choice.kind}" if choice else _words(kind)
             described = field.description or ""

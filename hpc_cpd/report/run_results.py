@@ -123,6 +123,8 @@ def read_results(run: Run) -> RunResults:
 
 def name_tasks(metrics: dict[str, Any], tasks: Sequence[str]) -> None:
     """Put task ids in the place of the indices that `continual_metrics` gives."""
+    for row in metrics["per_task"]:
+        row["task"] = tasks[row.pop("index")]
     for name in ("not_learnt", "recovery_excluded", "teacher_unknown"):
         metrics[name] = [tasks[index] for index in metrics[name]]
     for name in ("forgetting_worst_task", "forgetting_from_best_worst_task"):
@@ -195,8 +197,8 @@ def _numbers(facts: RunResults) -> None:
         facts.counted.append(taught[task] if complete else len(facts.stages) + 1)
     if finished:
         facts.metrics = continual_metrics(stages=facts.counted, **facts.rates())
-        found = facts.metrics.pop("per_task")
         name_tasks(facts.metrics, tasks)
+        found = facts.metrics.pop("per_task")
         if never := facts.metrics["recovery_excluded"]:
             facts.notes.append(f"The teachers of {_names(never)} never succeed, so the mean recovery leaves them out.")
     else:
@@ -205,7 +207,6 @@ def _numbers(facts: RunResults) -> None:
         rates = [{"teacher": one and _rate(one), "teacher_interval": s} for one, s in zip(teachers, sure, strict=True)]
         found = [rate | dict.fromkeys(STUDENT_FIELDS) for rate in rates]
     for task, row in zip(tasks, found, strict=True):
-        row.pop("index", None)
         first = {"task": task, "episodes": facts.config.evaluation.episodes}
         facts.rows.append({**first, **row, "stage": taught[task]})
 

@@ -21,12 +21,13 @@ from rich.style import Style
 
 from hpc_cpd.cluster.status import RunStatus, State, UnitStatus
 from hpc_cpd.cluster.units import TeacherUnit
+from hpc_cpd.report.run_results import short_names
 
 Row = dict[str, str]
 
 _STYLES = dict(zip(get_args(State), ("green", "cyan", "blue", "yellow", "red", "bold red", "dim"), strict=True))
-_HEADINGS = ("Task", "State", "Progress", "Steps/s", "Success", "Time left", "Node", "Restarts")
-_RIGHT = {"Steps/s", "Success", "Time left", "Restarts"}
+_HEADINGS = ("Task", "State", "Progress", "Speed", "Success", "Time left", "Node", "Restarts")
+_RIGHT = {"Speed", "Success", "Time left", "Restarts"}
 _NARROW = ("Task", "State", "Success", "Progress")  # where all do not fit; the last column tells the rest in words
 _GAP = "  "
 _ERRORS_SHOWN = 20
@@ -116,21 +117,20 @@ def short_duration(seconds: float) -> str:
 
 
 def _rows(units: Sequence[UnitStatus]) -> list[Row]:
-    families = {one.unit.task.partition("/")[0] for one in units if isinstance(one.unit, TeacherUnit)}
-    return [_row(unit, len(families) == 1) for unit in units]
+    tasks = [one.unit.task for one in units if isinstance(one.unit, TeacherUnit)]
+    names = dict(zip(tasks, short_names(tasks), strict=True))
+    return [_row(one, names[one.unit.task] if isinstance(one.unit, TeacherUnit) else one.unit.name) for one in units]
 
 
-def _row(unit: UnitStatus, one_family: bool) -> Row:
-    task = unit.unit.task if isinstance(unit.unit, TeacherUnit) else unit.unit.name
-    if one_family and isinstance(unit.unit, TeacherUnit):
-        task = task.partition("/")[2] or task
+def _row(unit: UnitStatus, task: str) -> Row:
     row = dict.fromkeys(_HEADINGS, "") | {"Task": task, "State": unit.state}
     if unit.state != "done":
         said = [None if unit.reason == "FAILED" else unit.reason, unit.progress.place if unit.progress else None]
         row |= {"Progress": "; ".join(filter(None, said)), "Node": unit.node or ""}
         row["Time left"] = "" if unit.seconds_left is None else short_duration(unit.seconds_left)
     if unit.steps_per_second is not None:
-        row["Steps/s"] = f"{unit.steps_per_second:{'.1f' if unit.steps_per_second >= 1 else '.2g'}}"
+        counted = unit.progress.counted if unit.progress else "steps"
+        row["Speed"] = f"{unit.steps_per_second:{'.1f' if unit.steps_per_second >= 1 else '.2g'}} {counted}/s"
     if unit.success is not None:
         row["Success"] = f"{unit.success:.0%}"
     return row | ({"Restarts": str(unit.restarts)} if unit.restarts else {})
@@ -139,7 +139,7 @@ def _row(unit: UnitStatus, one_family: bool) -> Row:
 def _merged(row: Row) -> Row:
     """All that has no column of its own in a narrow table, told in the column of the progress."""
     restarts = "{} restart" if row["Restarts"] == "1" else "{} restarts"
-    words = {"Progress": "{}", "Steps/s": "{} steps/s", "Time left": "{} left", "Node": "on {}", "Restarts": restarts}
+    words = {"Progress": "{}", "Speed": "{}", "Time left": "{} left", "Node": "on {}", "Restarts": restarts}
     return {**row, "Progress": ", ".join(told.format(row[name]) for name, told in words.items() if row[name])}
 
 

@@ -10,6 +10,7 @@ import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Any, Literal, TypeVar
 
 import matplotlib
@@ -21,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.typing import ColorType
 
-from hpc_cpd.report.run_results import short_names
+from hpc_cpd.report.run_results import Row, short_names
 from hpc_cpd.run.publish import write_bytes
 
 T = TypeVar("T")
@@ -82,6 +83,8 @@ DARK = Theme(
     ramp=((0.0, "#3a2a26"), (0.4, "#24384b"), (0.7, "#2a618f"), (0.9, "#479ade"), (1.0, "#a9dbff")),
 )
 THEMES = (LIGHT, DARK)
+Drawing = Callable[[T, Theme], Figure | None]
+"""Draws results in the colours of a theme; None: there is nothing to show yet."""
 
 
 def new_figure(
@@ -115,10 +118,16 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Theme, bands: bool = True) -> None:
-    """Label the y axis with tasks, first on top, and mark which stage each belongs to."""
-    ax.set_ylim(len(tasks) - 0.5, -0.5)
-    ax.set_yticks(range(len(tasks)), short_names(tasks))
+def task_figure(theme: Theme, rows: Sequence[Row], width: float, bands: bool = True) -> tuple[Figure, Axes]:
+    """A figure whose y axis has the tasks of `rows`, first on top, and marks which stage each belongs to.
+
+    `bands`: a shade behind every other stage, lines at the ticks of the x axis, and room above for a legend.
+    """
+    height = ROW_INCHES * len(rows) + 0.8 + 0.3 * bands
+    figure, (ax,) = new_figure(theme, width, height, grid="x" if bands else None)
+    stages = [row["stage"] for row in rows]
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.set_yticks(range(len(rows)), short_names([row["task"] for row in rows]))
     right = ax.secondary_yaxis("right")
     right.tick_params(colors=theme.muted, labelcolor=theme.muted, labelsize=8, length=0)
     right.spines["right"].set_visible(False)
@@ -132,12 +141,15 @@ def task_axis(ax: Axes, tasks: Sequence[str], stages: Sequence[int], theme: Them
         if top > 0:
             ax.axhline(top, color=theme.line, linewidth=0.8, zorder=2.5)
     right.set_yticks(list(middles.values()), list(middles))
+    return figure, ax
 
 
 def tiles(
     ax: Axes, values: np.ndarray, colours: Colormap, theme: Theme, left: float = 0.0, numbers: bool = True
 ) -> None:
-    """Draw rates [rows, columns] as tiles from x = `left` - 0.5 on; NaN leaves the place empty."""
+    """Draw rates [rows, columns] as tiles from x = `left` - 0.5 on, named above; NaN leaves the place empty."""
+    ax.xaxis.set_ticks_position("top")
+    ax.xaxis.set_label_position("top")
     rows, columns = values.shape
     edges = np.arange(columns + 1) + left - 0.5, np.arange(rows + 1) - 0.5
     masked = np.ma.masked_invalid(np.clip(values, 0, 1))
@@ -169,78 +181,21 @@ def _ink(colour: ColorType) -> str:
     return "#10151b" if luminance > 0.18 else "#ffffff"
 
 
-STYLE = """
-:root { color-scheme: light dark; --bg:#f4f6f8; --card:#fff; --text:#1b2430; --muted:#5c6877; --line:#dfe4ea;
-  --accent:#0b62a8; --warn:#8a5a00; --warn-bg:#fdf3dc; --bar:#dcebf7; --code:#eef1f4; }
-@media (prefers-color-scheme: dark) { :root { --bg:#0f1318; --card:#171c23; --text:#e6ebf1; --muted:#93a0b0;
-  --line:#2b333d; --accent:#5fb2f2; --warn:#f2cd7c; --warn-bg:#2c2514; --bar:#1d3a54; --code:#0f1318; } }
-* { box-sizing:border-box }
-body { margin:0; background:var(--bg); color:var(--text); line-height:1.5;
-  font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif; }
-main { max-width:1080px; margin:0 auto; padding:2.2rem 1.2rem 4rem }
-h1 { font-size:1.9rem; line-height:1.2; margin:0 0 .25rem; letter-spacing:-.01em }
-h2 { font-size:1.15rem; margin:0 0 .35rem } h3 { font-size:1rem; margin:1.2rem 0 .3rem }
-p { margin:.3rem 0 .8rem; max-width:75ch } .lead,.small,figcaption { color:var(--muted) }
-.small { font-size:.85rem } a { color:var(--accent) }
-nav { margin:1rem 0 1.6rem; display:flex; flex-wrap:wrap; gap:.3rem 1.1rem; font-size:.92rem }
-section { background:var(--card); border:1px solid var(--line); border-radius:12px;
-  padding:1.2rem 1.4rem; margin:0 0 1.2rem }
-.cards { display:grid; grid-template-columns:repeat(3,1fr); gap:.9rem; margin:0 0 1.2rem }
-.card { background:var(--card); border:1px solid var(--line); border-radius:12px; padding:.9rem 1.1rem }
-.card b { display:block; font-size:1.95rem; line-height:1.15; font-weight:650;
-  font-variant-numeric:tabular-nums; letter-spacing:-.02em }
-.card span { display:block; font-size:.9rem; font-weight:600 } .card small { color:var(--muted); display:block }
-.notes { background:var(--warn-bg); color:var(--warn); border:1px solid var(--line); border-radius:12px;
-  padding:.7rem 1.2rem; margin:0 0 1.2rem } .notes ul { margin:.2rem 0; padding-left:1.2rem }
-figure { margin:.6rem 0 0 } figure img { max-width:100%; height:auto; display:block; margin:0 auto; border-radius:6px }
-.scroll { overflow-x:auto } table { border-collapse:collapse; width:100%; font-variant-numeric:tabular-nums;
-  font-size:.92rem } th,td { padding:.32rem .6rem; text-align:right; border-bottom:1px solid var(--line);
-  white-space:nowrap } th:first-child,td:first-child { text-align:left } thead th { color:var(--muted);
-  font-weight:600; border-bottom:2px solid var(--line) } td small { color:var(--muted); margin-left:.4em }
-tbody tr.first td { border-top:2px solid var(--line) } tfoot td { font-weight:650; border-bottom:0 }
-td.rate { background:linear-gradient(90deg,var(--bar) var(--p,0%),transparent var(--p,0%)) }
-pre { background:var(--code); border:1px solid var(--line); border-radius:8px; padding:.8rem 1rem; overflow-x:auto;
-  font-size:.86rem; line-height:1.45 } dl { display:grid; grid-template-columns:max-content 1fr; gap:.2rem 1.2rem;
-  margin:.4rem 0; font-size:.92rem } dt { color:var(--muted) } dd { margin:0; overflow-wrap:anywhere }
-details summary { cursor:pointer; color:var(--accent); margin:.5rem 0 } ul.files { columns:2; font-size:.92rem }
-@media (max-width:640px) { .cards { grid-template-columns:1fr 1fr }
-  ul.files { columns:1 } main { padding:1.2rem .7rem } section { padding:.9rem } }
-@media print { :root { --bg:#fff; --card:#fff; --text:#000; --muted:#444; --line:#ccc; --accent:#000; --code:#fff;
-  --bar:#e6eef5; --warn:#000; --warn-bg:#fff } body { font-size:11pt } nav { display:none }
-  main { max-width:none; padding:0 } section { border:0; padding:0 0 .6rem } figure,tr,.card { break-inside:avoid }
-  td.rate { print-color-adjust:exact; -webkit-print-color-adjust:exact } }
-"""
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<link rel="icon" href="data:,">
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+PAGE = Template(Path(__file__).with_name("page.html").read_text())
 
 
 def write_page(folder: Path, title: str, parts: Iterable[str]) -> Path:
     """Write ``index.html``, whose body is `parts`, into `folder`; return it."""
-    page = PAGE.format(title=text(title), style=STYLE, body="\n".join(part for part in parts if part))
+    page = PAGE.substitute(title=text(title), body="\n".join(part for part in parts if part))
     write_bytes(folder / "index.html", page.encode())
     return folder / "index.html"
 
 
-def draw(figures: Mapping[str, Callable[[T, Theme], Figure | None]], results: T, folder: Path) -> list[str]:
-    """Write the pictures of `results`, light and dark, or delete what is left of earlier ones; return those drawn."""
+def draw(figures: Mapping[str, Drawing[T]], results: T, folder: Path, themes: Iterable[Theme] = THEMES) -> list[str]:
+    """Write the pictures of `results` in each theme, or delete what is left of earlier ones; return those drawn."""
     drawn = []
     for name, figure_of in figures.items():
-        for theme in THEMES:
+        for theme in themes:
             figure, path = figure_of(results, theme), folder / f"{name}{theme.suffix}.png"
             if figure is None:
                 path.unlink(missing_ok=True)
@@ -279,6 +234,11 @@ def table(headings: Iterable[str], rows: Iterable[str], foot: str = "") -> str:
     return f'<div class="scroll"><table>{body}</table></div>'
 
 
+def tr(cells: Iterable[str]) -> str:
+    """One row of a table; each cell is HTML."""
+    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
 def small(words: str) -> str:
     """What stands behind a number in small letters; nothing for nothing."""
     return f"<small>{text(words)}</small>" if words else ""
@@ -291,10 +251,9 @@ def text(value: Any) -> str:
 
 def picture(name: str, title: str, caption: str) -> str:
     """A section around NAME.png, and its dark twin for who prefers it."""
-    dark = next(theme.suffix for theme in THEMES if theme.suffix)
     return (
         f'<section><h2>{text(title)}</h2><figure><a href="{name}.png"><picture>'
-        f'<source srcset="{name}{dark}.png" media="screen and (prefers-color-scheme: dark)">'
+        f'<source srcset="{name}{DARK.suffix}.png" media="screen and (prefers-color-scheme: dark)">'
         f'<img src="{name}.png" alt="{text(title)}" loading="lazy"></picture></a>'
         f"<figcaption><p>{text(caption)}</p></figcaption></figure></section>"
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import islice
-
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -21,12 +19,10 @@ def print_table(run: Run, console: Console | None = None) -> None:
         left = name == "Task"
         width = max(map(len, name.split()))
         table.add_column(name, justify="left" if left else "right", no_wrap=left, min_width=width)
-    rows = iter(zip(short_names(facts.tasks), facts.rows, strict=True))
-    for stage, tasks in enumerate(facts.stages, 1):
-        for name, row in islice(rows, len(tasks)):
-            rates = (percent(row.get(key)) for key in ("teacher", "after_own_stage", "final"))
-            table.add_row(name, str(stage), *rates, points(row.get("forgetting")))
-        table.add_section()
+    for name, row in zip(short_names(facts.tasks), facts.rows, strict=True):
+        rates = (percent(row.get(key)) for key in ("teacher", "after_own_stage", "final"))
+        lost, ends_stage = points(row.get("forgetting")), row["task"] == facts.stages[row["stage"] - 1][-1]
+        table.add_row(name, str(row["stage"]), *rates, lost, end_section=ends_stage)
     means = facts.metrics or {}
     rates = (percent(means.get(key)) for key in ("teacher_success", "average_after_own_stage", "average_success"))
     table.add_row("mean", "", *rates, points(means.get("forgetting_mean")), style="bold")

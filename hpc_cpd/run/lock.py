@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,6 @@ class Lock:
     """Ends the waiting with StopRequested when it becomes true."""
     also: Sequence[Path] = ()
     """Further folders that the lock speaks for."""
-    lost: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.path = (self.folder / "lock.json").absolute()
@@ -203,10 +202,8 @@ class Lock:
         while (seen := _look(self.path, self.token if touch else None)) is None and time.monotonic() < patience:
             time.sleep(HEARTBEAT_SECONDS / 200)
         if seen is None:
-            self.lost = True
             raise LockLost(f"the lock of {self.what} was deleted by somebody ({self.path}); {consequence}")
         if seen.owner.get("token") != self.token:
-            self.lost = True
             raise LockLost(f"{self.what} was taken over by {_words(seen.owner)} ({self.path}); {consequence}")
 
     def _beat(self) -> None:

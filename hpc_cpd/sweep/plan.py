@@ -29,13 +29,13 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from hpc_cpd.config import changed_keys, config_as_yaml, flat_settings, load_config, parse_config, read_mapping
+from hpc_cpd.cluster.units import TeacherUnit
+from hpc_cpd.config import changed_keys, flat_settings, load_config, parse_config, read_mapping
 from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.plugins import hint
 from hpc_cpd.report.run_results import shown
 from hpc_cpd.run.paths import Run
-from hpc_cpd.run.publish import is_done, write_bytes
 from hpc_cpd.settings import Config, PluginSettings, group_within
 from hpc_cpd.tasks.registry import resolve_tasks, stage_plan
 
@@ -154,14 +154,7 @@ class Shared:
 
     @property
     def done(self) -> bool:
-        tasks, run = resolve_tasks(self.config.stream.tasks), self.run
-        return all(is_done(run.teacher(task)) and is_done(run.trajectories(task)) for task in tasks)
-
-    def write_config(self) -> None:
-        """Write the file that `command` names."""
-        file, data = self.run.folder.with_suffix(".yaml"), config_as_yaml(self.config).encode()
-        if not file.is_file() or file.read_bytes() != data:
-            write_bytes(file, data)
+        return all(TeacherUnit(self.run, task).done for task in resolve_tasks(self.config.stream.tasks))
 
 
 def shared_by(sweep: Sweep, entries: Iterable[Entry]) -> dict[str, Shared]:

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
-from hpc_cpd.cluster.ranks import usable_cores
+from hpc_cpd.cluster.ranks import LAST_LINES, Outcome, end_in_words, tethered, usable_cores
 from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
-from hpc_cpd.cluster.supervisor import LAST_LINES, Outcome, end_in_words, supervise, tethered
+from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.cluster.units import Unit, not_done, request_of
-from hpc_cpd.config import changed_keys
+from hpc_cpd.config import changed_keys, config_as_yaml
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
-from hpc_cpd.progress import Reader
+from hpc_cpd.progress import Reader, say
 from hpc_cpd.report.comparison import write_sweep_file
 from hpc_cpd.run.lock import Lock
-from hpc_cpd.run.publish import is_done
+from hpc_cpd.run.publish import is_done, write_bytes
 from hpc_cpd.sweep.plan import Entry, Row, Shared, Sweep, in_turn, link, shared_by
 from hpc_cpd.tasks.registry import run_plan
 
@@ -128,7 +128,7 @@ def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> 
         note_rows(sweep)
         entries = in_turn(rows)
         todo = [entry for entry in entries if not finished(entry)]
-        _say(f"Sweep {sweep.folder}: {len(entries) - len(todo)} of {len(entries)} runs done, {len(todo)} to do")
+        say(f"Sweep {sweep.folder}: {len(entries) - len(todo)} of {len(entries)} runs done, {len(todo)} to do")
         failed = _make(sweep, todo, where, queues, at_once, stop)
     for outcome in failed:
         print(f"error: {outcome.name}: {outcome.sentence or 'stopped'}", file=sys.stderr, flush=True)
@@ -139,7 +139,7 @@ def run_sweep(sweep: Sweep, rows: Sequence[Row], cluster: str, at_once: int) -> 
         raise StopRequested("the same command goes on from here")
     for entry in todo if queues else ():
         if not finished(entry):
-            _say(f"{entry.name}: submitted; look: hpc-cpd status {shlex.quote(str(entry.run.folder))}")
+            say(f"{entry.name}: submitted; look: hpc-cpd status {shlex.quote(str(entry.run.folder))}")
     return EXIT_DONE
 
 
@@ -152,12 +152,12 @@ def show_plan(sweep: Sweep, rows: Sequence[Row]) -> None:
     shared = shared_by(sweep, entries)
     for one in dict.fromkeys(shared.values()):
         for_ = ", ".join(entry.name for entry in entries if shared[entry.name] is one)
-        _say(f"# teachers and trajectories, seed {sweep.data_seed}{' (done)' * one.done}, for: {for_}")
-        _say(shlex.join(one.command))
+        say(f"# teachers and trajectories, seed {sweep.data_seed}{' (done)' * one.done}, for: {for_}")
+        say(shlex.join(one.command))
     for row in rows:
-        _say(f"\n# {row.name}{f': {row.title}' if row.title else ''} (teachers included: {sweep.command(row.name)})")
+        say(f"\n# {row.name}{f': {row.title}' if row.title else ''} (teachers included: {sweep.command(row.name)})")
         for entry in row.entries:
-            _say(f"{shlex.join(entry.command)}{'  # done' if finished(entry) else ''}")
+            say(f"{shlex.join(entry.command)}{'  # done' if finished(entry) else ''}")
 
 
 def note_rows(sweep: Sweep) -> None:
@@ -182,7 +182,7 @@ def _make(sweep: Sweep, todo: Sequence[Entry], where: str, queues: bool, at_once
     shared = shared_by(sweep, todo)
     kinds = [one for one in dict.fromkeys(shared.values()) if not one.done]
     for one in kinds:
-        one.write_config()
+        write_bytes(one.run.folder.with_suffix(".yaml"), config_as_yaml(one.config).encode())  # which its command names
     words = [where, *(["--wait"] if queues else [])]
     teachers = [_launch(one, "teachers", f"teachers {one.run.folder.name}", words) for one in kinds]
     outcomes = supervise(teachers, 1, stop, _show)  # each uses all the cores
@@ -216,11 +216,4 @@ def _where(cluster: str, sweep: Sweep) -> tuple[str, bool]:
 
 
 def _show(name: str, line: str) -> None:
-    _say(f"{name}: {line}")
-
-
-def _say(text: str) -> None:
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:  # whoever read along has gone: the work goes on unheard
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    say(f"{name}: {line}")

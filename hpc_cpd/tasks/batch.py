@@ -16,7 +16,8 @@ from numpy.typing import ArrayLike, NDArray
 from hpc_cpd.tasks.families.base import Batch, TaskSpec
 from hpc_cpd.tasks.spaces import checked_actions, mapped, write_rows
 
-_UNBOUNDED = 2**31
+UNBOUNDED_GOALS = 2**31
+"""How many goal indices there are where a task has no list of goals."""
 _GOAL_DRAWS = 0x60A1
 """Keeps the generator of goal indices apart from others that are made from the same seed."""
 
@@ -31,7 +32,6 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
 
     def __init__(self, task: TaskSpec, batch: Batch, seed: int) -> None:
         self.task = task
-        self.seed = seed
         self.num_envs = batch.num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.DISABLED}
         self.single_observation_space = task.observation_space
@@ -73,7 +73,7 @@ class BatchEnv(VectorEnv[Any, Any, NDArray[Any]]):
         unknown = set(options) - {"goal_index", "reset_mask"}
         if unknown:
             raise ValueError(f"unknown reset option {sorted(unknown)[0]!r}; known: goal_index, reset_mask")
-        limit = self.num_goals or _UNBOUNDED
+        limit = self.num_goals or UNBOUNDED_GOALS
         mask = self._mask(options.get("reset_mask", np.ones(self.num_envs, np.bool_)), "reset_mask")
         if "goal_index" in options:
             goals = np.asarray(options["goal_index"])

@@ -34,10 +34,10 @@ def check_tasks(plan: Sequence[Sequence[str]], config: Config) -> None:
                     "observations and actions must each be a Box of float32 numbers in one dimension; such a task can "
                     "be listed and stepped (hpc_cpd.make_batch)"
                 )
-        if _shapes(spec) != _shapes(first):
+        if _told(spec) != _told(first):
             raise UserError(
-                f"stream.tasks: {_told(first)}, but {_told(spec)}; one student acts in all tasks of a stream, so "
-                "their shapes must be the same"
+                f"stream.tasks: {first.task_id} has {_told(first)}, but {spec.task_id} has {_told(spec)}; one student "
+                "acts in all tasks of a stream, so their shapes must be the same"
             )
         if config.trajectories.success_only and not spec.has_success:
             raise UserError(
@@ -88,12 +88,8 @@ def probe(task_id: str) -> None:
         ask(batch.close, "close", task_id)
 
 
-def _shapes(spec: Any) -> tuple[Any, Any]:
-    return spec.observation_space.shape, spec.action_space.shape
-
-
 def _told(spec: Any) -> str:
-    return f"{spec.task_id} has observations {shown(spec.observation_space)} and actions {shown(spec.action_space)}"
+    return f"observations {shown(spec.observation_space)} and actions {shown(spec.action_space)}"
 
 
 def _first(values: Any) -> str:

@@ -129,15 +129,7 @@ def family_of(task_id: str) -> tuple[TaskFamily, str]:
 
 def ask(method: Callable[..., Any], what: str, task_id: str, *arguments: Any) -> Any:
     """Call into a family. Raises UserError: its own, or one sentence for whatever else it raises."""
-    try:
-        return method(*arguments)
-    except UserError:
-        raise
-    except Exception as error:  # a family may be anybody's code
-        raise UserError(
-            f"the family of task '{task_id}' fails in {what}(): {type(error).__name__}: "
-            f"{' '.join(str(error).split())}; repair the package that declares it (what it must offer: {PAGE})"
-        ) from error
+    return plugins.ask(f"the family of task '{task_id}' fails in {what}()", PAGE, method, *arguments)
 
 
 def _mistake(spec: Any, task_id: str) -> str | None:

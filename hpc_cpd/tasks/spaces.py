@@ -20,13 +20,6 @@ Data = NDArray[Any] | dict[str, Any]
 """An element of a space, or one per row of a batch: an array [N, ...], or such a one per key."""
 
 
-def flat_size(space: Space[Any]) -> int:
-    """How many numbers an element of `space` has when it is flattened; a Discrete(n) counts as n."""
-    from gymnasium.spaces import flatdim
-
-    return int(flatdim(space))
-
-
 def shown(space: Space[Any]) -> str:
     """`space` in a few words, such as ``Box [84, 84, 3] uint8`` or ``Discrete(4)``."""
     from gymnasium.spaces import Box, Dict
@@ -63,11 +56,6 @@ def stack(elements: Sequence[Any]) -> Any:
     if isinstance(elements[0], tuple):
         raise TypeError("an observation must be an array, or a dict of arrays, not a tuple")
     return np.array(elements)
-
-
-def rows_of(data: Data, rows: Any) -> Any:
-    """Some rows, or one, of a batch."""
-    return mapped(lambda values: values[rows], data)
 
 
 def write_rows(data: Data, rows: NDArray[np.int64], new: Data) -> None:

@@ -16,7 +16,7 @@ from hpc_cpd.tasks.registry import describe, make_batch
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, keep_successes, play_block
 from hpc_cpd.teachers.sources.student import load_any_teacher, weights_of
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import ShardWriter, closed_shards, load_shard, next_part, write_manifest
+from hpc_cpd.trajectories.shard import closed_shards, load_shard, next_part, write_manifest, write_shard
 
 
 def collect_trajectories(run: Run, task_id: str, communicator: Communicator, stop: Callable[[], bool]) -> None:
@@ -39,17 +39,13 @@ def collect_trajectories(run: Run, task_id: str, communicator: Communicator, sto
     due = SaveDue(run, config.checkpoint_every_seconds)
     boundary = CheckpointBoundary(communicator, stop, due, f"the trajectories of {task_id}")
     progress = Progress(f"trajectories {task_id}", enabled=communicator.rank == 0, folder=run.teacher(task_id))
-    tell = partial(progress.update, phase="recording", total=settings.episodes)
+    tell = partial(progress.update, phase="recording", total=settings.episodes, counted="episodes")
     plan = EpisodePlan(config.seed, task_id, "trajectory", settings.action_noise, settings.steps_after_success)
 
     def close() -> None:
         """Write what this rank holds as one shard."""
-        if held:
-            shard = ShardWriter(folder, communicator.rank, next_part(folder, communicator.rank), origin)
-            for episode in held:
-                shard.add(episode)
-            shard.close()
-            held.clear()
+        write_shard(folder, communicator.rank, next_part(folder, communicator.rank), origin, held)
+        held.clear()
 
     def keep(episodes: list[Episode], kept: int) -> None:
         held.extend(episodes)

@@ -19,8 +19,7 @@ def evaluate_on_all_ranks(policy: Policy, context: TeacherContext, episodes: int
     """The results of all episodes in order, on every rank; the ranks share the playing."""
     communicator = context.communicator
     mine = range(communicator.rank, episodes, communicator.size)
-    results = evaluate_policy(policy, context.task.task_id, episodes, seed, mine)
-    gathered = communicator.gather(results)
+    gathered = communicator.gather(evaluate_policy(policy, context.task.task_id, episodes, seed, mine))
     return sorted((result for of_rank in gathered for result in of_rank), key=lambda result: result.episode)
 
 

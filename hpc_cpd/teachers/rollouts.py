@@ -8,21 +8,19 @@ same bits come out whoever plays it.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from gymnasium.spaces import flatdim
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.randomness import numpy_generator
-from hpc_cpd.tasks.batch import BatchEnv
+from hpc_cpd.tasks.batch import UNBOUNDED_GOALS, BatchEnv
 from hpc_cpd.tasks.policy import Policy
 from hpc_cpd.tasks.registry import make_batch
-from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.trajectories.schema import Episode
 
 BLOCK = 8
-UNBOUNDED_GOALS = 2**31
 
 
 def generator(seed: int, task_id: str, purpose: str, *indices: int) -> np.random.Generator:
@@ -57,8 +55,7 @@ class TrainingEnvironments:
             self._envs = None
 
 
-@dataclass(frozen=True)
-class EpisodePlan:
+class EpisodePlan(NamedTuple):
     """What decides a recorded episode, besides its number."""
 
     seed: int
@@ -80,7 +77,7 @@ def play_block(
     """
     horizon, goals = envs.task.horizon, envs.num_goals or UNBOUNDED_GOALS
     numbers = range(block * BLOCK, (block + 1) * BLOCK)
-    noise = np.zeros((horizon, BLOCK, flat_size(envs.task.action_space)), np.float32)
+    noise = np.zeros((horizon, BLOCK, flatdim(envs.task.action_space)), np.float32)
     goal_index = np.zeros(BLOCK, np.int64)
     for row, number in enumerate(numbers):
         rng = generator(plan.seed, plan.task_id, plan.purpose, number)

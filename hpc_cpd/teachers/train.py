@@ -188,8 +188,8 @@ class _Training:
     def _tell(self, text: str, last: bool = False, loss: float | None = None) -> None:
         """Say `text`, and where the training is."""
         state, steps = self.state, None if self.pretraining is None else self.pretraining.steps
-        improving = (self.config.teachers.algorithm.name, state.round, self.learner.rounds)
-        self.progress.update(text, last, *(improving if state.started else ("start", state.start_step, steps)), loss)
+        improving = (self.config.teachers.algorithm.name, state.round, self.learner.rounds, loss, "rounds")
+        self.progress.update(text, last, *(improving if state.started else ("start", state.start_step, steps, loss)))
 
     def _log(self, **values: Any) -> None:
         if self.log is not None:

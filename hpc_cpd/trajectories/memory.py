@@ -8,9 +8,8 @@ manifest, and is read back by `open_trajectories`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,24 +18,25 @@ from hpc_cpd import plugins
 from hpc_cpd.randomness import numpy_generator
 from hpc_cpd.run.publish import DONE, atomic_folder, is_done, mark_done, read_json, write_json
 from hpc_cpd.settings import PluginSettings
+from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.trajectories.schema import Episode, Origin
 from hpc_cpd.trajectories.selection.base import Candidates, trajectory_features
-from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+from hpc_cpd.trajectories.shard import write_manifest, write_shard
 from hpc_cpd.trajectories.store import TrajectoryStore, open_trajectories
 
 SELECTION = "selection.json"
+MOST_TRIED = 100
+"""Made-up episodes among which a launch has a selection choose."""
 
 
-@dataclass(frozen=True, eq=False)
-class TaskMemory:
+class TaskMemory(NamedTuple):
     """What is kept of one task."""
 
     origin: Origin
-    episodes: list[Episode]  # in the order of selection
-    quality: list[float]  # of the kept episodes
-    total_episodes: int
-    total_steps: int
-    budget_steps: int
+    episodes: list[Episode]
+    """in the order of selection"""
+    record: dict[str, Any]
+    """what `SELECTION` says of the task, plain JSON values"""
 
 
 def select_memory(
@@ -71,7 +71,43 @@ def select_memory(
     candidates = Candidates(task_id, episodes, lengths, quality, budget, rng, features)
     chosen = candidates.choose(plugins.load("selections", selection.name)(selection))
     origin, kept = store.origins[task_id], [episodes[number] for number in chosen]
-    return TaskMemory(origin, kept, quality[chosen].tolist(), len(episodes), int(lengths.sum()), budget)
+    record = {
+        "task_id": task_id,
+        "teacher_sha256": origin.teacher_sha256,
+        "total_episodes": len(episodes),
+        "total_steps": int(lengths.sum()),
+        "budget_steps": budget,
+        "kept_steps": int(lengths[chosen].sum()),
+        "episodes": [
+            {"episode_index": one.index, "goal_index": one.goal_index, "length": len(one), "quality": float(value)}
+            for one, value in zip(kept, quality[chosen], strict=True)
+        ],
+    }
+    return TaskMemory(origin, kept, record)
+
+
+def try_selection(selection: PluginSettings, task: TaskSpec, episodes: int, budget_fraction: float) -> None:
+    """Have a selection choose among made-up `episodes` of `task`, before a run has spent hours on real ones.
+
+    A run keeps its selection from the first stage on, and it may be anybody's code. Raises UserError like
+    `select_memory`, or one sentence for whatever else it raises.
+    """
+    draws = np.random.default_rng(0)
+
+    def floats(steps: int, shape: Sequence[int] | None) -> NDArray[np.float32]:
+        return draws.uniform(-1.0, 1.0, (steps, *(shape or ()))).astype(np.float32)
+
+    made: list[Episode] = []
+    for index in range(min(episodes, MOST_TRIED)):
+        steps = 10 + index % 7
+        seen, acted = floats(steps + 1, task.observation_space.shape), floats(steps, task.action_space.shape)
+        success = np.arange(steps) == steps - 1
+        made.append(Episode(seen[:-1], acted, acted, floats(steps, ()), success, seen[-1], index, index))
+    origin = Origin(task.task_id, "", 0, task.reward_version, task.environment_version)
+    store = TrajectoryStore({task.task_id: made}, {task.task_id: origin})
+    errors, failing = draws.uniform(0.1, 1.0, len(made)), f"the selection '{selection.name}' fails in order()"
+    page = "docs/extending/selections.md"
+    plugins.ask(failing, page, select_memory, store, task.task_id, errors, budget_fraction, selection, 0)
 
 
 def episode_quality(errors: ArrayLike) -> NDArray[np.float64]:
@@ -97,13 +133,9 @@ def write_memory(folder: str | Path, tasks: Sequence[TaskMemory], **facts: Any) 
     """
     with atomic_folder(Path(folder)) as temporary:
         for part, task in enumerate(tasks):
-            writer = ShardWriter(temporary, 0, part, task.origin)
-            for episode in task.episodes:
-                writer.add(episode)
-            writer.close()
-        listed = [_selection(task) for task in tasks]
-        summary = {"tasks": len(tasks), "steps": sum(memory["kept_steps"] for memory in listed)}
-        write_json(temporary / SELECTION, {**facts, **summary, "memories": listed})
+            write_shard(temporary, 0, part, task.origin, task.episodes)
+        summary = {"tasks": len(tasks), "steps": sum(task.record["kept_steps"] for task in tasks)}
+        write_json(temporary / SELECTION, {**facts, **summary, "memories": [task.record for task in tasks]})
         write_manifest(temporary)
         mark_done(temporary, summary)
 
@@ -116,17 +148,3 @@ def open_memory(folders: Sequence[str | Path], in_memory_gigabytes: float | None
     if any(not is_done(Path(folder)) or read_json(Path(folder) / DONE)["steps"] for folder in folders):
         return open_trajectories(folders, in_memory_gigabytes=in_memory_gigabytes)
     return None
-
-
-def _selection(task: TaskMemory) -> dict[str, Any]:
-    kept = [
-        {"episode_index": episode.index, "goal_index": episode.goal_index, "length": len(episode), "quality": quality}
-        for episode, quality in zip(task.episodes, task.quality, strict=True)
-    ]
-    return {
-        "task_id": task.origin.task_id,
-        "teacher_sha256": task.origin.teacher_sha256,
-        **{name: getattr(task, name) for name in ("total_episodes", "total_steps", "budget_steps")},
-        "kept_steps": sum(map(len, task.episodes)),
-        "episodes": kept,
-    }

@@ -20,6 +20,7 @@ The bytes of a shard are a function of its contents: no time stamps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,29 +85,27 @@ class Origin:
     """What `Episode.teacher_mean` holds: "teacher_mean", or "teacher_logits" of a discrete task."""
 
 
-def episode_problem(episode: Episode, other: Episode | None, target: str) -> str | None:
-    """Why an episode cannot go into a shard, after the episode `other` of the same shard; None: it can."""
-    steps = len(episode)
-    if steps == 0:
-        return "it has no steps"
-    for name in STEPWISE[1:]:
-        if len(getattr(episode, name)) != steps:
-            return f"it has {steps} observations but {len(getattr(episode, name))} {name}"
-    if episode.final_observation.shape != episode.observations.shape[1:]:
-        return f"its final_observation has shape {episode.final_observation.shape}"
-    if episode.rewards.ndim != 1 or episode.success.ndim != 1:
-        return "rewards and success must be one number per step"
-    if problem := _target_problem(target, episode.actions, episode.teacher_mean):
-        return f"it has {problem}"
-    for name in ("observations", "actions", "teacher_mean", "rewards", "final_observation"):
-        if not np.isfinite(getattr(episode, name)).all():
-            return f"its {name} hold NaN or infinity"
-    if other is not None:
-        for name in ("observations", "actions", "teacher_mean"):
-            before, now = getattr(other, name), getattr(episode, name)
-            if before.shape[1:] != now.shape[1:] or before.dtype != now.dtype:
-                return f"its {name} are {now.dtype}{now.shape[1:]}, those before {before.dtype}{before.shape[1:]}"
+def difference(one: Episode, other: Episode) -> str | None:
+    """The first field of which two episodes have other numbers per step, and which; None: there is none."""
+    for name in ("observations", "actions", "teacher_mean"):
+        here, there = getattr(one, name), getattr(other, name)
+        if here.shape[1:] != there.shape[1:] or here.dtype != there.dtype:
+            return f"{name} {here.dtype}{list(here.shape[1:])}, not {there.dtype}{list(there.shape[1:])}"
     return None
+
+
+def shard_contents(episodes: Sequence[Episode], origin: Origin) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Attributes and columns of the shard of `episodes`."""
+    columns = {
+        origin.target if name == "teacher_mean" else name: np.concatenate([getattr(one, name) for one in episodes])
+        for name in STEPWISE
+    }
+    columns["episode_offsets"] = np.cumsum([0, *map(len, episodes)], dtype=np.int64)
+    columns["final_observations"] = np.stack([episode.final_observation for episode in episodes])
+    columns["episode_index"] = np.array([episode.index for episode in episodes], np.int64)
+    goals = np.array([episode.goal_index for episode in episodes], np.int64)
+    facts = vars(origin) | {"seed": np.int64(origin.seed), "goal_index": goals}
+    return {name: facts[name] for name in ATTRIBUTES}, columns
 
 
 def shard_problem(attributes: dict[str, Any], columns: dict[str, NDArray[Any]], task_id: str | None) -> str | None:

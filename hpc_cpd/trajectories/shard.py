@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,50 +22,39 @@ MANIFEST = "manifest.json"
 SHARD_NAME = re.compile(r"shard-(\d{4})-(\d{5})\.h5")
 
 
-class ShardWriter:
-    """Collects episodes in memory and writes them as one shard on `close`.
+def write_shard(folder: str | Path, rank: int, part: int, origin: Origin, episodes: Iterable[Episode]) -> Path | None:
+    """Write `episodes` as one shard (temporary name, fsync, rename) and return its path; None if there are none.
 
-    Left-overs of a killed writer of the same rank and part are removed. Raises FileExistsError when that
-    part is closed already: take `next_part`.
+    Left-overs of a killed writer of the same rank and part are removed. Raises FileExistsError when that part is there
+    already (take `next_part`), and UserError when shapes of the episodes disagree or one holds NaN or infinity.
     """
-
-    def __init__(self, folder: str | Path, rank: int, part: int, origin: Origin) -> None:
-        if origin.target not in TARGETS:
-            raise ValueError(f"target must be one of {TARGETS}, not {origin.target!r}")
-        self.origin = origin
-        self.path = Path(folder) / f"shard-{rank:04d}-{part:05d}.h5"
-        if not SHARD_NAME.fullmatch(self.path.name):
-            raise ValueError(f"rank {rank} or part {part} does not fit into the name of a shard")
-        if self.path.exists():
-            raise FileExistsError(f"{self.path} is already closed")
-        for orphan in self.path.parent.glob(f".{self.path.name}.*.tmp"):
-            orphan.unlink(missing_ok=True)
-        self._episodes: dict[int, Episode] = {}
-
-    def __len__(self) -> int:
-        """Episodes held so far."""
-        return len(self._episodes)
-
-    def add(self, episode: Episode) -> None:
-        """Hold a copy of one episode. Raises UserError when its shapes disagree or it holds NaN or infinity."""
-        held = _canonical(episode, self.origin.target)
-        first = next(iter(self._episodes.values()), None)
-        if problem := schema.episode_problem(held, first, self.origin.target):
+    if origin.target not in TARGETS:
+        raise ValueError(f"target must be one of {TARGETS}, not {origin.target!r}")
+    path = Path(folder) / f"shard-{rank:04d}-{part:05d}.h5"
+    if not SHARD_NAME.fullmatch(path.name):
+        raise ValueError(f"rank {rank} or part {part} does not fit into the name of a shard")
+    if path.exists():
+        raise FileExistsError(f"{path} is already closed")
+    for orphan in path.parent.glob(f".{path.name}.*.tmp"):
+        orphan.unlink(missing_ok=True)
+    held: dict[int, Episode] = {}
+    for episode in episodes:
+        now = _canonical(episode, origin.target)
+        problem = schema.shard_problem(*schema.shard_contents([now], origin), None) if len(now) else "has no steps"
+        if problem is None and held and (other := schema.difference(now, next(iter(held.values())))):
+            problem = f"has {other} as those before"
+        if problem:
             raise UserError(
-                f"episode {episode.index} of {self.origin.task_id} cannot be recorded: {problem}; "
+                f"episode {episode.index} of {origin.task_id} cannot be recorded: it {problem}; "
                 "check the teacher and the environment that made it"
             )
-        if held.index in self._episodes:
-            raise ValueError(f"episode {held.index} was added twice to {self.path}")
-        self._episodes[held.index] = held
-
-    def close(self) -> Path | None:
-        """Write the shard (temporary name, fsync, rename) and return its path; None if there is no episode."""
-        if not self._episodes:
-            return None
-        write_bytes(self.path, encode_shard([*self._episodes.values()], self.origin))
-        self._episodes = {}
-        return self.path
+        if now.index in held:
+            raise ValueError(f"episode {now.index} is there twice for {path}")
+        held[now.index] = now
+    if not held:
+        return None
+    write_bytes(path, encode_shard([*held.values()], origin))
+    return path
 
 
 def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
@@ -73,34 +62,20 @@ def encode_shard(episodes: Sequence[Episode], origin: Origin) -> bytes:
     buffer = io.BytesIO()
     # v110: the older format limits an attribute (goal_index) to 64 KiB
     with h5py.File(buffer, "w", libver=("v110", "v110")) as file:
-        columns: dict[str, NDArray[Any]] = {
-            name: np.concatenate([getattr(episode, name) for episode in episodes]) for name in STEPWISE
-        }
-        columns["episode_offsets"] = np.cumsum([0, *map(len, episodes)], dtype=np.int64)
-        columns["final_observations"] = np.stack([episode.final_observation for episode in episodes])
-        columns["episode_index"] = np.array([episode.index for episode in episodes], np.int64)
+        attributes, columns = schema.shard_contents(episodes, origin)
         for name, values in columns.items():
-            file.create_dataset(origin.target if name == "teacher_mean" else name, data=values, track_times=False)
-        goals = np.array([episode.goal_index for episode in episodes], np.int64)
-        file.attrs["schema_version"] = SCHEMA_VERSION
-        for name in schema.ATTRIBUTES:
-            file.attrs[name] = goals if name == "goal_index" else getattr(origin, name)
+            file.create_dataset(name, data=values, track_times=False)
+        file.attrs.update(schema_version=SCHEMA_VERSION, **attributes)
     return buffer.getvalue()
 
 
-def read_shard(path: str | Path, task_id: str | None = None) -> list[Episode]:
-    """The episodes of a shard in file order.
+def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = False) -> tuple[Origin, list[Episode]]:
+    """Origin and episodes (in file order) of a shard, every check made.
+
+    `mapped`: what has a row per step stays in the file, which must not be written to (a closed shard never is).
 
     Raises UserError naming the shard when it is missing, truncated, of another schema version or task (`task_id`; None:
     any), or when shapes, offsets or numbers in it are wrong.
-    """
-    return load_shard(path, task_id)[1]
-
-
-def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = False) -> tuple[Origin, list[Episode]]:
-    """Origin and episodes of a shard, every check made. Raises UserError like `read_shard`.
-
-    `mapped`: what has a row per step stays in the file, which must not be written to (a closed shard never is).
     """
     path = Path(path)
     if not path.is_file():
@@ -122,17 +97,14 @@ def load_shard(path: str | Path, task_id: str | None = None, mapped: bool = Fals
     target = next(name for name in TARGETS if name in columns)
     facts: dict[str, Any] = {name: attributes[name] for name in schema.TEXTS}
     by_step: dict[str, Any] = {name: columns[target if name == "teacher_mean" else name] for name in STEPWISE}
-    singles = zip(columns["final_observations"], attributes["goal_index"], columns["episode_index"], strict=True)
     episodes = [
         Episode(
             **{name: values[start:stop] for name, values in by_step.items()},
-            final_observation=final,
-            goal_index=int(goal),
-            index=int(index),
+            final_observation=columns["final_observations"][number],
+            goal_index=int(attributes["goal_index"][number]),
+            index=int(columns["episode_index"][number]),
         )
-        for (start, stop), (final, goal, index) in zip(
-            itertools.pairwise(columns["episode_offsets"]), singles, strict=True
-        )
+        for number, (start, stop) in enumerate(itertools.pairwise(columns["episode_offsets"]))
     ]
     return Origin(**facts, seed=int(attributes["seed"]), target=target), episodes
 
@@ -224,14 +196,14 @@ def check_listed(
 
 
 def _canonical(episode: Episode, target: str) -> Episode:
-    """A copy in the types of a shard."""
+    """The episode in the types of a shard."""
     discrete = target == "teacher_logits" and np.asarray(episode.actions).dtype.kind in "iu"
     types = {"actions": np.int64 if discrete else np.float32, "success": np.bool_}
 
     def converted(name: str) -> NDArray[Any]:
         values = np.asarray(getattr(episode, name))
         image = values.dtype == np.uint8 and name in ("observations", "final_observation")
-        return np.array(values, np.uint8 if image else types.get(name, np.float32))
+        return np.asarray(values, np.uint8 if image else types.get(name, np.float32))
 
     arrays: dict[str, Any] = {name: converted(name) for name in (*STEPWISE, "final_observation")}
     return Episode(**arrays, goal_index=int(episode.goal_index), index=int(episode.index))

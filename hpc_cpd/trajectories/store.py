@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import DONE, is_done
-from hpc_cpd.trajectories.schema import STEPWISE, Episode, Origin, broken
+from hpc_cpd.trajectories.schema import STEPWISE, Episode, Origin, broken, difference
 from hpc_cpd.trajectories.shard import MANIFEST, check_listed, closed_shards, read_manifest, refuse_repeats
 
 STATISTICS_STEPS = 65_536
@@ -269,13 +269,10 @@ class TrajectoryStore:
             if (task, episode.index) in seen:
                 raise UserError(f"episode {episode.index} of {self.task_ids[task]} is there twice; open it only once")
             seen.add((task, episode.index))
-            for name in ("observations", "actions", "teacher_mean"):
-                here, there = getattr(episode, name), getattr(first, name)
-                if here.shape[1:] != there.shape[1:] or here.dtype != there.dtype:
-                    raise UserError(
-                        f"{self.task_ids[task]} has {name} {here.dtype}{list(here.shape[1:])}, but "
-                        f"{self.task_ids[first_task]} has {there.dtype}{list(there.shape[1:])}; open them apart"
-                    )
+            if different := difference(episode, first):
+                raise UserError(
+                    f"{self.task_ids[task]} has {different} as {self.task_ids[first_task]} has; open them apart"
+                )
 
 
 def open_trajectories(

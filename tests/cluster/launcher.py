@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.ranks import RankedJob
-from hpc_cpd.cluster.supervisor import supervise
+from hpc_cpd.cluster.schedulers.local import supervise
 
 
 def main() -> int:

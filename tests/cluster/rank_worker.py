@@ -15,9 +15,9 @@ from typing import NoReturn
 
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.schedulers.base import find_rank
-from hpc_cpd.cluster.worker import run_rank
 from hpc_cpd.errors import RankLost, StopRequested, UserError
 from hpc_cpd.progress import Progress
+from hpc_cpd.worker import run_rank
 
 
 def main() -> NoReturn:

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpc_cpd.cluster.worker import remove_leftovers
+from hpc_cpd.worker import remove_leftovers
 
 
 def make(folder: Path, name: str, age: float = 60) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from hpc_cpd.cluster import ranks
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.ranks import RankedJob
-from hpc_cpd.cluster.supervisor import supervise
+from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -7,9 +7,9 @@ import pytest
 
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
 from hpc_cpd.cluster.schedulers.base import RankInfo, find_rank, scheduler_of
-from hpc_cpd.cluster.worker import rendezvous
 from hpc_cpd.config import load_config
 from hpc_cpd.run.job import JobStart
+from hpc_cpd.worker import rendezvous
 
 
 @pytest.fixture

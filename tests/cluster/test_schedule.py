@@ -44,7 +44,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def submit_all(work: LaunchRequest) -> None:
-    submit.submit_all(work, scheduler_of(work.config), retry=False, say=lambda text: None, stop=lambda: False)
+    submit.submit_all(work, scheduler_of(work.config), retry=False, stop=lambda: False)
 
 
 def test_links_that_were_submitted_before_a_refusal_are_known(tmp_path, scripts, monkeypatch):

@@ -144,6 +144,10 @@ def test_what_is_reported_tells_how_fast_it_goes_and_what_it_does_between(run, c
         monkeypatch.undo()
     first, second, _ = capsys.readouterr().out.splitlines()
     assert "steps/s" not in first and second.endswith(" steps/s")
+    rounds = Progress("teacher x", every_seconds=0)
+    for number in range(2):
+        rounds.update("ppo", phase="ppo", step=number, counted="rounds")
+    assert capsys.readouterr().out.endswith(" rounds/s\n")
     write_news(folder, "phase 2", 950, 2000, steps_per_second=8.0)
     assert units(run)["stage 1"].steps_per_second is None  # nobody works on it any more
 

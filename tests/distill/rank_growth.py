@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill import stage, train
 from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
@@ -25,6 +24,7 @@ from hpc_cpd.methods.base import Method
 from hpc_cpd.run.paths import Run
 from hpc_cpd.settings import DistillSettings
 from hpc_cpd.student.network import Student, expert_of
+from hpc_cpd.worker import leave
 from tests.distill.rank_stage import evaluate
 
 steps_with_gradient: Counter[int] = Counter()

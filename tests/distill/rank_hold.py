@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.errors import run_command
 from hpc_cpd.methods.base import method_of
 from hpc_cpd.settings import Config, DistillSettings
+from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 

@@ -12,13 +12,13 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill import stage as distill_stage
 from hpc_cpd.distributed.torch import finish_distributed
 from hpc_cpd.errors import EXIT_DONE, run_command
 from hpc_cpd.evaluation.rollouts import EpisodeResult
 from hpc_cpd.run.paths import Run
 from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy
+from hpc_cpd.worker import leave
 
 
 def evaluate(

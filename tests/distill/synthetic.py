@@ -11,7 +11,7 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import mark_done
 from hpc_cpd.settings import Config
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
+from hpc_cpd.trajectories.shard import write_manifest, write_shard
 
 TASKS = [f"metaworld/{name}-v3" for name in ("reach", "push", "door-open", "window-open")]
 OBSERVATION_SIZE, ACTION_SIZE = 39, 4
@@ -59,15 +59,15 @@ def record_task(
     environment: str = "synthetic",
 ) -> None:
     folder = run.trajectories(task)
-    writer = ShardWriter(folder, 0, 0, Origin(task, teacher, 0, "v2", environment))
     rng = np.random.default_rng([7, number])
     centre = rng.normal(size=OBSERVATION_SIZE)
     weights = rng.normal(size=(OBSERVATION_SIZE, ACTION_SIZE)) * 0.1
+    recorded = []
     for index in range(episodes):
         walk = centre + np.cumsum(rng.normal(size=(steps + 1, OBSERVATION_SIZE)) * 0.1, axis=0)
         observations = walk.astype(np.float32)
         mean = np.tanh(observations[:-1] @ weights).astype(np.float32)
-        writer.add(
+        recorded.append(
             Episode(
                 observations=observations[:-1],
                 actions=mean,
@@ -79,6 +79,6 @@ def record_task(
                 index=index,
             )
         )
-    writer.close()
+    write_shard(folder, 0, 0, Origin(task, teacher, 0, "v2", environment), recorded)
     write_manifest(folder)
     mark_done(folder, {})

@@ -22,7 +22,7 @@ store = open_trajectories(write_folder(folder, [make_episode(n, 4 + n % 3) for n
 
 def kept(settings, seed):
     memory = select_memory(store, TASK, np.ones(40), 0.25, choice.resolve(settings), seed)
-    assert sum(map(len, memory.episodes)) <= memory.budget_steps == 49
+    assert sum(map(len, memory.episodes)) <= memory.record["budget_steps"] == 49
     return [episode.index for episode in memory.episodes]
 
 assert kept("reservoir", 1) == kept("reservoir", 1) != kept("reservoir", 2)

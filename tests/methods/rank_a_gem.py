@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hpc_cpd.cluster.worker import leave
 from hpc_cpd.config import load_config
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.distill.engine import PhaseEngine
@@ -26,6 +25,7 @@ from hpc_cpd.methods.a_gem import AGEM
 from hpc_cpd.methods.base import Phase
 from hpc_cpd.student.checkpoint import gather_state
 from hpc_cpd.student.network import Student, StudentShape
+from hpc_cpd.worker import leave
 from tests.student.reference import small_shape
 
 NEW, REPLAYED = 9, 1  # the second rank has no replayed row

@@ -73,12 +73,20 @@ def test_the_table_fits_its_place_and_loses_nothing(run, width):
     table = text.partition("\n\n")[0].splitlines()
     assert max(map(len, table[1:])) <= width
     words = " ".join(text.split())
-    shown = "reach-v3 900/1500 8.4 85% 3h58m gpu-[017-018] Dependency started /logs/1_2_0_log.out"
+    shown = "reach-v3 900/1500 8.4 steps/s 85% 3h58m gpu-[017-018] Dependency started /logs/1_2_0_log.out"
     for word in shown.split():
         assert word in words
-    assert ("Steps/s" in text and "Time left" in text) == (width == 120)
+    assert ("Speed" in text and "Time left" in text) == (width == 120)
     assert "- teacher metaworld/button-press-topdown-v3: OUT_OF_MEMORY: raise cluster.scheduler.memory_per_cpu" in text
     assert all(line == line.rstrip() for line in text.splitlines())
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_teacher_in_training_makes_rounds_and_no_steps(run, width):
+    news = News("it", "", "ppo", 3, 40, counted="rounds")
+    teacher = replace(snapshot(run).units[0], state="running", progress=news, steps_per_second=0.05)
+    text = drawn(replace(snapshot(run), units=[teacher]), width)
+    assert "0.05 rounds/s" in text and "steps" not in text.lower()
 
 
 def test_columns_that_nobody_fills_are_not_shown(run):

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distill.engine import read_moments, write_moments
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.checkpoint import PendingCheckpoint, gather_state, load_checkpoint
+from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, small_shape
 
 EXPERTS = [[0, 1, 2], [3, 4]]

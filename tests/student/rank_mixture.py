@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from hpc_cpd.cluster.worker import leave
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
 from hpc_cpd.optimizers import AdamW
 from hpc_cpd.student.network import Student, expert_of
+from hpc_cpd.worker import leave
 from tests.student.reference import make_batch, make_student, masked_loss, reference_forward, small_shape
 
 BALANCE = 0.1

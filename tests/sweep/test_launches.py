@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.cluster.supervisor import supervise
+from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.cluster.units import StageUnit
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
@@ -104,7 +104,7 @@ def test_launchers_of_a_killed_sweep_die_with_it(tmp_path):
     log = tmp_path / "log"
     program = (
         "from pathlib import Path; from hpc_cpd.sweep.runner import Launch\n"
-        "from hpc_cpd.cluster.preemption import StopFlag; from hpc_cpd.cluster.supervisor import supervise\n"
+        "from hpc_cpd.cluster.preemption import StopFlag; from hpc_cpd.cluster.schedulers.local import supervise\n"
         "argv = ['-c', 'import os, time; print(os.getpid(), flush=True); time.sleep(60)']\n"
         f"supervise([Launch('a', argv, Path({str(log)!r}))], 1, StopFlag(), lambda name, line: None)"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_cpd.cluster.supervisor import Outcome
+from hpc_cpd.cluster.ranks import Outcome
 from hpc_cpd.run.publish import mark_done
 from hpc_cpd.sweep import runner
 from hpc_cpd.sweep.plan import read_sweep, shared_by

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable
 
 from hpc_cpd.cluster.schedulers.base import RankInfo
-from hpc_cpd.cluster.worker import run_rank
 from hpc_cpd.distributed.mpi import open_communicator
 from hpc_cpd.errors import LockLost, StopRequested, UserError
+from hpc_cpd.worker import run_rank
 
 
 def work(stop: Callable[[], bool]) -> None:

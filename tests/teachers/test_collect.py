@@ -14,7 +14,7 @@ from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.rollouts import BLOCK
 from hpc_cpd.teachers.sources.base import make_teacher
 from hpc_cpd.trajectories.schema import Episode
-from hpc_cpd.trajectories.shard import closed_shards, load_shard, read_shard
+from hpc_cpd.trajectories.shard import closed_shards, load_shard
 from hpc_cpd.trajectories.store import verify_folder
 from tests.teachers import rank
 from tests.teachers.jobs import PENDULUM, REACH, launch, tiny_run, until_done
@@ -50,7 +50,7 @@ def _copy(run: Run, folder: Path) -> Run:
 
 def _episodes(run: Run, task_id: str = REACH) -> list[Episode]:
     shards = closed_shards(run.trajectories(task_id))
-    return sorted((episode for path in shards for episode in read_shard(path, task_id)), key=lambda e: e.index)
+    return sorted((episode for path in shards for episode in load_shard(path, task_id)[1]), key=lambda e: e.index)
 
 
 def _assert_same(one: list[Episode], other: list[Episode]) -> None:

@@ -10,5 +10,5 @@ def test_the_script_of_a_task_plays_a_part_of_its_goals() -> None:
     settings = DemonstrationsSettings(episodes=3)
     task = describe("metaworld/drawer-close-v3@1of2")
     demonstrations = record_demonstrations(task, settings, seed=0, communicator=Communicator())
-    assert len(demonstrations.observations) >= 3
-    assert demonstrations.observations.shape[1:] == task.observation_space.shape
+    assert len(demonstrations[0]) >= 3
+    assert demonstrations[0].shape[1:] == task.observation_space.shape

@@ -2,39 +2,16 @@
 
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
 
 from hpc_cpd.config import load_config
 from hpc_cpd.errors import UserError
-from hpc_cpd.tasks.families.base import TaskSpec
-from hpc_cpd.tasks.registry import describe
-from hpc_cpd.teachers.sources import base
 from hpc_cpd.teachers.sources.base import check_teachers
-from tests.teachers.jobs import PENDULUM, REACH
+from tests.teachers.jobs import REACH
 
 SCRATCH = "teachers.start=scratch"
-
-
-@dataclass(frozen=True)
-class _Told(TaskSpec):
-    """A task whose family says whether it ever reports a success."""
-
-    has_success: bool = False
-
-
-def test_a_task_that_never_reports_a_success_is_refused_while_only_successes_are_kept(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    told = _Told(**{**asdict(describe(PENDULUM)), "has_success": False})
-    monkeypatch.setattr(base, "describe", lambda task_id: told)
-    with pytest.raises(UserError, match=r"Pendulum-v1 never reports a success.*trajectories\.success_only=false"):
-        check_teachers(load_config(None, [SCRATCH]), [PENDULUM])
-    check_teachers(load_config(None, [SCRATCH, "trajectories.success_only=false"]), [PENDULUM])
-    told = replace(told, has_success=True)
-    check_teachers(load_config(None, [SCRATCH]), [PENDULUM])
 
 
 @pytest.mark.parametrize(

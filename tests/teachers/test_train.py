@@ -17,7 +17,7 @@ from hpc_cpd.teachers.collect import collect_trajectories
 from hpc_cpd.teachers.policy import TeacherPolicy, load_teacher
 from hpc_cpd.teachers.sources.base import make_teacher
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import ShardWriter
+from hpc_cpd.trajectories.shard import write_shard
 from tests.teachers import rank
 from tests.teachers.jobs import PENDULUM, REACH, launch, teacher_files, tiny_run, until_done
 
@@ -112,11 +112,12 @@ def test_a_training_says_where_it_is_in_a_file(tmp_path: Path) -> None:
         return False
 
     _train(run, REACH, stop)
-    assert (told[0]["phase"], told[0]["step"]) == ("start", 0)
-    assert (told[-1]["phase"], told[-1]["step"], told[-1]["total"]) == ("ppo", 3, 3)
+    assert (told[0]["phase"], told[0]["step"], told[0]["counted"]) == ("start", 0, "steps")
+    place = [told[-1][key] for key in ("phase", "step", "total", "counted")]
+    assert place == ["ppo", 3, 3, "rounds"]
     collect_trajectories(run, REACH, Communicator(), lambda: False)
     last = read_json(run.teacher(REACH) / "progress.json")
-    assert (last["phase"], last["total"]) == ("recording", 5)
+    assert (last["phase"], last["total"], last["counted"]) == ("recording", 5, "episodes")
 
 
 class _Examiner:
@@ -215,12 +216,11 @@ def test_no_iterations_publish_the_warm_start(tmp_path: Path, examined: Examined
 
 def test_a_clone_can_be_made_of_a_users_trajectories(tmp_path: Path, undisturbed: dict[str, Run]) -> None:
     folder = tmp_path / "given" / PENDULUM
-    writer = ShardWriter(folder, 0, 0, Origin(PENDULUM, "", 0, "native", "gymnasium"))
     rng = np.random.default_rng(0)
     seen = rng.normal(size=(40, 3)).astype(np.float32)
     target = np.clip(seen[:, :1], -1, 1)
-    writer.add(Episode(seen, -target, target, np.zeros(40), np.zeros(40, bool), seen[0], 0, 0))
-    writer.close()
+    episode = Episode(seen, -target, target, np.zeros(40), np.zeros(40, bool), seen[0], 0, 0)
+    write_shard(folder, 0, 0, Origin(PENDULUM, "", 0, "native", "gymnasium"), [episode])
     given = f"teachers.start.folder={tmp_path / 'given'}"
     steps = ("teachers.start.gradient_steps=600", "teachers.start.batch_size=4")
     words = ("teachers.algorithm.iterations=0", "trajectories.success_only=false")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from hpc_cpd.run.publish import mark_done
+from hpc_cpd.trajectories import shard
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import ShardWriter, write_manifest
 
 TASK = "metaworld/reach-v3"
 
@@ -43,18 +43,11 @@ def make_discrete(index: int, steps: int = 5):
     )
 
 
-def open_writer(folder: Path, rank: int = 0, part: int = 0, task_id: str = TASK, **changed):
-    facts = {"teacher_sha256": "cafe", "seed": 3, "reward_version": "v2", "environment_version": "3.1.1", **changed}
-    return ShardWriter(folder, rank, part, Origin(task_id, **facts))
-
-
 def write_shard(
     folder: Path, episodes: Iterable[Episode], rank: int = 0, part: int = 0, task_id: str = TASK, **changed
 ) -> Path:
-    writer = open_writer(folder, rank, part, task_id, **changed)
-    for episode in episodes:
-        writer.add(episode)
-    path = writer.close()
+    facts = {"teacher_sha256": "cafe", "seed": 3, "reward_version": "v2", "environment_version": "3.1.1", **changed}
+    path = shard.write_shard(folder, rank, part, Origin(task_id, **facts), episodes)
     assert path is not None
     return path
 
@@ -67,7 +60,7 @@ def write_folder(folder: Path, episodes: Iterable[Episode], task_id: str = TASK,
 
 
 def publish(folder: Path) -> None:
-    mark_done(folder, {"episodes": write_manifest(folder)["episodes"]})
+    mark_done(folder, {"episodes": shard.write_manifest(folder)["episodes"]})
 
 
 def assert_same_episode(left: Episode, right: Episode) -> None:

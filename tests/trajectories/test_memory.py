@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_cpd import plugins
+from hpc_cpd.config import load_config
+from hpc_cpd.distill.validation import check_settings
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import read_json
 from hpc_cpd.settings import Choice
+from hpc_cpd.tasks.registry import stage_plan
 from hpc_cpd.trajectories.memory import (
     episode_quality,
     open_memory,
@@ -204,12 +207,39 @@ def test_features_are_computed_when_a_selection_asks_for_them(store, monkeypatch
 
 @pytest.mark.parametrize(
     ("order", "said"),
-    [([0, 0], "at most once"), ([30], "below 30"), ([[0]], "row numbers"), (["a"], "row numbers"), ([], "nothing")],
+    [
+        ([4, 0, 0], "row 0 more than once"),
+        ([0, 30], "row 30"),
+        ([-1], "row -1"),
+        ([[0]], r"array\(\[\[0\]\]\)"),
+        (["a"], "row 'a'"),
+        ([], "nothing"),
+        ([2, 0], "first row 2, an episode of 7 steps,"),
+    ],
 )
-def test_a_selection_that_returns_no_order_is_named(store, monkeypatch, order, said):
+def test_a_selection_that_returns_no_order_is_named_with_what_it_returned(store, monkeypatch, order, said):
     monkeypatch.setattr("hpc_cpd.trajectories.selection.uniform.UniformSelection.order", lambda *_: order)
-    with pytest.raises(UserError, match=f"the selection 'uniform' .*{said}"):
-        select_memory(store, TASK, np.ones(30), 0.2, UNIFORM, 1)
+    expected = "it must return row numbers below 30, each at most once, the first of an episode that fits the budget of"
+    with pytest.raises(UserError, match=f"^the selection 'uniform' returned {said} for {TASK}; {expected} 5 steps"):
+        select_memory(store, TASK, np.ones(30), 1e-9, UNIFORM, 1)
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (lambda *_: [], "'uniform' returned nothing for metaworld/reach-v3"),
+        (lambda *_: [12], "'uniform' returned row 12 for"),
+        (lambda *_: 1 / 0, "'uniform' fails in order.*ZeroDivisionError: division by zero; repair"),
+    ],
+)
+@pytest.mark.parametrize("method", ["ours", "replay", "a_gem", "clonex"])
+def test_a_selection_that_keeps_nothing_is_refused_before_anything_is_learnt(monkeypatch, method, order, said):
+    words = ["stream.tasks=MT10", f"method={method}", "method.memory.selection=uniform", "trajectories.episodes=12"]
+    config = load_config(None, words)
+    check_settings(config, stage_plan(config.stream))
+    monkeypatch.setattr("hpc_cpd.trajectories.selection.uniform.UniformSelection.order", order)
+    with pytest.raises(UserError, match=said):
+        check_settings(config, stage_plan(config.stream))
 
 
 def test_the_chosen_episodes_stay_the_same(store):

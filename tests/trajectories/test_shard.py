@@ -18,15 +18,15 @@ from hypothesis import strategies as st
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.run.publish import mark_done, read_json, sha256
-from hpc_cpd.trajectories.schema import SCHEMA_VERSION
+from hpc_cpd.trajectories import shard
+from hpc_cpd.trajectories.schema import SCHEMA_VERSION, Origin
 from hpc_cpd.trajectories.shard import (
     closed_shards,
     load_shard,
     next_part,
-    read_shard,
     write_manifest,
 )
-from tests.trajectories.recorded import TASK, assert_same_episode, make_discrete, make_episode, open_writer, write_shard
+from tests.trajectories.recorded import TASK, assert_same_episode, make_discrete, make_episode, write_shard
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,7 +37,7 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, lengths, sizes):
     shutil.rmtree(tmp_path / "t", ignore_errors=True)
     episodes = [make_episode(number, steps, *sizes) for number, steps in enumerate(lengths)]
     path = write_shard(tmp_path / "t", episodes)
-    for written, read in zip(episodes, read_shard(path, TASK), strict=True):
+    for written, read in zip(episodes, load_shard(path, TASK)[1], strict=True):
         assert_same_episode(written, read)
 
 
@@ -83,7 +83,7 @@ def test_pictures_and_discrete_actions_keep_their_types(tmp_path):
 )
 def test_discrete_actions_that_are_none_are_refused(tmp_path, actions):
     with pytest.raises(UserError, match="action"):
-        open_writer(tmp_path, target="teacher_logits").add(dataclasses.replace(make_discrete(0), actions=actions))
+        write_shard(tmp_path, [dataclasses.replace(make_discrete(0), actions=actions)], target="teacher_logits")
 
 
 def test_bytes_depend_on_contents_alone(tmp_path):
@@ -94,29 +94,20 @@ def test_bytes_depend_on_contents_alone(tmp_path):
 def test_a_shard_may_hold_more_episodes_than_an_old_hdf5_attribute(tmp_path):
     episode = make_episode(0, 1, 1, 1)
     path = write_shard(tmp_path, [dataclasses.replace(episode, goal_index=n, index=n) for n in range(9000)])
-    assert [e.goal_index for e in read_shard(path)] == list(range(9000))
+    assert [e.goal_index for e in load_shard(path)[1]] == list(range(9000))
 
 
 ARRAYS = ("observations", "actions", "teacher_mean", "rewards", "success", "final_observation")
 
 
-def test_the_writer_copies_so_that_buffers_may_be_reused(tmp_path):
-    episode, expected = make_episode(0), make_episode(0)
-    writer = open_writer(tmp_path)
-    writer.add(episode)
-    for name in ARRAYS:
-        getattr(episode, name)[...] = 0
-    assert_same_episode(read_shard(writer.close())[0], expected)
-
-
 def test_float64_is_stored_as_float32(tmp_path):
     wide = {name: getattr(make_episode(0), name).astype(np.float64) for name in ARRAYS}
     path = write_shard(tmp_path, [dataclasses.replace(make_episode(0), **wide)])
-    assert_same_episode(read_shard(path)[0], make_episode(0))
+    assert_same_episode(load_shard(path)[1][0], make_episode(0))
 
 
-def test_a_writer_without_episodes_leaves_no_file(tmp_path):
-    assert open_writer(tmp_path).close() is None
+def test_a_shard_without_episodes_leaves_no_file(tmp_path):
+    assert shard.write_shard(tmp_path, 0, 0, Origin(TASK, "", 0, "", ""), []) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -124,7 +115,7 @@ def test_a_closed_part_is_never_overwritten(tmp_path):
     path = write_shard(tmp_path, [make_episode(0)], rank=1)
     before = path.read_bytes()
     with pytest.raises(FileExistsError):
-        open_writer(tmp_path, rank=1)
+        write_shard(tmp_path, [make_episode(0)], rank=1)
     assert path.read_bytes() == before
     assert (next_part(tmp_path, 1), next_part(tmp_path, 0)) == (1, 0)
 
@@ -132,9 +123,9 @@ def test_a_closed_part_is_never_overwritten(tmp_path):
 def test_a_killed_writer_leaves_only_a_hidden_file_that_the_next_writer_removes(tmp_path):
     script = (
         "import os, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[2])\n"
-        "from tests.trajectories.recorded import make_episode, open_writer\n"
+        "from tests.trajectories.recorded import make_episode, write_shard\n"
         "os.fsync = lambda descriptor: os.kill(os.getpid(), signal.SIGKILL)\n"  # die between write and rename
-        "writer = open_writer(Path(sys.argv[1])); writer.add(make_episode(0)); writer.close()\n"
+        "write_shard(Path(sys.argv[1]), [make_episode(0)])\n"
     )
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], check=False)
     assert killed.returncode == -signal.SIGKILL
@@ -184,24 +175,21 @@ def test_an_episode_recorded_by_two_ranks_is_refused(tmp_path):
     [
         ("observations", np.full((5, 3), np.nan, np.float32), "NaN"),
         ("teacher_mean", np.full((5, 2), np.inf, np.float32), "NaN or infinity"),
-        ("actions", np.zeros((4, 2), np.float32), "5 observations but 4 actions"),
+        ("actions", np.zeros((4, 2), np.float32), r"'actions' of shape \(4, 2\), but 5 observations"),
         ("teacher_mean", np.zeros((5, 3), np.float32), "teacher_mean"),
         ("final_observation", np.zeros(2, np.float32), "final_observation"),
         ("observations", np.zeros((5, 9), np.float32), "final_observation"),
     ],
 )
 def test_a_broken_episode_is_refused_before_it_is_written(tmp_path, name, value, named):
-    writer = open_writer(tmp_path)
     with pytest.raises(UserError, match=named):
-        writer.add(dataclasses.replace(make_episode(0), **{name: value}))
-    assert len(writer) == 0
+        write_shard(tmp_path, [dataclasses.replace(make_episode(0), **{name: value})])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_episodes_of_different_sizes_do_not_mix(tmp_path):
-    writer = open_writer(tmp_path)
-    writer.add(make_episode(0))
     with pytest.raises(UserError, match="observations"):
-        writer.add(make_episode(1, observation_size=4))
+        write_shard(tmp_path, [make_episode(0), make_episode(1, observation_size=4)])
 
 
 def _edit(path: Path, change) -> None:
@@ -242,10 +230,10 @@ DAMAGE = {
 def test_a_wrong_shard_is_named_with_what_is_wrong(tmp_path, damage):
     change, sentence = DAMAGE[damage]
     path = write_shard(tmp_path, [make_episode(4, 5), make_episode(7, 3)])
-    read_shard(path, TASK)
+    load_shard(path, TASK)[1]
     _edit(path, change)
     with pytest.raises(UserError) as error:
-        read_shard(path, TASK)
+        load_shard(path, TASK)[1]
     assert str(path) in str(error.value)
     assert sentence in str(error.value)
 
@@ -253,7 +241,7 @@ def test_a_wrong_shard_is_named_with_what_is_wrong(tmp_path, damage):
 def test_a_shard_of_another_task_is_refused(tmp_path):
     path = write_shard(tmp_path, [make_episode(0)], task_id="metaworld/push-v3")
     with pytest.raises(UserError, match="was recorded on metaworld/push-v3, not on metaworld/reach-v3"):
-        read_shard(path, TASK)
+        load_shard(path, TASK)[1]
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.1, 0.5, 0.99])
@@ -262,7 +250,7 @@ def test_a_truncated_shard_is_refused(tmp_path, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data))])
     with pytest.raises(UserError, match=r"shard-0000-00000\.h5 is truncated or damaged"):
-        read_shard(path, TASK)
+        load_shard(path, TASK)[1]
 
 
 def test_the_sentence_holds_the_command_that_makes_the_shard_again(tmp_path):
@@ -274,16 +262,16 @@ def test_the_sentence_holds_the_command_that_makes_the_shard_again(tmp_path):
     path.write_bytes(b"")
     command = f"run python -m hpc_cpd.launch --stage teachers --run {run}"
     with pytest.raises(UserError) as error:  # not published: the collection goes on after the other shards
-        read_shard(path)
+        load_shard(path)[1]
     assert str(error.value).endswith(f"delete {path} and {command}")
     mark_done(task, {})
     with pytest.raises(UserError) as error:  # published: nothing is made again while DONE stands
-        read_shard(path)
+        load_shard(path)[1]
     assert str(error.value).endswith(f"delete {task} and {command}")
     memory = write_shard(run / "stages" / "2" / "memory", [make_episode(0)])
     memory.write_bytes(b"")
     with pytest.raises(UserError) as error:
-        read_shard(memory)
+        load_shard(memory)[1]
     assert str(error.value).endswith(
         f"delete {run / 'stages' / '2'} and run python -m hpc_cpd.launch --stage 2 --run {run}"
     )

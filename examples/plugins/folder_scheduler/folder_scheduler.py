@@ -100,7 +100,8 @@ def run_one(path: Path) -> None:
     foreign = ("FOLDER_", "HPC_CPD_", "PMI_")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     environment |= {f"FOLDER_{name}": str(value) for name, value in names.items()}
-    environment |= {"OMP_WAIT_POLICY": "passive", "HDF5_USE_FILE_LOCKING": "FALSE"}  # ranks share these cores
+    # one thread per rank: sums of another number of threads are rounded otherwise, and ranks share these cores
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "HDF5_USE_FILE_LOCKING": "FALSE"}
     commands = [[find_mpiexec(), "-n", str(size), *job["argv"]]] if by_mpi else [job["argv"]] * size
     with ExitStack() as logs:
         ranks = []

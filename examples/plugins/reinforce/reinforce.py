@@ -12,13 +12,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from gymnasium.spaces import flatdim
 from pydantic import Field
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.settings import PluginSettings
-from hpc_cpd.tasks.spaces import flat_size
+from hpc_cpd.tasks.batch import UNBOUNDED_GOALS
 from hpc_cpd.teachers.algorithms.base import RoundResult
-from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, TrainingEnvironments, generator
+from hpc_cpd.teachers.rollouts import TrainingEnvironments, generator
 
 
 class ReinforceSettings(PluginSettings):
@@ -64,7 +65,7 @@ class ReinforceLearner:
         self.settings, self.task, self.seed, self.ranks = settings, context.task, context.seed, context.communicator
         self.rounds = settings.rounds
         self.std = float(np.exp(hints.initial_log_std))  # what the start advises
-        sizes = flat_size(self.task.observation_space), flat_size(self.task.action_space)
+        sizes = flatdim(self.task.observation_space), flatdim(self.task.action_space)
         self.policy = LinearPolicy(self.task.task_id, *sizes)
         self.numbers = self.ranks.local_range(settings.num_envs)  # this rank's environments among those of all
         self.environments = TrainingEnvironments(self.task.task_id, self.seed, len(self.numbers))

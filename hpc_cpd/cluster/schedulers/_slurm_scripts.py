@@ -57,7 +57,7 @@ class Scripts:
     def teachers(self, plan: Path, count: int, at_once: int) -> Script:
         """An array of `count` teachers, `at_once` at a time; element i trains the i-th task of the file `plan`."""
         ranks, cpus = self.request.config.teachers.ranks, self.settings.cpus_per_rank
-        where = f"--run {_quote(self._folder)} --index {self.index} --plan {_quote(plan)}"
+        where = f"--run {_quote(self.request.run.folder.absolute())} --index {self.index} --plan {_quote(plan)}"
         parameters = self._parameters("teachers", ranks, 1, cpus)
         parameters |= {"map_count": count, "array_parallelism": at_once}
         parameters["srun_args"].insert(0, f"--mpi={self.settings.mpi_plugin}")
@@ -90,8 +90,8 @@ class Scripts:
         A node whose disk is broken swallows every job, this one too: where its log cannot be written, or the launch
         fails, it hands over to a copy of itself on another node, a few times.
         """
-        log = self.request.run.logs.absolute() / "resubmitter.log"
-        launch = f"{_quote(sys.executable)} -u -m hpc_cpd.launch --stage all --run {_quote(self._folder)}"
+        folder, log = self.request.run.folder.absolute(), self.request.run.logs.absolute() / "resubmitter.log"
+        launch = f"{_quote(sys.executable)} -u -m hpc_cpd.launch --stage all --run {_quote(folder)}"
         launch += f" --cluster {self.settings.name} --retry" + " --allow-missing" * self.request.allow_missing
         command = (
             f"{launch} >> {_quote(log)} 2>&1 && exit\n"
@@ -103,10 +103,6 @@ class Scripts:
         parameters = self._common("resubmitter", minutes=15, nodes=1, ranks_per_node=1, cpus=1)
         parameters["additional_parameters"]["output"] = "/dev/null"  # a log that cannot be opened would fail the job
         return Script(command, parameters | {"use_srun": False, "setup": list(self.settings.setup)})
-
-    @property
-    def _folder(self) -> Path:
-        return self.request.run.folder.absolute()
 
     @property
     def _worker(self) -> str:

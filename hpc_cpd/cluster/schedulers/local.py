@@ -1,21 +1,24 @@
-"""This machine: teachers side by side, then one stage after another, in processes of the launcher."""
+"""This machine: teachers side by side, then one stage after another, in processes of the launcher.
+
+`supervise` also looks after the launchers of a sweep.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from rich.console import Console
 
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.cluster.ranks import RankedJob, find_mpiexec, usable_cores
+from hpc_cpd.cluster.ranks import Outcome, RankedJob, find_mpiexec, usable_cores
 from hpc_cpd.cluster.schedulers.base import Job, JobState, RankInfo, Scheduler, Starter
-from hpc_cpd.cluster.supervisor import supervise
-from hpc_cpd.cluster.units import LaunchRequest, Say, TeacherUnit, Unit, not_done
+from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit, not_done
 from hpc_cpd.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
+from hpc_cpd.progress import say
 from hpc_cpd.settings import PluginSettings
 
 
@@ -66,7 +69,7 @@ class Local(Scheduler):
         rank = int(environment.get("RANK", environment.get("PMI_RANK", "0")))
         return RankInfo(rank, int(environment["HPC_CPD_RANKS"]), int(environment.get("LOCAL_RANK", rank)))
 
-    def run(self, request: LaunchRequest, stop: StopFlag, say: Say) -> None:
+    def run(self, request: LaunchRequest, stop: StopFlag) -> None:
         """Do all that is left of `request`. Raises StopRequested or UserError, or leaves by SystemExit(1)."""
         logs = (request.run.logs / time.strftime("%Y%m%d-%H%M%S")).absolute()
         teachers = not_done(request.teachers)
@@ -74,9 +77,9 @@ class Local(Scheduler):
             starter, ranks = self._starter(teachers[0], request), teachers[0].ranks(request.config)
             at_once = starter.at_once if starter is not None else max(1, usable_cores() // ranks)
             jobs = [self._job(unit, request, logs, at_once) for unit in teachers]
-            _run_jobs(jobs, at_once, stop, say, request.allow_missing)
+            _run_jobs(jobs, at_once, stop, request.allow_missing)
         for unit in not_done(request.stages):
-            _run_jobs([self._job(unit, request, logs, 1)], 1, stop, say, go_on=False)
+            _run_jobs([self._job(unit, request, logs, 1)], 1, stop, go_on=False)
 
     def _starter(self, unit: Unit, request: LaunchRequest) -> Starter | None:
         return None if self.around is None else self.around.starter(unit, request.config)
@@ -94,7 +97,66 @@ class Local(Scheduler):
 plugin = Local
 
 
-def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, say: Say, go_on: bool) -> None:
+class Work(Protocol):
+    """Work that supervise() starts, once, and looks after."""
+
+    name: str
+
+    def start(self) -> None:
+        """Start its processes."""
+
+    def pass_on(self, stop: StopFlag) -> None:
+        """A signal came: see `stop.count` and `stop.last`."""
+
+    def poll(self) -> Outcome | None:
+        """The outcome, once all of its processes have ended."""
+
+    def news(self) -> list[str]:
+        """Lines worth showing since the last call."""
+
+    def kill(self) -> None:
+        """End all of its processes now."""
+
+
+Show = Callable[[str, str], None]
+"""(name of the work, one line)"""
+
+
+def supervise(work: Sequence[Work], at_once: int, stop: StopFlag, show: Show, go_on: bool = True) -> list[Outcome]:
+    """Do `work`, at most `at_once` pieces at a time; return the outcomes of those that were started.
+
+    One that fails does not disturb the others. Every signal is passed on to all that run, and no other is started
+    then; nor, without `go_on`, after a user's mistake, for the others would make it too.
+    """
+    waiting, running, outcomes = list(work), list[Work](), list[Outcome]()
+    passed_on = 0
+    try:
+        while running or waiting:
+            if stop() or (not go_on and any(outcome.code == EXIT_USER_ERROR for outcome in outcomes)):
+                waiting.clear()
+            while waiting and len(running) < at_once:
+                waiting[0].start()
+                running.append(waiting.pop(0))
+            heard = stop.count
+            for begun in list(running):
+                if heard > passed_on:
+                    begun.pass_on(stop)
+                outcome = begun.poll()
+                for line in begun.news():
+                    show(begun.name, line)
+                if outcome is not None:
+                    running.remove(begun)
+                    outcomes.append(outcome)
+            passed_on = heard
+            if running:
+                time.sleep(0.1)
+    finally:
+        for begun in running:
+            begun.kill()
+    return outcomes
+
+
+def _run_jobs(jobs: Sequence[RankedJob], at_once: int, stop: StopFlag, go_on: bool) -> None:
     """Run and show `jobs`. With `go_on` those that fail are told and left behind."""
     console = Console()
     live = console.is_terminal

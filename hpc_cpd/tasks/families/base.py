@@ -11,6 +11,7 @@ makes are called ``word/name``. In the ``pyproject.toml`` of the package that br
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from hpc_cpd.tasks.spaces import Data, rows_of, stack
+from hpc_cpd.tasks.spaces import Data, mapped, stack
 
 if TYPE_CHECKING:
     from gymnasium import Space
@@ -135,7 +136,7 @@ class OneByOne:
         return stack([self._simulators[row].reset(int(goal)) for row, goal in pairs])
 
     def step(self, rows: NDArray[np.int64], actions: Any) -> Steps:
-        results = [self._simulators[row].step(rows_of(actions, row)) for row in rows]
+        results = [self._simulators[row].step(mapped(operator.itemgetter(row), actions)) for row in rows]
         observations, rewards, terminated, truncated, success = zip(*results, strict=True)
         return Steps(
             stack(observations), np.array(rewards), np.array(terminated), np.array(truncated), np.array(success), {}
@@ -154,7 +155,10 @@ class TaskFamily(Protocol):
     """
 
     def names(self) -> Sequence[str]:
-        """The names of its tasks, for listings and spelling hints; importing no simulator if possible."""
+        """The names of its tasks, for listings and spelling hints; importing no simulator if possible.
+
+        Empty where they cannot be listed: the first line of the class's docstring says how one is written.
+        """
 
     def describe(self, name: str) -> TaskSpec:
         """The facts of a task. Raises UserError if there is no such task or it cannot be used."""

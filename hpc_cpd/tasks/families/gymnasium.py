@@ -59,7 +59,7 @@ class GymnasiumSimulator:
 
 
 class GymnasiumFamily:
-    """The tasks ``gymnasium/...``."""
+    """Gymnasium's environments: gymnasium/ID, or gymnasium/MODULE:ID where MODULE registers ID."""
 
     def names(self) -> list[str]:
         return sorted(gymnasium.registry)

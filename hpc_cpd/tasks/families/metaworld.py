@@ -69,7 +69,7 @@ def region_of(name: str) -> Region | None:
 
 
 class MetaWorldFamily:
-    """The tasks ``metaworld/...``."""
+    """Meta-World's tasks: metaworld/NAME, or metaworld/NAME@1of2 for the first half of its goals."""
 
     trusted = True  # the tests hold every task against upstream's environment; making one takes a second
 

@@ -12,8 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mujoco
 import numpy as np
@@ -31,8 +30,7 @@ _FRAME = 18
 """Numbers of one observed moment: hand, gripper, two objects."""
 
 
-@dataclass(frozen=True)
-class Start:
+class Start(NamedTuple):
     """The first state of a goal."""
 
     state: Floats

@@ -7,24 +7,23 @@ iteration, environment number), so a resumed run needs no state of the simulator
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from gymnasium.spaces import flatdim
 from numpy.typing import NDArray
 from torch import Tensor
 
 from hpc_cpd.distributed.mpi import Communicator
 from hpc_cpd.optimizers import Adam
-from hpc_cpd.tasks.batch import BatchEnv
-from hpc_cpd.tasks.spaces import flat_size
+from hpc_cpd.tasks.batch import UNBOUNDED_GOALS, BatchEnv
 from hpc_cpd.teachers.algorithms.base import Hints, RoundResult, TeacherContext
 from hpc_cpd.teachers.algorithms.ppo import PPOSettings
 from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
 from hpc_cpd.teachers.policy import TeacherPolicy
-from hpc_cpd.teachers.rollouts import UNBOUNDED_GOALS, TrainingEnvironments, generator
+from hpc_cpd.teachers.rollouts import TrainingEnvironments, generator
 
 NORMALISER_STEPS = 100
 """Steps of the untrained policy that give the normaliser its first statistics."""
@@ -42,7 +41,7 @@ class PPOLearner:
         self.settings, self.hints = settings, hints
         self.seed, self.communicator = context.seed, context.communicator
         self.rounds = settings.iterations
-        sizes = flat_size(task.observation_space), flat_size(task.action_space), settings.hidden
+        sizes = flatdim(task.observation_space), flatdim(task.action_space), settings.hidden
         weights = generator(self.seed, task.task_id, "weights")
         self.policy = TeacherPolicy(
             task.task_id, *sizes, hints.activation, hints.initial_log_std, weights, smallest_std=hints.smallest_std
@@ -55,10 +54,12 @@ class PPOLearner:
         self._environments = TrainingEnvironments(task.task_id, self.seed, len(self._numbers))
 
     def collect(self, number: int) -> Rollout:
+        envs, first = self._environments.of_round(number), self._numbers.start
+        play = partial(collect_rollout, envs, self.policy, self.settings, self.seed, first_environment=first)
         if number == 0 and not self.hints.freeze_normaliser:
-            first = self._rollout(0, NORMALISER_STEPS)
-            update_normaliser(self.policy, first.observations, self.communicator)
-        return self._rollout(number)
+            before = play(iteration=0, steps=NORMALISER_STEPS)
+            update_normaliser(self.policy, before.observations, self.communicator)
+        return play(iteration=1 + number)
 
     def update(self, number: int, experience: Rollout) -> RoundResult:
         settings, both = self.settings, number >= self.hints.critic_only_rounds
@@ -90,19 +91,12 @@ class PPOLearner:
     def close(self) -> None:
         self._environments.close()
 
-    def _rollout(self, number: int, steps: int | None = None) -> Rollout:
-        """The rollout of round `number`; with `steps`, the one before the first round."""
-        envs = self._environments.of_round(number)
-        draws = 1 + number if steps is None else 0
-        return collect_rollout(envs, self.policy, self.settings, self.seed, draws, self._numbers.start, steps)
-
     def _set_learning_rate(self, learning_rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
 
 
-@dataclass
-class Rollout:
+class Rollout(NamedTuple):
     """What one rank saw in one iteration; T steps of its N environments. Rewards are scaled."""
 
     observations: Floats

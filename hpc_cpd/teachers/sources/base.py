@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hpc_cpd import plugins
-from hpc_cpd.errors import UserError
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.settings import Config, PluginSettings
@@ -41,11 +40,6 @@ def check_teachers(config: Config, tasks: Iterable[str], ranks: int | None = Non
     """
     source: Source = plugins.load("sources", config.teachers.source.name)
     for task in map(describe, tasks):
-        if config.trajectories.success_only and not task.has_success:
-            raise UserError(
-                f"{task.task_id} never reports a success, so no trajectory of it would be kept; set "
-                "trajectories.success_only=false"
-            )
         source.check(config.teachers.source, config, task, config.teachers.ranks if ranks is None else ranks)
 
 

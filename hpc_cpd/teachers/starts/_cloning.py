@@ -10,10 +10,11 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.spaces import flatdim
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -23,14 +24,13 @@ from hpc_cpd.losses import bounded_errors
 from hpc_cpd.optimizers import Adam
 from hpc_cpd.run.publish import is_done
 from hpc_cpd.tasks.families.base import TaskSpec
-from hpc_cpd.tasks.spaces import flat_size
 from hpc_cpd.teachers.algorithms.base import TeacherContext
 from hpc_cpd.teachers.checkpoint import adam_tensors, restore_adam
 from hpc_cpd.teachers.policy import TeacherPolicy
 from hpc_cpd.teachers.rollouts import BLOCK, EpisodePlan, TrainingEnvironments, generator, keep_successes, play_block
 from hpc_cpd.teachers.starts.demonstrations import SCRIPTED, DemonstrationsSettings
 from hpc_cpd.trajectories.schema import Episode
-from hpc_cpd.trajectories.shard import closed_shards, read_shard
+from hpc_cpd.trajectories.shard import closed_shards, load_shard
 from hpc_cpd.trajectories.store import verify_folder
 
 STEPS_AFTER_SUCCESS = 15
@@ -39,13 +39,8 @@ BLOCKS_PER_GOAL_SET = 6
 """48 episodes: a seed has 50 goals, and a clone of more goals generalises better to others."""
 
 
-class Samples(NamedTuple):
-    """What is cloned, in the order of the episodes."""
-
-    observations: NDArray[np.float32]
-    """[samples, obs]"""
-    targets: NDArray[np.float32]
-    """[samples, act], clean actions in [-1, 1]"""
+Samples = tuple[NDArray[np.float32], NDArray[np.float32]]
+"""What is cloned, in the order of episodes: observations [samples, obs], clean actions [samples, act] in [-1, 1]."""
 
 
 class ScriptedPolicy:
@@ -151,9 +146,9 @@ def read_demonstrations(task: TaskSpec, folder: Path) -> Samples:
         )
     if is_done(folder) and (problems := verify_folder(folder)):
         raise UserError(problems[0])
-    samples = _as_samples([episode for path in shards for episode in read_shard(path, task.task_id)])
+    samples = _as_samples([episode for path in shards for episode in load_shard(path, task.task_id)[1]])
     found = tuple(values.shape[-1] for values in samples)
-    wanted = (flat_size(task.observation_space), flat_size(task.action_space))
+    wanted = (flatdim(task.observation_space), flatdim(task.action_space))
     if found != wanted:
         raise UserError(
             f"the trajectories in {folder} have (observation, action) sizes {found}, but {task.task_id} has {wanted}; "
@@ -165,4 +160,4 @@ def read_demonstrations(task: TaskSpec, folder: Path) -> Samples:
 def _as_samples(episodes: list[Episode]) -> Samples:
     ordered = sorted(episodes, key=lambda episode: episode.index)
     targets = np.concatenate([episode.teacher_mean for episode in ordered])
-    return Samples(np.concatenate([episode.observations for episode in ordered]), np.clip(targets, -1.0, 1.0))
+    return np.concatenate([episode.observations for episode in ordered]), np.clip(targets, -1.0, 1.0)

@@ -25,7 +25,7 @@ from hpc_cpd.tasks.families.base import TaskSpec
 from hpc_cpd.tasks.registry import describe
 from hpc_cpd.tasks.spaces import shown
 from hpc_cpd.trajectories.schema import Episode, Origin
-from hpc_cpd.trajectories.shard import MANIFEST, ShardWriter, read_manifest, write_manifest
+from hpc_cpd.trajectories.shard import MANIFEST, read_manifest, write_manifest, write_shard
 from hpc_cpd.trajectories.store import open_trajectories
 
 OBSERVATION_KEY = "state"
@@ -104,13 +104,9 @@ def import_trajectories(
                 _Demonstration(path, name, data[name], spec).read(number, observation_keys, action_range)
                 for number, name in enumerate(names)
             ]
-            origin = Origin(
-                task_id,
-                str(data.attrs.get("teacher_sha256", source_hash)),
-                int(data.attrs.get("seed", 0)),
-                str(data.attrs.get("reward_version", "unknown")),
-                str(data.attrs.get("environment_version", "unknown")),
-            )
+            facts = {"teacher_sha256": source_hash, "reward_version": "unknown", "environment_version": "unknown"}
+            told = {name: str(data.attrs[name]) for name in facts if name in data.attrs}
+            origin = Origin(task_id, seed=int(data.attrs.get("seed", 0)), **(facts | told))
     except PermissionError as error:
         raise UserError(f"{path} may not be read ({error.strerror}); ask its owner for permission") from None
     except (OSError, KeyError, RuntimeError) as error:
@@ -120,10 +116,7 @@ def import_trajectories(
     if not episodes:
         raise UserError(f"{path} holds no demonstrations (groups data/demo_0, data/demo_1, ...)")
     with atomic_folder(target) as temporary:
-        writer = ShardWriter(temporary, 0, 0, origin)
-        for episode in episodes:
-            writer.add(episode)
-        writer.close()
+        write_shard(temporary, 0, 0, origin, episodes)
         manifest = write_manifest(temporary, imported_from=path.name, imported_sha256=source_hash)
         mark_done(temporary, {"episodes": manifest["episodes"], "steps": manifest["steps"]})
     return len(episodes)

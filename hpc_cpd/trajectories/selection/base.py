@@ -60,19 +60,31 @@ class Candidates:
     def choose(self, selection: Selection) -> NDArray[np.int64]:
         """The rows that `selection` keeps, in its order: int64 [<= N]. Raises UserError when its order is none."""
         order = np.asarray(selection.order(self))
-        name = f"the selection '{selection.Settings.model_fields['name'].default}'"
-        if order.ndim != 1 or not set(order.tolist()) <= set(range(len(self.lengths))) or len(set(order)) != len(order):
+        if problem := self._problem(order):
             raise UserError(
-                f"{name} must return row numbers below {len(self.lengths)}, each at most once, but for {self.task_id} "
-                f"it returned {order!r:.200}"
+                f"the selection '{selection.Settings.model_fields['name'].default}' returned {problem} for "
+                f"{self.task_id}; it must return row numbers below {len(self.lengths)}, each at most once, the first "
+                f"of an episode that fits the budget of {self.budget_steps} steps; repair its order() "
+                "(docs/extending/selections.md)"
             )
-        kept = order[np.cumsum(self.lengths[order.astype(np.int64)]) <= self.budget_steps].astype(np.int64)
-        if len(self.fitting) and not len(kept):
-            raise UserError(
-                f"{name} keeps nothing of {self.task_id}, so that later stages would forget it; its first row must "
-                f"fit the budget of {self.budget_steps} steps"
-            )
-        return kept
+        rows = order.astype(np.int64)
+        return rows[np.cumsum(self.lengths[rows]) <= self.budget_steps]
+
+    def _problem(self, order: NDArray[Any]) -> str | None:
+        """What a selection returned instead of an order of which something is kept; None: it is one."""
+        if order.ndim != 1:
+            return f"{order!r:.200}"
+        rows = order.tolist()
+        if strange := [row for row in rows if row not in range(len(self.lengths))]:
+            return f"row {strange[0]!r:.80}"
+        if len(set(rows)) < len(rows):
+            return f"row {max(rows, key=rows.count)} more than once"
+        if not len(self.fitting):
+            return None
+        if not rows:
+            return "nothing"
+        steps = self.lengths[int(rows[0])]
+        return f"first row {rows[0]}, an episode of {steps} steps," if steps > self.budget_steps else None
 
 
 def trajectory_features(
