@@ -116,6 +116,9 @@ def mistake(error: Mapping[str, Any], settings: type[BaseModel], prefix: str = "
     return f"setting '{key}'{about}: {text}, but it is {error['input']!r}"
 
 
+THREADS = "cores that torch's products of one rank use; more are slower for small networks, and round otherwise"
+
+
 class StreamSettings(Settings):
     """Which tasks arrive, and in which stages."""
 
@@ -135,6 +138,7 @@ class TeacherSettings(Settings):
     algorithm: Annotated[PluginSettings, Choice("algorithms", "ppo")] = chosen("what trains a teacher")
     start: Annotated[PluginSettings, Choice("starts", "demonstrations")] = chosen("the first weights of a teacher")
     ranks: int = resumable(2, ge=1, description="MPI ranks per teacher")
+    threads_per_rank: int = Field(1, ge=1, description=THREADS)
 
 
 class TrajectorySettings(Settings):
@@ -188,6 +192,7 @@ class DistillSettings(Settings):
     """Learning a stage."""
 
     ranks: int = resumable(2, ge=1, description="DeepSpeed ranks")
+    threads_per_rank: int = Field(1, ge=1, description=THREADS)
     expert_parallel_size: int = resumable(0, ge=0, description="ranks that share one set of experts; 0: all of them")
     zero_stage: int = resumable(
         0,

@@ -80,6 +80,7 @@ def train(unit: TeacherUnit, info: RankInfo, stop: Stop) -> None:
     from hpc_cpd.teachers.collect import collect_trajectories
     from hpc_cpd.teachers.sources.base import make_teacher
 
+    use_threads(unit.run.config().teachers.threads_per_rank)
     remove_leftovers()
     communicator = open_communicator(info.size)
     with ExitStack() as held:  # by rank 0 alone; where the lock is another's, all ranks raise its error
@@ -93,12 +94,24 @@ def learn(unit: StageUnit, info: RankInfo, stop: Stop, allow_missing: bool) -> N
     os.environ.update(rendezvous(info, _scheduler(info, unit.run)))
     from hpc_cpd.distill.stage import run_stage
 
+    use_threads(unit.run.config().distill.threads_per_rank)
     with _owned(unit, unit.name, info, stop) if info.rank == 0 else nullcontext():
         run_stage(unit.run, unit.stage, stop, allow_missing)
     if info.rank == 0 and info.own_job:  # elsewhere the launcher does this
         from hpc_cpd.report.page import build_report
 
         build_report(unit.run)
+
+
+def use_threads(count: int) -> None:
+    """Let torch's products use so many cores, whatever the scheduler says: the bits of a sum depend on their number.
+
+    OMP_NUM_THREADS, by which a launcher or a scheduler says how many cores a rank has, is for what is the same on any
+    number of them: simulators, and batches that are made ahead.
+    """
+    import torch
+
+    torch.set_num_threads(count)
 
 
 @contextmanager

@@ -51,11 +51,6 @@ class Outcome:
     sentence: str = ""
 
 
-def usable_cores() -> int:
-    """Cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Lifelines:
     """In which order the ranks on this machine ended: the launcher's side; `address` is for `hold_lifeline`.
 

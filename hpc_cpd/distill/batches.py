@@ -17,6 +17,7 @@ from torch import Tensor
 from hpc_cpd.distill.frozen import FrozenParts
 from hpc_cpd.methods.base import Drawn, Rows, StageData
 from hpc_cpd.randomness import numpy_generator
+from hpc_cpd.run.cores import owned_cores
 from hpc_cpd.student.moe.precomputed import Precomputed, joined
 from hpc_cpd.trajectories.store import TrajectoryStore
 
@@ -64,17 +65,43 @@ class StageBatches:
         self.seed, self.stage = seed, stage
         self.device = device
         self.frozen: FrozenParts | None = None
-        """Where what is frozen in the phase that learns comes from; None: nothing is."""
         self._past = data.past.student if data.past is not None else None
-        # what is mapped may have to come from a disk, and a GPU need not wait for its rows
+        self._steps = 0
+        # What is mapped may have to come from a disk, and a GPU need not wait for its rows. On a core of its own the
+        # thread also asks the student before this stage while the other one learns.
         stores = [store for store in (data.new, data.memory) if store is not None]
-        slow = any(store.mapped for store in stores) or device.type != "cpu"
-        self._reader = ThreadPoolExecutor(1, "batches") if slow else None
-        self._ahead: dict[tuple[int, ...], Future[list[Drawn]]] = {}
+        worth_it = owned_cores() > 1 or any(store.mapped for store in stores) or device.type != "cpu"
+        threads = torch.get_num_threads()
+        self._reader = ThreadPoolExecutor(1, "batches", torch.set_num_threads, (threads,)) if worth_it else None
+        self._ahead: dict[tuple[int, ...], Future[Batch]] = {}
+
+    def begin_phase(self, phase: int, steps: int, frozen: FrozenParts | None) -> None:
+        """Get ready for the batches of a phase of so many steps (a collective).
+
+        `frozen`: where what is frozen in it comes from; None: nothing is.
+        """
+        for batch in self._ahead.values():
+            batch.cancel()
+        self._ahead, self._steps, self.frozen = {}, steps, frozen
+        if frozen is not None:
+            for part, row in zip(self._draw(phase, 0, 0, 1), self.rows, strict=True):
+                if row.as_recorded and not row.asks_past_student:
+                    frozen.prepare(part.origin[0], row.count)
 
     def batch(self, phase: int, step: int, rank: int, world_size: int) -> Batch:
-        """Rows ``rank::world_size`` of each source, for the global batch of (phase, step)."""
-        drawn = list(zip(self._drawn(phase, step, rank, world_size), self.rows, strict=True))
+        """Rows ``rank::world_size`` of each source, for the global batch of (phase, step).
+
+        Where it is worth it, the next one is made while the step of this one is.
+        """
+        key, following = (phase, step, rank, world_size), (phase, step + 1, rank, world_size)
+        if self._reader is None:
+            return self._make(*key)
+        batch = (self._ahead.get(key) or self._reader.submit(self._make, *key)).result()
+        self._ahead = {following: self._reader.submit(self._make, *following)} if step + 1 < self._steps else {}
+        return batch
+
+    def _make(self, phase: int, step: int, rank: int, world_size: int) -> Batch:
+        drawn = list(zip(self._draw(phase, step, rank, world_size), self.rows, strict=True))
         known = [(part, row) for part, row in drawn if not row.asks_past_student]
         asked = [part for part, row in drawn if row.asks_past_student]
         precomputed = [self._precomputed(part, row) for part, row in known] if self.frozen is not None else []
@@ -100,15 +127,6 @@ class StageBatches:
             )
         return Batch(observations, target, valid, told, is_new, is_new, of_all, new, origins, whole)
 
-    def _drawn(self, phase: int, step: int, rank: int, world_size: int) -> list[Drawn]:
-        """`_draw`, read while the step before was made where reading takes time."""
-        key, following = (phase, step, rank, world_size), (phase, step + 1, rank, world_size)
-        if self._reader is None:
-            return self._draw(*key)
-        drawn = (self._ahead.get(key) or self._reader.submit(self._draw, *key)).result()
-        self._ahead = {following: self._reader.submit(self._draw, *following)}
-        return drawn
-
     def _draw(self, phase: int, step: int, rank: int, world_size: int) -> list[Drawn]:
         rng = numpy_generator(self.seed, "batch", self.stage, phase, step)
         return [row.draw(rng, rank, world_size) for row in self.rows]
@@ -116,7 +134,7 @@ class StageBatches:
     def _precomputed(self, part: Drawn, row: Rows) -> Precomputed:
         assert self.frozen is not None
         if row.as_recorded:
-            return self.frozen.of_steps(*part.origin, drawn=row.count)
+            return self.frozen.of_steps(*part.origin)
         return self.frozen.of_rows(*self._inputs(part.observations, part.task_vectors, part.valid))[0]
 
     def _answered(self, asked: Sequence[Drawn]) -> tuple[tuple[np.ndarray, ...], Precomputed | None]:

@@ -72,14 +72,16 @@ class FrozenParts:
         """(what is frozen of these rows, the past student's actions float32 [B, act]). Shapes: `Student.forward`."""
         return self.past.precompute(observations, task_vectors, valid)
 
-    def of_steps(self, store: TrajectoryStore, steps: np.ndarray, drawn: int) -> Precomputed:
-        """What is frozen of `steps` int64 [B] of `store`, under their own task's vector.
+    def prepare(self, store: TrajectoryStore, drawn: int) -> None:
+        """Make the table of `store`, of which each batch of all ranks has `drawn` steps (a collective)."""
+        if drawn * self.gradient_steps >= len(store) and store not in self._tables:
+            self._tables[store] = self._make(store)
 
-        `drawn`: how many steps of the store a batch of all ranks has. The first call for a store is a collective.
-        """
-        if drawn * self.gradient_steps < len(store):
+    def of_steps(self, store: TrajectoryStore, steps: np.ndarray) -> Precomputed:
+        """What is frozen of `steps` int64 [B] of `store`, under their own task's vector."""
+        if store not in self._tables:
             return self._of(store, steps)
-        table, like = self._tables.get(store) or self._make(store)
+        table, like = self._tables[store]
         return unpack(table[torch.tensor(steps, device=table.device)].to(self.device), like)
 
     def close(self) -> None:
@@ -105,7 +107,6 @@ class FrozenParts:
                 part.copy_(self._of(store, np.arange(first + begin, first + begin + len(part))).pack())
             if ranks > 1:
                 torch.distributed.all_reduce(span)
-        self._tables[store] = table, like
         return table, like
 
     def _empty(self, rows: int, numbers: int) -> Tensor:

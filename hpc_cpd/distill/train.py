@@ -62,7 +62,7 @@ def train_phases(
             _, moments, kept = load_checkpoint(newest, student)
             method.load_state_dict(kept)
         fixed = method.freeze(student, phase, new_experts)
-        batches.frozen = frozen if frozen is not None and frozen.serve(student) else None
+        batches.begin_phase(phase.number, phase.steps, frozen if frozen is not None and frozen.serve(student) else None)
         engine = PhaseEngine(student, config.distill, phase.steps, method)
         engine.restore(moments)
         engine.hold(fixed)
@@ -75,7 +75,7 @@ def train_phases(
             save.finish()
         engine.close()
         done, first_step = done + phase.steps, 0
-    batches.frozen = None
+    batches.begin_phase(0, 0, None)
     if frozen is not None:
         frozen.close()
     return dict(state)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_cpd.cluster.preemption import STOP_SIGNALS, StopFlag
-from hpc_cpd.cluster.ranks import LAST_LINES, Outcome, end_in_words, tethered, usable_cores
+from hpc_cpd.cluster.ranks import LAST_LINES, Outcome, end_in_words, tethered
 from hpc_cpd.cluster.schedulers.base import choose, scheduler_of
 from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.cluster.units import Unit, not_done, request_of
@@ -26,6 +26,7 @@ from hpc_cpd.config import changed_keys, config_as_yaml
 from hpc_cpd.errors import EXIT_DONE, EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.progress import Reader, say
 from hpc_cpd.report.comparison import write_sweep_file
+from hpc_cpd.run.cores import usable_cores
 from hpc_cpd.run.lock import Lock
 from hpc_cpd.run.publish import is_done, write_bytes
 from hpc_cpd.sweep.plan import Entry, Row, Shared, Sweep, in_turn, link, shared_by

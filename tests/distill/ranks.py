@@ -8,14 +8,11 @@ from pathlib import Path
 
 from tests.rank_environments import rank_environments
 
-SCRIPT = Path(__file__).with_name("rank_stage.py")
-
-
-def start_ranks(world_size: int, *arguments: object) -> list[subprocess.Popen[str]]:
+def start_ranks(world_size: int, *arguments: object, script: str = "rank_stage.py") -> list[subprocess.Popen[str]]:
     """Start `world_size` ranks of a stage on a free port of this machine; `arguments` are those of rank_stage.py."""
     ranks = []
     for environment in rank_environments(world_size):
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )

@@ -14,11 +14,12 @@ from typing import ClassVar, Literal, Protocol
 from rich.console import Console
 
 from hpc_cpd.cluster.preemption import StopFlag
-from hpc_cpd.cluster.ranks import Outcome, RankedJob, find_mpiexec, usable_cores
+from hpc_cpd.cluster.ranks import Outcome, RankedJob, find_mpiexec
 from hpc_cpd.cluster.schedulers.base import Job, JobState, RankInfo, Scheduler, Starter
 from hpc_cpd.cluster.units import LaunchRequest, TeacherUnit, Unit, not_done
 from hpc_cpd.errors import EXIT_FAULT, EXIT_STOPPED, EXIT_USER_ERROR, StopRequested, UserError
 from hpc_cpd.progress import say
+from hpc_cpd.run.cores import usable_cores
 from hpc_cpd.settings import PluginSettings
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
+from hpc_cpd.run.cores import owned_cores
 from hpc_cpd.tasks.families.base import Batch, TaskSpec
 
 REWARD_VERSION = "v2"
@@ -96,7 +97,7 @@ class MetaWorldFamily:
         return TaskSpec(f"metaworld/{name}", observations, actions, HORIZON, REWARD_VERSION, _versions())
 
     def make(self, name: str, num: int, seed: int) -> Batch:
-        from hpc_cpd.tasks.metaworld.batch import MetaWorldBatch, owned_cores
+        from hpc_cpd.tasks.metaworld.batch import MetaWorldBatch
 
         task = name.partition("@")[0]
         return MetaWorldBatch(task, _goals(name, seed), num, owned_cores(), _starts(name, seed))
