@@ -60,8 +60,13 @@ class PhaseEngine:
             "steps_per_print": 10**9,
         }
         self.engine: Any = deepspeed.initialize(model=student, optimizer=self.optimizer, config=config)[0]
-        self.engine.allreduce_and_copy = self._average  # ZeRO 0 alone calls it
         self._flat: dict[int, Tensor] = {}
+        # DeepSpeed looks through all parameters in every step, also through those of old experts that are frozen
+        self._dense = [parameter for parameter in trainable if getattr(parameter, "allreduce", True)]
+        self._expert = [parameter for parameter in trainable if not getattr(parameter, "allreduce", True)]
+        if not settings.zero_stage:
+            self.engine.buffered_allreduce_fallback = self._average_all
+            self.engine.zero_grad = self._drop_gradients
         self._held: list[tuple[Tensor, Tensor, Tensor]] = []
         self._zero = self.engine.optimizer if settings.zero_stage else None
         self.world_size = torch.distributed.get_world_size()
@@ -77,11 +82,9 @@ class PhaseEngine:
         A collective that changes nothing.
         """
         self.engine.backward(loss)
-        learning = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        taken = [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in learning]
-        for parameter in learning:
-            parameter.grad = None
-        return taken
+        taken = [parameter.grad for parameter in self.student.parameters() if parameter.requires_grad]
+        self._drop_gradients()
+        return [gradient for gradient in taken if gradient is not None]  # none is missing: `_average_all`
 
     def step(self, loss: Tensor, step: int, reference: list[Tensor] | None = None) -> float:
         """One update from this rank's share of the loss; returns the global gradient norm before clipping.
@@ -130,13 +133,30 @@ class PhaseEngine:
     def close(self) -> None:
         """Free the engine and its hooks before the next phase builds another."""
         self.engine.destroy()
-        del self.engine, self.optimizer, self._zero, self._flat, self._held
+        del self.engine, self.optimizer, self._zero, self._flat, self._held, self._dense, self._expert
         gc.collect()
 
-    def _average(self, gradients: list[Tensor], group: Any, divisor: float | None = None) -> None:
-        """As DeepSpeed's own, which makes two copies of all gradients even for a rank that is alone in its group."""
-        ranks = torch.distributed.get_world_size(group)
-        factor = 1.0 / (divisor or ranks)
+    def _drop_gradients(self) -> None:
+        for parameter in self._dense + self._expert:
+            parameter.grad = None
+
+    def _average_all(self, **unused: Any) -> None:
+        """Average the gradients of what learns, those of experts over the ranks that hold them, each in one piece.
+
+        A parameter that nothing on this rank used has a gradient of zero: on every rank the pieces are alike.
+        """
+        from deepspeed.utils import groups
+
+        for parameter in self._dense + self._expert:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self._average([parameter.grad for parameter in self._dense if parameter.grad is not None], None)
+        if self._expert:
+            group = groups._get_expert_data_parallel_group(f"ep_size_{self.student.expert_parallel_size}")
+            self._average([parameter.grad for parameter in self._expert if parameter.grad is not None], group)
+
+    def _average(self, gradients: list[Tensor], group: Any) -> None:
+        ranks, factor = torch.distributed.get_world_size(group), 1.0 / self.world_size
         if ranks == 1:
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
@@ -153,11 +173,9 @@ class PhaseEngine:
 
     def _clip(self) -> float:
         # ZeRO 0 would average the ranks' local norms, which depends on where the experts live.
-        dense: list[Tensor] = []
-        expert: list[Tensor] = []
-        for parameter in self.student.parameters():
-            if parameter.grad is not None:
-                (dense if getattr(parameter, "allreduce", True) else expert).append(parameter.grad)
+        dense, expert = (
+            [parameter.grad for parameter in part if parameter.grad is not None] for part in (self._dense, self._expert)
+        )
         squares = torch.zeros(2, dtype=torch.float64)
         for slot, gradients in enumerate((dense, expert)):
             if gradients:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hpc_cpd.distributed.torch import all_ranks_max
 from hpc_cpd.methods.base import StageData
-from hpc_cpd.student.moe.precomputed import Precomputed, unpack
+from hpc_cpd.student.moe.precomputed import Precomputed
 from hpc_cpd.student.network import Student
 from hpc_cpd.trajectories.store import TrajectoryStore
 
@@ -82,7 +82,7 @@ class FrozenParts:
         if store not in self._tables:
             return self._of(store, steps)
         table, like = self._tables[store]
-        return unpack(table[torch.tensor(steps, device=table.device)].to(self.device), like)
+        return like.with_rows(table[torch.tensor(steps, device=table.device)].to(self.device))
 
     def close(self) -> None:
         """Remove the files of the tables."""
@@ -99,12 +99,12 @@ class FrozenParts:
         """The table of `store`, float32 [steps, numbers], always in the same pieces: a product rounds by its size."""
         rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
         like = self._of(store, np.arange(1))
-        table = self._empty(len(store), like.pack().shape[1])
+        table = self._empty(len(store), like.rows.shape[1])
         for first in range(0, len(store), ranks * PIECES_AT_ONCE * STEPS_AT_ONCE):
             span = table[first : first + ranks * PIECES_AT_ONCE * STEPS_AT_ONCE]
             for begin in range(rank * STEPS_AT_ONCE, len(span), ranks * STEPS_AT_ONCE):
                 part = span[begin : begin + STEPS_AT_ONCE]
-                part.copy_(self._of(store, np.arange(first + begin, first + begin + len(part))).pack())
+                part.copy_(self._of(store, np.arange(first + begin, first + begin + len(part))).rows)
             if ranks > 1:
                 torch.distributed.all_reduce(span)
         return table, like

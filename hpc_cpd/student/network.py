@@ -183,7 +183,7 @@ class Student(nn.Module):
             inputs = torch.cat([features, context.flatten(0, 1).index_select(0, positions)], dim=-1)
             mixture = cast(Mixture, self.mixtures[number])
             old = mixture.as_old(inputs)
-            found.append(Precomputed(inputs, old))
+            found.append(Precomputed.of(inputs, old))
             return features + mixture.with_shared(old.mixed(), inputs)
 
         actions = self.head(self.backbone(tokens, experts, positions))

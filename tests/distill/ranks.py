@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.rank_environments import rank_environments
 
+
 def start_ranks(world_size: int, *arguments: object, script: str = "rank_stage.py") -> list[subprocess.Popen[str]]:
     """Start `world_size` ranks of a stage on a free port of this machine; `arguments` are those of rank_stage.py."""
     ranks = []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.settings import StudentSettings
-from hpc_cpd.student.moe.precomputed import joined, unpack
+from hpc_cpd.student.moe.precomputed import OldExperts, Precomputed
 from hpc_cpd.student.network import Student, StudentShape, grown
 
 ROWS, HISTORY = 48, 4
@@ -72,14 +72,15 @@ def test_outputs_and_gradients_are_those_of_the_whole_pass(top_k: int, shared: i
 
 
 @pytest.mark.parametrize("top_k", [0, 2])
-def test_packed_rows_are_the_same_bits(top_k: int) -> None:
+def test_what_is_kept_as_rows_is_what_was_computed(top_k: int) -> None:
     past, _ = students(top_k)
     known, _ = past.precompute(*windows())
-    again = joined([known.rows(slice(0, 5)), unpack(known.pack()[5:], known)])
-    for mine, wanted in ((again.inputs, known.inputs), (again.old.logits, known.old.logits)):
-        assert torch.equal(mine, wanted)
-    assert torch.equal(again.old.outputs, known.old.outputs)
-    assert top_k == 0 or torch.equal(again.old.selected, known.old.selected)
+    mixture = past.mixtures[0]
+    wanted = mixture.as_old(known.inputs.contiguous())
+    assert torch.equal(known.old.logits, wanted.logits) and torch.equal(known.old.outputs, wanted.outputs)
+    assert (known.old.selected is None) == (wanted.selected is None) == (top_k == 0)
+    assert top_k == 0 or torch.equal(known.old.selected, wanted.selected)
+    assert known.without_experts().old is None and torch.equal(known.without_experts().inputs, known.inputs)
 
 
 def test_of_equal_logits_only_experts_whose_outputs_are_known_are_chosen() -> None:
@@ -90,11 +91,9 @@ def test_of_equal_logits_only_experts_whose_outputs_are_known_are_chosen() -> No
             student.mixtures[0].gate.bias_1.zero_()
         now.mixtures[0].gate.bias_2.fill_(-9.0)
     inputs = windows()
-    known, answers = past.precompute(*inputs)
-    swapped = unpack(known.pack(), known)
-    swapped.old.selected.copy_(torch.tensor([2, 1]).expand(ROWS, 2))
-    mixture = now.mixtures[0]
-    swapped.old.outputs.copy_(torch.stack([mixture.experts[e](known.inputs) for e in ("2", "1")], dim=1).detach())
-    actions = now(*inputs, precomputed=swapped)[0][inputs[2]]
-    wanted = now.head(now.backbone.finish(known.inputs[:, :16] + swapped.old.outputs.mean(dim=1)))
+    known, _ = past.precompute(*inputs)
+    outputs = torch.stack([now.mixtures[0].experts[e](known.inputs) for e in ("2", "1")], dim=1).detach()
+    swapped = OldExperts(known.old.logits, torch.tensor([2, 1]).expand(ROWS, 2), outputs)
+    actions = now(*inputs, precomputed=Precomputed.of(known.inputs, swapped))[0][inputs[2]]
+    wanted = now.head(now.backbone.finish(known.inputs[:, :16] + outputs.mean(dim=1)))
     assert torch.allclose(actions, wanted, atol=1e-6)

@@ -179,7 +179,7 @@ class Mixture(nn.Module):
 
     def _mix_all(self, tokens: Tensor, weights: Tensor, table: Tensor, first: int) -> Tensor:
         """The experts of the columns from `first` on, with `weights` [n, those]."""
-        experts = [expert for number, expert in self.experts.items() if int(number) >= self.ids[first]]
+        experts = self._local(first)
         if self.expert_parallel_size == 1:
             columns = weights.unsqueeze(-1).unbind(1)
             return self._tied(self._weighted_sum(tokens, columns, experts))
@@ -193,6 +193,10 @@ class Mixture(nn.Module):
         parts = ExchangeRows.apply(partial, counts, [len(tokens)] * len(counts), self._group)
         outputs: Tensor = parts.view(len(counts), len(tokens), self.output_size).sum(dim=0)
         return outputs
+
+    def _local(self, first: int) -> list[nn.Module]:
+        """The experts of the columns from `first` on that are on this rank."""
+        return [expert for number, expert in self.experts.items() if int(number) >= self.ids[first]]
 
     def _weighted_sum(self, tokens: Tensor, columns: tuple[Tensor, ...], experts: list[nn.Module]) -> Tensor:
         total: Tensor | None = None
@@ -208,37 +212,35 @@ class Mixture(nn.Module):
         k = selected.shape[1]
         pairs = tokens.repeat_interleave(k, dim=0) if k > 1 else tokens
         rows = Reorder.apply(pairs, plan.outgoing, plan.returning)
-        outputs: Tensor = Combine.apply(self._asked(rows, plan), routing.weights, plan)
+        outputs: Tensor = Combine.apply(self._asked(rows, plan, self._local(0)), routing.weights, plan)
         return outputs
 
     def _mix_with_old(
         self, tokens: Tensor, routing: Routing, selected: Tensor, table: Tensor, old: OldExperts
     ) -> Tensor:
         """`_mix_selected` where the answers of `old` experts are known, and nothing before the experts learns."""
-        columns = selected.flatten()
-        asked = (columns >= old.logits.shape[1]).nonzero().squeeze(1)
+        columns, first = selected.flatten(), old.logits.shape[1]
+        asked = (columns >= first).nonzero().squeeze(1)
         counts = self._peers(table)[:, 1 + len(self.ids) :].astype(np.int64)
         plan = plan_rows(columns[asked], counts, self.owners, self.expert_parallel_rank)
         asked = asked.index_select(0, plan.outgoing)
-        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan)
+        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan, self._local(first))
         answers = old.of_pairs(selected).flatten(0, 1).index_copy(0, asked, done)
         outputs: Tensor = (answers.view(*selected.shape, -1) * routing.weights.unsqueeze(-1)).sum(dim=1)
         return outputs
 
-    def _asked(self, rows: Tensor, plan: RowPlan) -> Tensor:
-        """What the experts say of `rows`, which are in the order of `plan`."""
+    def _asked(self, rows: Tensor, plan: RowPlan, experts: list[nn.Module]) -> Tensor:
+        """What `experts`, the last ones on this rank, say of `rows`, which are in the order of `plan`."""
         if self.expert_parallel_size > 1:
             rows = ExchangeRows.apply(rows, plan.send, plan.receive, self._group)
         arrived = rows
         if plan.by_expert is not None:
             rows = Reorder.apply(rows, plan.by_expert, plan.by_peer)
-        # every local expert that learns is called, also with no rows: a parameter without a gradient on one replica
-        # alone would leave the ranks with gradients of different sizes
-        learns = torch.is_grad_enabled()
+        # to learn, every local expert is called, also with no rows: a parameter without a gradient on one replica alone
+        # would leave the ranks with gradients of different sizes
+        parts = rows.split(plan.expert_rows[len(plan.expert_rows) - len(experts) :])
         results = [
-            expert(part)
-            for expert, part in zip(self.experts.values(), rows.split(plan.expert_rows), strict=True)
-            if len(part) or (learns and any(weight.requires_grad for weight in expert.parameters()))
+            expert(part) for expert, part in zip(experts, parts, strict=True) if len(part) or torch.is_grad_enabled()
         ]
         if results:
             done = torch.cat(results)

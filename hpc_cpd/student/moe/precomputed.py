@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,42 +45,44 @@ class OldExperts:
 class Precomputed:
     """What a student need not compute again of n observations, each with its history and the vector of a task.
 
-    `inputs` float32 [n, inputs]: what the experts and the gate of the only mixture see, features first. `old`: None
-    where old experts, or their rows of the gate, go on learning.
+    It is one float32 [n, numbers], so that parts of it are chosen, joined and kept in a file like any rows.
     """
 
-    inputs: Tensor
-    old: OldExperts | None
+    rows: Tensor
+    inputs_size: int
+    experts: int
+    """How many old experts there are; 0: they, or their rows of the gate, go on learning."""
+    selected: int
+    """How many of them serve a token; 0: all of them do."""
+
+    @staticmethod
+    def of(inputs: Tensor, old: OldExperts) -> Precomputed:
+        """`inputs` float32 [n, inputs]: what the experts and the gate of the only mixture see, features first."""
+        k = 0 if old.selected is None else old.selected.shape[1]
+        places = [] if old.selected is None else [old.selected.to(inputs)]  # exact below 2^24
+        rows = torch.cat([inputs, old.logits, *places, old.outputs.flatten(1)], dim=1)
+        return Precomputed(rows, inputs.shape[1], old.logits.shape[1], k)
+
+    @property
+    def inputs(self) -> Tensor:
+        """See `of`."""
+        return self.rows[:, : self.inputs_size]
+
+    @property
+    def old(self) -> OldExperts | None:
+        """What the old experts say, if they are frozen."""
+        if not self.experts:
+            return None
+        logits, selected, outputs = self.rows[:, self.inputs_size :].tensor_split(
+            [self.experts, self.experts + self.selected], dim=1
+        )
+        outputs = outputs.unflatten(1, (self.selected or 1, -1))
+        return OldExperts(logits, selected.long() if self.selected else None, outputs)
 
     def without_experts(self) -> Precomputed:
         """The features alone."""
-        return Precomputed(self.inputs, None)
+        return Precomputed(self.inputs, self.inputs_size, 0, 0)
 
-    def rows(self, rows: slice) -> Precomputed:
-        """Those of some of the observations."""
-        return unpack(self.pack()[rows], self)
-
-    def pack(self) -> Tensor:
-        """All of it as float32 [n, numbers], as `unpack` reads it. (Columns below 2^24 are exact in float32.)"""
-        if self.old is None:
-            return self.inputs
-        selected = [] if self.old.selected is None else [self.old.selected.to(self.inputs)]
-        return torch.cat([self.inputs, self.old.logits, *selected, self.old.outputs.flatten(1)], dim=1)
-
-
-def unpack(rows: Tensor, like: Precomputed) -> Precomputed:
-    """`Precomputed.pack` undone; the sizes are those of `like`."""
-    old = like.old
-    if old is None:
-        return Precomputed(rows, None)
-    k = 0 if old.selected is None else old.selected.shape[1]
-    inputs, logits, selected, outputs = rows.split(
-        [like.inputs.shape[1], old.logits.shape[1], k, old.outputs[0].numel()], dim=1
-    )
-    places = None if old.selected is None else selected.long()
-    return Precomputed(inputs, OldExperts(logits, places, outputs.unflatten(1, old.outputs.shape[1:])))
-
-
-def joined(parts: list[Precomputed]) -> Precomputed:
-    """The rows of several, one after the other."""
-    return parts[0] if len(parts) == 1 else unpack(torch.cat([part.pack() for part in parts]), parts[0])
+    def with_rows(self, rows: Tensor) -> Precomputed:
+        """Other `rows` of the same kind."""
+        return replace(self, rows=rows)
