@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hpc_cpd.distill.batches import StageBatches
+from hpc_cpd.distributed.torch import device_of_rank
 from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import Samples
 from hpc_cpd.student.policy import StudentPolicy, load_student
@@ -25,7 +26,7 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
 
     The steps are shared out over the ranks (a collective).
     """
-    policy = load_student(student_folder)
+    policy = load_student(student_folder, device_of_rank())
     mine = np.array_split(np.arange(len(store)), torch.distributed.get_world_size())[torch.distributed.get_rank()]
     errors = torch.zeros(len(store), dtype=torch.float64)
     done = 0
@@ -40,7 +41,7 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
 
 def routing_by_task(student_folder: Path, stores: list[TrajectoryStore]) -> dict[str, Any]:
     """Mean gate probability of every expert at steps of each task (drawn with a fixed seed)."""
-    policy = load_student(student_folder)
+    policy = load_student(student_folder, device_of_rank())
     tasks: dict[str, list[float]] = {}
     for store in stores:
         for task in store.task_ids:
@@ -80,7 +81,6 @@ def _predictions(
         tasks = [store.task_ids[i] for i in windows["task_index"]]
         policy.act_as_learnt(tasks)
         vectors = np.stack([policy.task_vectors[task] for task in tasks])
-        actions, _, gate = policy.student(
-            torch.tensor(windows["observations"]), torch.tensor(vectors), torch.tensor(windows["valid"]), None
-        )
-        yield windows, actions, gate.mean(dim=2)
+        columns = windows["observations"], vectors, windows["valid"]
+        actions, _, gate = policy.student(*(torch.tensor(column).to(device_of_rank()) for column in columns))
+        yield windows, actions.cpu(), gate.mean(dim=2).cpu()

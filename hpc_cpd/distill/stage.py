@@ -98,10 +98,11 @@ def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bo
         run_on_rank(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)))
     if lacks("evaluation.json"):
         progress.update(f"evaluating {len(stage.seen)} tasks")
-        _evaluate(stage, load_student(folder / "student"), "evaluation.json")
+        _evaluate(stage, load_student(folder / "student", device_of_rank()), "evaluation.json")
     if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
         progress.update(f"evaluating {len(stage.seen)} tasks that the student is not told")
-        _evaluate(stage, TaskAgnosticPolicy(load_student(folder / "student")), "evaluation_inferred.json")
+        untold = TaskAgnosticPolicy(load_student(folder / "student", device_of_rank()))
+        _evaluate(stage, untold, "evaluation_inferred.json")
     # a published student needs no checkpoints, and those of every stage would stay for ever
     run_on_rank(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
     run_on_rank(lambda: mark_done(folder, {"stage": number, "tasks": stage.seen}))
@@ -164,8 +165,8 @@ def _evaluate_before(stage: Stage) -> None:
     folder = stage.run.stage(stage.number)
     start = load_student_parts(folder / "start")
     never = untrained(start, load_student_parts(stage.run.stage(1) / "start"))
-    zero = _records(stage, StudentPolicy(never), stage.tasks)
-    before = zero if stage.number == 1 else _records(stage, StudentPolicy(start), stage.tasks)
+    zero = _records(stage, StudentPolicy(never, device_of_rank()), stage.tasks)
+    before = zero if stage.number == 1 else _records(stage, StudentPolicy(start, device_of_rank()), stage.tasks)
     answer = {"stage": stage.number - 1, "untrained": zero, "before": before}
     run_on_rank(lambda: write_json(folder / "evaluation_before.json", answer))
 
