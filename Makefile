@@ -26,7 +26,8 @@ demo: $(READY)
 # No GPU and one thread: the tests start ranks of their own, and threads of several ranks on few cores wait for each other.
 # Two workers, a file to one of them: half of the time a test waits for Slurm, for a lease to run out, for a lost rank.
 PARALLEL := -n 2 --dist loadfile --no-loadscope-reorder
-FAST     := $(PARALLEL) -m "not ranks and not cluster and not slow"
+# Three workers for the fast ones: many of them wait for processes, locks and leases.
+FAST     := $(PARALLEL) -m "not ranks and not cluster and not slow" -n 3
 test: $(READY)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 

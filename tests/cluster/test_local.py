@@ -112,6 +112,7 @@ def test_a_killed_rank_ends_the_job_within_seconds_and_is_named(tmp_path, mpi, r
     assert not alive(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rank_that_no_longer_answers_is_ended_and_named(tmp_path):
     launcher = start("stopped-1", tmp_path, [])
     _, errors = launcher.communicate(timeout=90)

@@ -248,6 +248,7 @@ def large_run(tmp_path: Path) -> tuple[Run, dict[str, str]]:
     return run, {**os.environ, "PYTHONPATH": str(info.parent)}
 
 
+@pytest.mark.slow
 def test_a_thousand_tasks_and_two_hundred_stages_take_less_than_two_seconds(large_run):
     run, environment = large_run
 

@@ -57,6 +57,7 @@ class Counting(Scripted):
 @pytest.mark.parametrize(
     "task, gain, episodes", [("reach-v3", 0.08, 3), ("button-press-v3", 0.2, 2), ("push-v3", 1.0, 2)]
 )
+@pytest.mark.slow
 def test_stock_environment_gives_the_same_episodes(task: str, gain: float, episodes: int) -> None:
     ours = evaluate_policy(Scripted(task, gain), f"metaworld/{task}", episodes, SEED)
 

@@ -255,6 +255,7 @@ def test_same_run_gives_the_same_report(reported: Run) -> None:
     assert {path.name: path.read_bytes() for path in run.report.iterdir()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tasks, per_stage", [("MT50", 5), ("MT50", 1), (["metaworld/push-v3"], 1)])
 def test_pictures_fit_any_number_of_tasks(make_run: MakeRun, tasks: Any, per_stage: int) -> None:
     facts = read_results(make_run(tasks, per_stage))

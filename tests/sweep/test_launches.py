@@ -10,6 +10,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from hpc_cpd.cluster.preemption import StopFlag
 from hpc_cpd.cluster.schedulers.local import supervise
 from hpc_cpd.cluster.units import StageUnit
@@ -59,6 +61,7 @@ def test_at_most_so_many_run_at_once(tmp_path):
     assert most == 2 and running == 0
 
 
+@pytest.mark.slow
 def test_each_thing_that_a_unit_does_is_shown_once(tmp_path):
     run = Run(tmp_path)
     program = (

@@ -26,6 +26,9 @@ NOISE = "trajectories.action_noise=[0.0,1.5]"
 """Noise enough that some attempts of the half-taught teacher succeed and some do not."""
 
 
+pytestmark = pytest.mark.slow  # they train a teacher and play it
+
+
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A teacher that succeeds now and then, and its trajectories by one rank."""

@@ -39,6 +39,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task_id", "stop_after"), [(REACH, 2), (PENDULUM, 1)])
 def test_a_teacher_that_was_stopped_again_and_again_is_the_same_bit_for_bit(
     tmp_path: Path, undisturbed: dict[str, Run], task_id: str, stop_after: int
@@ -103,6 +104,7 @@ def test_what_is_published_says_how_it_came_about(undisturbed: dict[str, Run]) -
     assert [line["step"] for line in lines] == [50, 60, 60, 61, 61, 62, 62, 63, 63]
 
 
+@pytest.mark.slow
 def test_a_training_says_where_it_is_in_a_file(tmp_path: Path) -> None:
     run = tiny_run(tmp_path)
     told = []
