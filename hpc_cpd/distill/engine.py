@@ -157,6 +157,8 @@ class PhaseEngine:
 
     def _average(self, gradients: list[Tensor], group: Any) -> None:
         ranks, factor = torch.distributed.get_world_size(group), 1.0 / self.world_size
+        if not gradients:
+            return
         if ranks == 1:
             if factor != 1.0:
                 torch._foreach_mul_(gradients, factor)
