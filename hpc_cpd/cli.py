@@ -66,7 +66,8 @@ def status(
       restarts; failures: in a row, those above cluster.max_retries are given up
       progress: null or phase, step, total, loss; steps_per_second (of a
       teacher in training: rounds, where it is recorded: episodes)
-      success (0 to 1); error: one line; log: the file that ends with it
+      success (0 to 1), success_estimated: only some old tasks of a stage were
+      evaluated (~); error: one line; log: the file that ends with it
     - done, total: counts of teachers, trajectories and stages
     - next: the command to run, or null; notes: sentences
     """

@@ -243,6 +243,9 @@ class EvaluationSettings(Settings):
     seed: int = Field(10_000, ge=0, le=2**32 - 3, description="seed of the evaluation goals; never the training seed")
     forward_transfer: bool = Field(True, description="also evaluate new tasks before they are learnt")
     infer_task: bool = Field(False, description="also evaluate a student that is not told its task")
+    old_tasks_per_stage: int | None = Field(
+        None, ge=0, description="tasks of earlier stages, drawn per stage, evaluated before the last stage; null: all"
+    )
 
 
 class ClusterSettings(Settings):

@@ -30,7 +30,10 @@ class Owner:
 
 @dataclass(frozen=True)
 class UnitSnapshot:
-    """What the folders of a unit tell. `parts`: whether each of its folders is published; `news`: how far it is."""
+    """What the folders of a unit tell. `parts`: whether each of its folders is published; `news`: how far it is.
+
+    `success_estimated`: not all tasks that `success` speaks of were evaluated.
+    """
 
     unit: Unit
     parts: tuple[bool, ...]
@@ -38,6 +41,7 @@ class UnitSnapshot:
     record: JobRecord | None = None
     owner: Owner | None = None
     success: float | None = None
+    success_estimated: bool = False
     news: News | None = None
 
     @property
@@ -50,29 +54,31 @@ def snapshot_of(unit: Unit) -> UnitSnapshot:
     folder, names = unit.folder, [_names(folder) for folder in unit.folders]
     own, parts = names[0], tuple(DONE in found for found in names)
     record = read_job_record(folder) if RECORD_FILE in own else None
-    success = _success(unit, parts[0], own)
+    success, estimated = _success(unit, parts[0], own)
     if all(parts):
-        return UnitSnapshot(unit, parts, begun=True, record=record, success=success)
+        return UnitSnapshot(unit, parts, True, record, success=success, success_estimated=estimated)
     begun = record is not None or any(parts) or not own.isdisjoint(("start", "student"))
     begun = begun or ("checkpoints" in own and bool(_names(folder / "checkpoints")))
     owner = live_owner(folder) if "lock.json" in own else None
-    return UnitSnapshot(unit, parts, begun, record, owner, success, latest_news(folder) if NEWS_FILE in own else None)
+    news = latest_news(folder) if NEWS_FILE in own else None
+    return UnitSnapshot(unit, parts, begun, record, owner, success, estimated, news)
 
 
-def _success(unit: Unit, published: bool, names: set[str]) -> float | None:
-    """The success rate of what is published, or of a teacher's last evaluation on the way there."""
+def _success(unit: Unit, published: bool, names: set[str]) -> tuple[float | None, bool]:
+    """The success rate of what is published, or of a teacher's last evaluation on the way; is it an estimate?"""
     teaches = isinstance(unit, TeacherUnit)
     if published:
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError):
             if teaches:
-                return float(json.loads((unit.folder / DONE).read_bytes())["success"])
-            tasks = json.loads((unit.folder / "evaluation.json").read_bytes())["tasks"]
-            return sum(task["successes"] / task["episodes"] for task in tasks.values()) / len(tasks)
+                return float(json.loads((unit.folder / DONE).read_bytes())["success"]), False
+            from hpc_cpd.evaluation.schedule import stage_success  # numpy takes a launcher too long
+
+            return stage_success(json.loads((unit.folder / "evaluation.json").read_bytes()))
     elif teaches and "metrics.jsonl" in names:
         for line in tail(unit.folder / "metrics.jsonl"):  # one may be cut short by a kill, or as the tail begins
             with suppress(ValueError, TypeError, KeyError):
-                return float(json.loads(line)["success"])
-    return None
+                return float(json.loads(line)["success"]), False
+    return None, False
 
 
 def live_owner(folder: Path) -> Owner | None:

@@ -43,6 +43,7 @@ class UnitStatus:
     progress: News | None = None
     steps_per_second: float | None = None
     success: float | None = None
+    success_estimated: bool = False
     seconds_left: float | None = None
     error: str | None = None
     log: str | None = None
@@ -162,6 +163,7 @@ def _unit(seen: UnitSnapshot, queue: Queue) -> UnitStatus:
         failures=0 if last is None else last.failures,
         progress=seen.news,
         success=seen.success,
+        success_estimated=seen.success_estimated,
         log=None if record is None else str(_log_of(seen, record)),
     )
     if seen.done:

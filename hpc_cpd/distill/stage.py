@@ -29,6 +29,7 @@ from hpc_cpd.distributed.torch import (
     stop_together,
 )
 from hpc_cpd.evaluation.rollouts import evaluate_policy, evaluation_json, task_record
+from hpc_cpd.evaluation.schedule import tasks_after
 from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, phases_of
 from hpc_cpd.progress import Progress
 from hpc_cpd.run.paths import Run
@@ -96,11 +97,12 @@ def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bo
     if lacks("routing.json"):
         stores = [new] if memory is None else [new, memory]
         run_on_rank(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)))
+    count = len(tasks_after(config, plan, number))
     if lacks("evaluation.json"):
-        progress.update(f"evaluating {len(stage.seen)} tasks")
+        progress.update(f"evaluating {count} tasks")
         _evaluate(stage, load_student(folder / "student", device_of_rank()), "evaluation.json")
     if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
-        progress.update(f"evaluating {len(stage.seen)} tasks that the student is not told")
+        progress.update(f"evaluating {count} tasks that the student is not told")
         untold = TaskAgnosticPolicy(load_student(folder / "student", device_of_rank()))
         _evaluate(stage, untold, "evaluation_inferred.json")
     # a published student needs no checkpoints, and those of every stage would stay for ever
@@ -172,8 +174,10 @@ def _evaluate_before(stage: Stage) -> None:
 
 
 def _evaluate(stage: Stage, policy: Policy, name: str) -> None:
-    """Write the file `name` with the record of every task seen so far."""
-    answer = evaluation_json(stage.number, stage.config.evaluation, _records(stage, policy, stage.seen))
+    """Write the file `name` with the record of every task that is due after this stage."""
+    records = _records(stage, policy, tasks_after(stage.config, stage.plan, stage.number))
+    answer = evaluation_json(stage.number, stage.config.evaluation, records)
+    answer |= {"new_tasks": stage.tasks, "tasks_learnt": len(stage.seen)}  # what the records stand for
     run_on_rank(lambda: write_json(stage.run.stage(stage.number) / name, answer))
 
 

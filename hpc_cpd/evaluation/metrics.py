@@ -6,7 +6,8 @@ t_j the teacher's success rate on the same goals and R[0] the untrained student.
 - average success: mean_j R[T][j]
 - recovery: mean_j R[T][j] / t_j (tasks whose teacher never succeeds are left out and listed), and the
   ratio of the means, mean_j R[T][j] / mean_j t_j
-- forgetting of j: R[s(j)][j] - R[T][j], over s(j) < T; also from the best of R[s(j)..T-1][j]
+- forgetting of j: R[s(j)][j] - R[T][j], over s(j) < T; also from the best of R[s(j)..T-1][j]. Of fewer stages the
+  best would be too small, so it exists only where j was evaluated after all of them
 - backward transfer: minus the mean forgetting (arXiv 1706.08840)
 - forward transfer: mean_j (R[s(j)-1][j] - R[0][j]). A task of stage 1 adds 0 by definition, so the mean
   over the later stages alone is given as well.
@@ -19,6 +20,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from hpc_cpd.evaluation.schedule import mean_over_learnt
 
 Rates = npt.ArrayLike
 CONFIDENCE_Z = 1.959963984540054
@@ -47,7 +50,8 @@ def continual_metrics(
 
     Args:
         success: rates in [0, 1], [T, J]; row i-1 is after stage i, NaN where not evaluated. With several
-            seeds of one experiment [S, T, J]: rates are averaged over the seeds first.
+            seeds of one experiment [S, T, J]: rates are averaged over the seeds first. Where a learnt task has no
+            rate after stage T, the means that ask for it are None, for the others would be other tasks' means.
         stages: int [J], s(j) counted from 1. A task with s(j) > T has not been learnt: it is left out of
             every mean and listed in ``not_learnt``.
         teacher: rates [J] or [S, J]; NaN where unknown.
@@ -61,14 +65,17 @@ def continual_metrics(
 
     Returns:
         Plain numbers by name, ``per_task`` (a list of rows in the given order), ``success_by_stage`` (mean over
-        the tasks learnt so far, [T]) and ``intervals`` (name -> [low, high], 95%). Intervals of means are
+        the tasks learnt so far, [T]; where tasks of earlier stages were not evaluated, the evaluated ones stand for
+        all of them: an estimate, unbiased if they were drawn at random), ``success_by_stage_error`` (its standard error
+        due to that draw, [T], 0: all were evaluated), ``evaluated_by_stage`` (how many tasks were evaluated, [T]; the
+        fewest of any seed) and ``intervals`` (name -> [low, high], 95%). Intervals of means are
         percentiles of a stratified bootstrap: within each task, stage and seed the episodes are drawn
         again, and the seeds too when there are several. Intervals of one task are score intervals
         (Wilson; Newcombe for differences), as resampling 20 successes out of 20 would claim certainty.
 
     Raises:
         ValueError: shapes that do not fit, rates outside [0, 1], or a learnt task that was not evaluated
-            after its own or the last stage.
+            after its own stage.
     """
     other = {"teacher": teacher, "before": before, "untrained": untrained}
     table, counts, plan = _table(success, stages, other, episodes, teacher_episodes)
@@ -80,10 +87,7 @@ def continual_metrics(
         "tasks": int(plan.learnt.sum()),
         "seeds": len(table),
         **{name: _plain(value) for name, value in point.items()},
-        "success_by_stage": [
-            _plain(rates[i, plan.stages <= i + 1].mean()) if (plan.stages <= i + 1).any() else None
-            for i in range(plan.last)
-        ],
+        **_by_stage(table, plan),
         "not_learnt": np.flatnonzero(~plan.learnt).tolist(),
         "recovery_excluded": np.flatnonzero(plan.learnt & (rates[plan.teacher] == 0)).tolist(),
         "teacher_unknown": np.flatnonzero(plan.learnt & np.isnan(rates[plan.teacher])).tolist(),
@@ -94,7 +98,8 @@ def continual_metrics(
         intervals = {name: _percentiles(value) for name, value in _summary(draws, plan).items()}
     for kind in ("forgetting", "forgetting_from_best"):
         old = [row for row in rows if row[kind] is not None]
-        worst: dict[str, Any] = max(old, key=lambda row: row[kind], default={})
+        known = old if len(old) == plan.old.sum() else []  # the worst of some is not the worst
+        worst: dict[str, Any] = max(known, key=lambda row: row[kind], default={})
         result |= {f"{kind}_worst": worst.get(kind), f"{kind}_worst_task": worst.get("index")}
         if episodes is not None:
             intervals[f"{kind}_worst"] = worst.get(f"{kind}_interval")
@@ -131,6 +136,8 @@ class _Plan:
         self.learnt = stages <= last
         self.old = stages < last
         self.best = np.zeros(len(stages), dtype=np.int64)
+        self.followed = np.ones(len(stages), dtype=bool)  # evaluated after all stages from its own to the last but one
+        self.complete = True  # all that was learnt was evaluated after the last stage
 
 
 def _table(
@@ -159,9 +166,10 @@ def _table(
     with np.errstate(invalid="ignore"):
         if ((table < 0) | (table > 1)).any():
             raise ValueError("success rates must lie in [0, 1]")
-    missing = plan.learnt & np.isnan(table[:, *plan.own] + table[:, last - 1]).any(axis=0)
+    missing = plan.learnt & np.isnan(table[:, *plan.own]).any(axis=0)
     if missing.any():
-        raise ValueError(f"tasks {np.flatnonzero(missing).tolist()} lack a rate after their own or the last stage")
+        raise ValueError(f"tasks {np.flatnonzero(missing).tolist()} lack a rate after their own stage")
+    plan.complete = not np.isnan(table[:, last - 1, plan.learnt]).any()
 
     counts = np.full(table.shape, np.inf)
     if episodes is not None:
@@ -174,7 +182,9 @@ def _table(
 
     past = table.mean(axis=0)[:last].copy()
     index = np.arange(last)[:, None]
-    past[(index < s - 1) | (index == last - 1) | np.isnan(past)] = -1.0
+    between = (index >= s - 1) & (index < last - 1)
+    plan.followed = ~(between & np.isnan(past)).any(axis=0)
+    past[~between | np.isnan(past)] = -1.0
     plan.best = past.argmax(axis=0)
     return table, counts, plan
 
@@ -187,11 +197,13 @@ def _fit(name: str, values: Rates, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _summary(rates: np.ndarray, plan: _Plan) -> dict[str, np.ndarray]:
-    """Means over tasks of rates [..., T+3, J]; NaN where there is nothing to average."""
+    """Means over tasks of rates [..., T+3, J]; NaN where there is nothing to average, or a rate is missing."""
     columns = np.arange(len(plan.stages))
-    final = rates[..., plan.last - 1, :]
     own = rates[..., *plan.own]
-    best = rates[..., plan.best, columns]  # the stage is chosen once: a maximum over resamples would be biased
+    unknown = np.full_like(own, np.nan)
+    final = rates[..., plan.last - 1, :] if plan.complete else unknown
+    # the stage is chosen once: a maximum over resamples would be biased
+    best = rates[..., plan.best, columns] if plan.followed[plan.old].all() else unknown
     teacher = rates[..., plan.teacher, :]
     untrained = rates[..., plan.untrained, :]
     zero_shot = np.where(plan.stages == 1, untrained, rates[..., plan.before, :])
@@ -213,6 +225,21 @@ def _summary(rates: np.ndarray, plan: _Plan) -> dict[str, np.ndarray]:
         "forward_transfer": _mean(zero_shot - untrained, moved),
         "forward_transfer_later_stages": _mean(zero_shot - untrained, moved & (plan.stages > 1)),
     }
+
+
+def _by_stage(table: np.ndarray, plan: _Plan) -> dict[str, list[Any]]:
+    """The mean over the tasks learnt so far after every stage, its error, and how many tasks were evaluated.
+
+    Each seed has its own draw of tasks, so the mean over tasks comes first and that over seeds last.
+    """
+    found: dict[str, list[Any]] = {"success_by_stage": [], "success_by_stage_error": [], "evaluated_by_stage": []}
+    for i in range(plan.last):
+        new, old = plan.stages == i + 1, plan.stages <= i
+        means, errors = np.array([mean_over_learnt(seed[i, new], seed[i, old]) for seed in table]).T
+        found["success_by_stage"].append(_plain(means.mean()))
+        found["success_by_stage_error"].append(_plain(np.sqrt((errors**2).sum()) / len(errors)))
+        found["evaluated_by_stage"].append(int((~np.isnan(table[:, i, new | old])).sum(axis=1).min()))
+    return found
 
 
 def _mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -255,8 +282,9 @@ def _rows(rates: np.ndarray, counts: np.ndarray, plan: _Plan) -> list[dict[str, 
         row |= {f"{name}_interval": _score(rates, pooled, at[name], j) for name in ("after_own_stage", "final")}
         row["recovery"] = _plain(last / teacher) if teacher > 0 else None
         for kind, past in (("forgetting", own), ("forgetting_from_best", best)):
-            row[kind] = _plain(rates[past, j] - last) if plan.old[j] else None
-            if plan.old[j] and not np.isinf(pooled[[past, final], j]).any():
+            exists = plan.old[j] and not np.isnan(last) and (kind == "forgetting" or plan.followed[j])
+            row[kind] = _plain(rates[past, j] - last) if exists else None
+            if exists and not np.isinf(pooled[[past, final], j]).any():
                 row[f"{kind}_interval"] = [*newcombe(rates[past, j], pooled[past, j], last, pooled[final, j])]
     return rows
 

@@ -208,6 +208,9 @@ def _notes(comparison: Comparison) -> list[str]:
         notes.append("The rows have different tasks, so their means are over different tasks.")
     if len({(one.config.evaluation.seed, one.config.evaluation.episodes) for one in facts}) > 1:
         notes.append("The rows were evaluated on different goals or numbers of episodes (evaluation.seed, .episodes).")
+    if len({one.config.evaluation.old_tasks_per_stage for one in facts}) > 1:
+        differ = "After each stage the rows were evaluated on more or fewer old tasks"
+        notes.append(f"{differ} (evaluation.old_tasks_per_stage), which their wall-clock includes.")
     if any(one.provenance.get("uncommitted_changes") for one in facts):
         notes.append("Some runs were made with changes that are in no commit.")
     if len({one.provenance.get("commit") for one in facts}) > 1:

@@ -28,7 +28,9 @@ ABOUT_INTERVALS = (
 CAPTIONS = {
     "success_by_stage": (
         "Success as tasks arrive",
-        "Mean success over the tasks learnt so far, after each stage. Faint lines are single seeds.",
+        "Mean success over the tasks learnt so far, after each stage. Faint lines are single seeds. Hollow marks are "
+        "estimates: a random draw of the old tasks stands for all of them; bars are two standard errors of that draw, "
+        "where more than one task was drawn.",
     ),
     "forgetting": (
         "Forgetting",
@@ -36,7 +38,8 @@ CAPTIONS = {
     ),
     "final_success": (
         "Every task of every run",
-        "Success in percent after the last finished stage; an empty place: the run does not have the task.",
+        "Success in percent after the last finished stage; an empty place: the run does not have the task, "
+        "or did not evaluate it then.",
     ),
 }
 

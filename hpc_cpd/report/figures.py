@@ -96,7 +96,9 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
     ax.axvline(0, color=theme.text, linewidth=1.0, zorder=3)
     if interval:
         ax.axvspan(*interval, color=theme.student, alpha=0.12, zorder=1, linewidth=0)
-    ax.axvline(mean, color=theme.student, linewidth=1.4, linestyle=(0, (4, 2)), label="mean, 95% interval", zorder=3)
+    if mean is not None:  # of all old tasks; not all may have been evaluated yet
+        style: dict[str, Any] = {"linewidth": 1.4, "linestyle": (0, (4, 2)), "label": "mean, 95% interval"}
+        ax.axvline(mean, color=theme.student, zorder=3, **style)
     ax.bar([0], [0], color=theme.loss, label="forgotten")
     ax.bar([0], [0], color=theme.gain, label="improved")
     ax.plot([], [], color=theme.muted, linewidth=1.1, label="95% interval of a task")
@@ -218,7 +220,11 @@ FIGURES: dict[str, Drawing[RunResults]] = {draw.__name__: draw for draw in _OF_A
 
 
 def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
-    """Mean success over the tasks learnt so far, against their number: bold per row, faint per seed."""
+    """Mean success over the tasks learnt so far, against their number: bold per row, faint per seed.
+
+    A stage after which it is estimated has a hollow mark with a bar of two standard errors, one after which it is not
+    known has none.
+    """
     rows = [group for group in comparison.groups if any(facts.metrics for facts in group.runs)]
     if not rows:
         return None
@@ -228,18 +234,20 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     for number, group in enumerate(rows):
         colour, mark = colours[number % len(colours)], _MARKS[number % len(_MARKS)]
         dash = _DASHES[number // len(colours) % len(_DASHES)]
-        curves = [
-            (np.cumsum([len(stage) for stage in facts.stages]), np.array(facts.metrics["success_by_stage"], float))
-            for facts in group.runs
-            if facts.metrics
-        ]
-        for x, y in curves if len(curves) > 1 else ():
-            ax.plot(x[: len(y)], y, color=colour, alpha=0.3, linewidth=0.8, zorder=2)
-        shortest = min(len(y) for _, y in curves)
+        curves = [_curve(facts) for facts in group.runs if facts.metrics]
+        for x, y in (curve[:2] for curve in curves if len(curves) > 1):
+            ax.plot(x[~np.isnan(y)], y[~np.isnan(y)], color=colour, alpha=0.3, linewidth=0.8, zorder=2)
+        shortest = min(len(curve[0]) for curve in curves)
         x = curves[0][0][:shortest]
         counts.update(x.tolist())
-        mean = np.mean([y[:shortest] for _, y in curves], axis=0)
-        ax.plot(x, mean, color=colour, linestyle=dash, marker=mark, markersize=4, linewidth=1.6, label=group.name)
+        means, errors, partly = (np.stack([curve[i][:shortest] for curve in curves]) for i in (1, 2, 3))
+        mean, known = means.mean(axis=0), ~np.isnan(means).any(axis=0)
+        style: dict[str, Any] = {"color": colour, "marker": mark, "markersize": 4}
+        ax.plot(x[known], mean[known], linestyle=dash, linewidth=1.6, label=group.name, **style)
+        if (guess := known & partly.any(axis=0)).any():
+            bars = 2 * np.sqrt((errors[:, guess] ** 2).sum(axis=0)) / len(curves)
+            style |= {"markerfacecolor": theme.background, "linestyle": "none", "elinewidth": 0.9, "zorder": 3}
+            ax.errorbar(x[guess], mean[guess], np.nan_to_num(bars), **style)
     # never less than ten points high: differences that are noise must not look like cliffs
     ax.set_ylim(bottom=max(-0.01, min(ax.get_ylim()[0], 0.9)), top=1.01)
     ax.yaxis.set_major_formatter(PERCENT)
@@ -248,6 +256,13 @@ def success_by_stage(comparison: Comparison, theme: Theme) -> Figure | None:
     ax.set(xlabel="tasks learnt so far, stage after stage", ylabel="mean success over them")
     legend(ax, theme, columns=3)
     return figure
+
+
+def _curve(facts: RunResults) -> tuple[np.ndarray, ...]:
+    """Of every finished stage: tasks learnt, mean success over them, its error, and whether it is not that of all."""
+    m, keys = facts.metrics or {}, ("success_by_stage", "success_by_stage_error")
+    mean, error = (np.array(m[key], dtype=float) for key in keys)
+    return np.cumsum([len(stage) for stage in facts.stages])[: len(mean)], mean, error, np.array(facts.partly)
 
 
 def forgetting_of_rows(comparison: Comparison, theme: Theme) -> Figure | None:

@@ -23,7 +23,7 @@ _CAPTIONS = {
     "success_matrix": (
         "Success of every task after every stage",
         "Read a row from left to right: what becomes of a task once it has been learnt. The outlined tiles are a "
-        "stage's own tasks; what fades to their right was forgotten.",
+        "stage's own tasks; what fades to their right was forgotten. Empty places were not evaluated.",
     ),
     "teacher_and_student": (
         "Teacher and student",
@@ -103,8 +103,7 @@ def _parts(facts: RunResults, drawn: list[str]) -> list[str]:
 
 
 def _cards(m: Mapping[str, Any]) -> str:
-    old = m["forgetting_worst_task"] is not None
-    on = f" on {m['forgetting_worst_task']}" if old and m["forgetting_worst"] > 0 else ""
+    on = f" on {m['forgetting_worst_task']}" if (m["forgetting_worst"] or 0) > 0 else ""
     later = m["forward_transfer_later_stages"]
     alone = "not measured" if later is None else f"later stages alone: {points(later, signed=True)}"
     cards = {  # name of the number -> its label, what else there is to say, and whether only old tasks have it
@@ -120,7 +119,11 @@ def _cards(m: Mapping[str, Any]) -> str:
         rate = name in ("average_success", "recovery")
         value = percent(m[name]) if rate else points(m[name], signed=name.endswith("transfer"))
         sure = interval(m["intervals"].get(name), "%" if rate else " pp", 0)
-        about = "nothing to forget after one stage" if of_old and not old else more
+        about = "nothing to forget after one stage" if of_old and m["stages"] == 1 else more
+        if m[name] is None and name == "forgetting_from_best_mean" and m["stages"] > 1:
+            about = "not all tasks were evaluated after every stage"
+        elif m[name] is None and name != "forward_transfer" and m["evaluated_by_stage"][-1] < m["tasks"]:
+            about = "not all tasks were evaluated yet"
         lines = (f"95%: {sure}" if sure and m[name] is not None else "", about)
         cells.append(f'<div class="card"><span>{label}</span><b>{value}</b>{"".join(map(small, lines))}</div>')
     return "".join(cells)

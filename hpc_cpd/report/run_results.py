@@ -12,6 +12,7 @@ import numpy as np
 
 from hpc_cpd.errors import UserError
 from hpc_cpd.evaluation.metrics import STUDENT_FIELDS, continual_metrics, wilson
+from hpc_cpd.evaluation.schedule import tasks_after
 from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import DONE, is_done, read_json
@@ -30,7 +31,7 @@ class RunResults:
 
     `stages` is the plan (task ids per stage); `evaluations` has one entry per finished stage; `rows` one
     per task of the plan, in the order of learning, as `continual_metrics` gives them, plus ``task``. `counted` is the
-    stage that taught each task, or one past the last where an evaluation of the task is missing.
+    stage that taught each task, or one past the last where an evaluation of the task that was due is missing.
     """
 
     run: Run
@@ -58,6 +59,13 @@ class RunResults:
     def finished(self) -> bool:
         """Whether every stage is published and evaluated."""
         return len(self.evaluations) == len(self.stages)
+
+    @property
+    def partly(self) -> list[bool]:
+        """Of every finished stage, whether only some of the tasks learnt (and counted) were evaluated after it."""
+        some = self.metrics["evaluated_by_stage"] if self.metrics else []
+        every = (sum(number <= stage for number in self.counted) for stage in range(1, len(some) + 1))
+        return [one < all_ for one, all_ in zip(some, every, strict=True)]
 
     @property
     def finished_stages(self) -> dict[int, Path]:
@@ -189,9 +197,10 @@ def _stages(facts: RunResults) -> None:
 def _numbers(facts: RunResults) -> None:
     tasks, finished = facts.tasks, len(facts.evaluations)
     taught = {task: k for k, stage in enumerate(facts.stages, 1) for task in stage}
+    due = tasks_after(facts.config, facts.stages, finished) if finished else []
     for task in tasks:
-        learnt = taught[task] <= finished
-        complete = not learnt or all(task in facts.evaluations[stage - 1] for stage in (taught[task], finished))
+        asked = {taught[task], *([finished] if task in due else [])} if taught[task] <= finished else set()
+        complete = all(task in facts.evaluations[stage - 1] for stage in asked)
         if not complete:
             facts.notes.append(f"{task} lacks an evaluation after its own or the last stage and is left out.")
         facts.counted.append(taught[task] if complete else len(facts.stages) + 1)
@@ -201,6 +210,7 @@ def _numbers(facts: RunResults) -> None:
         found = facts.metrics.pop("per_task")
         if never := facts.metrics["recovery_excluded"]:
             facts.notes.append(f"The teachers of {_names(never)} never succeed, so the mean recovery leaves them out.")
+        facts.notes += _about_sample(facts, facts.metrics)
     else:
         teachers = [facts.teachers.get(task) for task in tasks]
         sure = [one and [float(bound) for bound in wilson(_rate(one), _episodes(one))] for one in teachers]
@@ -209,6 +219,30 @@ def _numbers(facts: RunResults) -> None:
     for task, row in zip(tasks, found, strict=True):
         first = {"task": task, "episodes": facts.config.evaluation.episodes}
         facts.rows.append({**first, **row, "stage": taught[task]})
+
+
+def _about_sample(facts: RunResults, m: Mapping[str, Any]) -> list[str]:
+    """What cannot be said, or stands on some tasks alone, because not all old ones were evaluated after every stage."""
+    drawn, finished, partly = facts.config.evaluation.old_tasks_per_stage, len(facts.evaluations), facts.partly
+    if not any(partly):
+        return []
+    if drawn is None:
+        how = "though evaluation.old_tasks_per_stage asks for all; the mean success after them is of the others"
+    elif drawn == 0:
+        how = "(evaluation.old_tasks_per_stage=0), so there is no mean success after them"
+    else:
+        how = f"(evaluation.old_tasks_per_stage={drawn}), so the mean success after them is estimated from a draw"
+    notes = [
+        f"After {sum(partly)} of {finished} finished stages not all old tasks were evaluated {how}, "
+        "and forgetting from the best is not known."
+    ]
+    if partly[-1]:
+        mean, error = m["success_by_stage"][-1], m["success_by_stage_error"][-1]
+        guess = "" if mean is None else f"; the mean success is estimated at {100 * mean:.1f}%"
+        guess += "" if error is None else f", standard error of the draw {100 * error:.1f} pp"
+        some = f"{m['evaluated_by_stage'][-1]} of {m['tasks']} tasks learnt"
+        notes.append(f"After stage {finished}, {some} were evaluated, so means over all are not known yet{guess}.")
+    return notes
 
 
 def _damaged(path: Path, how: str) -> UserError:

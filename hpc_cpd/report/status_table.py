@@ -132,7 +132,7 @@ def _row(unit: UnitStatus, task: str) -> Row:
         counted = unit.progress.counted if unit.progress else "steps"
         row["Speed"] = f"{unit.steps_per_second:{'.1f' if unit.steps_per_second >= 1 else '.2g'}} {counted}/s"
     if unit.success is not None:
-        row["Success"] = f"{unit.success:.0%}"
+        row["Success"] = f"{'~' if unit.success_estimated else ''}{unit.success:.0%}"
     return row | ({"Restarts": str(unit.restarts)} if unit.restarts else {})
 
 

@@ -26,6 +26,8 @@ def print_table(run: Run, console: Console | None = None) -> None:
     means = facts.metrics or {}
     rates = (percent(means.get(key)) for key in ("teacher_success", "average_after_own_stage", "average_success"))
     table.add_row("mean", "", *rates, points(means.get("forgetting_mean")), style="bold")
+    if means and means["average_success"] is None:
+        table.caption = "mean -: not all tasks were evaluated after this stage"
     (console or Console()).print(table)
 
 

@@ -127,6 +127,16 @@ def test_the_success_of_what_is_done_is_the_published_one(run):
     assert [found[name].success for name in (f"teacher {ONE}", "stage 1", "stage 2")] == [0.75, 0.75, None]
 
 
+def test_the_success_of_a_stage_is_that_of_all_its_tasks_also_where_some_old_ones_stand_for_the_others(run):
+    record = {"episodes": 20, "mean_return": 1.0}
+    tasks = {"old": record | {"successes": 10}, "new": record | {"successes": 20}}
+    for stage, learnt in ((1, 2), (2, 10)):
+        write_json(run.stage(stage) / "evaluation.json", {"tasks": tasks, "new_tasks": ["new"], "tasks_learnt": learnt})
+        publish(run.stage(stage))
+    found = [units(run)[name] for name in ("stage 1", "stage 2")]
+    assert [(unit.success, unit.success_estimated) for unit in found] == [(0.75, False), (pytest.approx(0.55), True)]
+
+
 def test_what_is_reported_tells_how_fast_it_goes_and_what_it_does_between(run, capsys, monkeypatch):
     folder = run.stage(1)
     reporter = Progress("stage 1", every_seconds=0, folder=folder)

@@ -191,3 +191,54 @@ def test_score_intervals_are_the_published_ones() -> None:
     assert wilson(0.0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
     assert newcombe(56 / 70, 70, 48 / 80, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
     assert newcombe(10 / 10, 10, 0 / 10, 10) == pytest.approx((0.6075, 1.0), abs=5e-5)
+
+
+# Four stages of one task; after the third, task 0 was evaluated and task 1 was not.
+HOLES = [
+    [0.9, NAN, NAN, NAN],
+    [1.0, 0.8, NAN, NAN],
+    [0.7, NAN, 1.0, NAN],
+    [0.6, 0.5, 0.9, 1.0],
+]
+FULL = [*HOLES[:2], [0.7, 0.3, 1.0, NAN], HOLES[3]]
+
+
+def test_a_task_that_was_not_evaluated_on_the_way_changes_nothing_but_the_way() -> None:
+    more = {"episodes": 20, "teacher_episodes": 20, "resamples": 300}
+    holes, full = (continual_metrics(rates, [1, 2, 3, 4], [1, 1, 1, 1], **more) for rates in (HOLES, FULL))
+    assert holes["success_by_stage"] == pytest.approx([0.9, 0.9, (1.0 + 2 * 0.7) / 3, 0.75])
+    assert full["success_by_stage"][2] == pytest.approx(2.0 / 3)
+    assert holes["success_by_stage_error"] == [0.0, 0.0, None, 0.0] and full["success_by_stage_error"] == [0.0] * 4
+    assert holes["evaluated_by_stage"] == [1, 2, 2, 4] and full["evaluated_by_stage"] == [1, 2, 3, 4]
+    assert [row["forgetting_from_best"] for row in holes["per_task"]] == [0.4, None, 0.1, None]
+    assert [row["forgetting_from_best_interval"] is None for row in holes["per_task"]] == [False, True, False, True]
+    best = {key for key in holes if key.startswith("forgetting_from_best")}
+    assert len(best) == 3 and all(holes[key] is None and full[key] is not None for key in best)
+    assert holes["intervals"]["forgetting_from_best_mean"] is holes["intervals"]["forgetting_from_best_worst"] is None
+    the_way = {*best, "intervals", "per_task", "success_by_stage", "success_by_stage_error", "evaluated_by_stage"}
+    assert {key: holes[key] for key in holes.keys() - the_way} == {key: full[key] for key in full.keys() - the_way}
+    for name in holes["intervals"].keys() - best:
+        assert holes["intervals"][name] == pytest.approx(full["intervals"][name], abs=0.06)  # other random numbers
+    rows = ([{k: v for k, v in row.items() if "best" not in k} for row in m["per_task"]] for m in (holes, full))
+    assert next(rows) == next(rows)
+
+
+def test_means_over_all_tasks_are_unknown_while_some_were_not_evaluated_after_the_last_stage() -> None:
+    m = continual_metrics(HOLES[:3], [1, 2, 3, 4], [1, 1, 1, 1], episodes=20, resamples=50)
+    unknown = ("average_success", "recovery", "recovery_of_means", "forgetting_mean", "forgetting_worst")
+    for name in (*unknown, "forgetting_from_best_mean", "backward_transfer"):
+        assert m[name] is None and m["intervals"].get(name) is None, name
+    assert m["average_after_own_stage"] == pytest.approx(0.9) and m["intervals"]["average_after_own_stage"]
+    assert [row["final"] for row in m["per_task"]] == [0.7, None, 1.0, None]
+    assert [row["forgetting"] for row in m["per_task"]] == [0.2, None, None, None]
+    assert m["tasks"] == 3 and m["not_learnt"] == [3]
+    json.dumps(m, allow_nan=False)
+
+
+def test_each_seed_has_tasks_of_its_own_behind_the_mean_success_of_a_stage() -> None:
+    other = [*HOLES[:2], [NAN, 0.3, 1.0, NAN], HOLES[3]]
+    m = continual_metrics([HOLES, other], [1, 2, 3, 4], [1, 1, 1, 1], episodes=20, resamples=50)
+    assert m["success_by_stage"][2] == pytest.approx(((1.0 + 2 * 0.7) / 3 + (1.0 + 2 * 0.3) / 3) / 2)
+    assert m["evaluated_by_stage"] == [1, 2, 2, 4]
+    assert [row["forgetting_from_best"] for row in m["per_task"]] == [None, None, 0.1, None]
+    json.dumps(m, allow_nan=False)

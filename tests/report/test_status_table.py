@@ -89,6 +89,12 @@ def test_a_teacher_in_training_makes_rounds_and_no_steps(run, width):
     assert "0.05 rounds/s" in text and "steps" not in text.lower()
 
 
+def test_a_success_that_some_old_tasks_stand_for_is_marked(run):
+    stage = replace(snapshot(run).units[2], state="done", success=0.85, success_estimated=True)
+    words = drawn(replace(snapshot(run), units=[stage]), 80).split()
+    assert "~85%" in words and "85%" not in words
+
+
 def test_columns_that_nobody_fills_are_not_shown(run):
     write_news(run.teacher(ONE), "cloning", 50, 3000, loss=0.1)
     write_attempt(run.teacher(ONE))
@@ -124,7 +130,8 @@ def test_the_document_has_the_promised_keys_and_is_json(run):
     printed = status_command(run.folder, "--json")
     document = json.loads(printed.stdout, parse_constant=pytest.fail)
     assert document.keys() == {"run", "scheduler", "units", "done", "total", "next", "notes"}
-    keys = "unit state job reason node restarts failures progress steps_per_second success seconds_left error log"
+    keys = "unit state job reason node restarts failures progress steps_per_second success success_estimated"
+    keys += " seconds_left error log"
     assert all(unit.keys() == set(keys.split()) for unit in document["units"])
     assert document["units"][2]["progress"] == {"phase": "phase 1", "step": 50, "total": 2000, "loss": None}
     described = status_command("--help").stdout
