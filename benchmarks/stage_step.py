@@ -3,9 +3,10 @@
     python benchmarks/stage_step.py [--json OUT.json]
 
 The default student with two experts of 25 per token and 256 windows, on one core, everything from the batch on:
-forward, backward, clipping, AdamW, and the answers of the student before the stage. In "old parts frozen" the backbone,
-20 experts and their gate rows stand still, as under the method `ours` after stage 1: what is frozen is known of three
-quarters of the windows from a table; the others are computed, eight steps at once. In "all learns" every parameter does.
+forward, backward, clipping, AdamW, and the answers of the student before the stage. In "old parts frozen" the
+backbone, 20 experts and their gate rows stand still, as under the method `ours` after stage 1: what is frozen is known
+of three quarters of the windows from a table; the others are computed, eight steps at once. In "all learns" every
+parameter does.
 
 Beside each stands the time of its own bare matrix products: those that torch was asked for in one step, called again
 with the same operands and nothing between them; and one product of two 1024 x 1024 float32 matrices, which says how
