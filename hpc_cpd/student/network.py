@@ -122,9 +122,7 @@ class Student(nn.Module):
         if precomputed is not None and valid is not None:
             return self._from_precomputed(precomputed, valid, override)
         rows, length = observations.shape[:2]
-        vectors = task_vectors[:, None].expand(-1, length, -1)
-        tokens, seen = self.tokenizer(observations, vectors)
-        context = torch.cat([seen, vectors], dim=-1) if self.shape.experts_see_observation else vectors
+        tokens, context = self._tokens(observations, task_vectors)
         positions = None
         if at is not None:
             positions = at + length * torch.arange(rows, device=at.device)
@@ -132,7 +130,7 @@ class Student(nn.Module):
             positions = valid.reshape(-1).nonzero().squeeze(1)
         if override is not None:
             override = override[:, None].expand(-1, length).reshape(-1)
-        experts = _ExpertsOfPass(self.mixtures, context.flatten(0, 1), valid, override, cache is not None)
+        experts = _ExpertsOfPass(self.mixtures, context, valid, override, cache is not None)
         actions = self.head(self.backbone(tokens, experts, positions, cache))
         gates = experts.gates
         if at is not None and positions is not None:
@@ -150,6 +148,13 @@ class Student(nn.Module):
             gate.view(*places, *gate.shape[1:]),
         )
 
+    def _tokens(self, observations: Tensor, task_vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens [B, L, width], what experts see beside the features [B * L, C])."""
+        vectors = task_vectors[:, None].expand(-1, observations.shape[1], -1)
+        tokens, seen = self.tokenizer(observations, vectors)
+        context = torch.cat([seen, vectors], dim=-1) if self.shape.experts_see_observation else vectors
+        return tokens, context.flatten(0, 1)
+
     def _from_precomputed(
         self, known: Precomputed, valid: Tensor, override: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,10 +164,10 @@ class Student(nn.Module):
         features = self.backbone.finish(known.inputs[:, : self.shape.width] + mixed)
         positions = valid.reshape(-1).nonzero().squeeze(1)
         actions, gate = (
-            values.new_zeros(valid.numel(), values.shape[1]).index_copy(0, positions, values).view(*valid.shape, -1)
+            values.new_zeros(valid.numel(), values.shape[1]).index_copy(0, positions, values)
             for values in (self.head(features), gate)
         )
-        return actions, balance, gate.unsqueeze(2)
+        return actions.view(*valid.shape, actions.shape[1]), balance, gate.view(*valid.shape, 1, gate.shape[1])
 
     @torch.no_grad()
     def precompute(self, observations: Tensor, task_vectors: Tensor, valid: Tensor) -> tuple[Precomputed, Tensor]:
@@ -172,15 +177,13 @@ class Student(nn.Module):
         `ends_with_experts` and that holds all of its experts.
         """
         found: list[Precomputed] = []
-        vectors = task_vectors[:, None].expand(-1, observations.shape[1], -1)
-        tokens, seen = self.tokenizer(observations, vectors)
-        context = torch.cat([seen, vectors], dim=-1) if self.shape.experts_see_observation else vectors
+        tokens, context = self._tokens(observations, task_vectors)
         positions = valid.reshape(-1).nonzero().squeeze(1)
 
         def experts(number: int, features: Tensor, places: Tensor | None = None) -> Tensor:
             if places is None:
                 features = features.index_select(0, positions)
-            inputs = torch.cat([features, context.flatten(0, 1).index_select(0, positions)], dim=-1)
+            inputs = torch.cat([features, context.index_select(0, positions)], dim=-1)
             mixture = cast(Mixture, self.mixtures[number])
             old = mixture.as_old(inputs)
             found.append(Precomputed.of(inputs, old))

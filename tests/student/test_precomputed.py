@@ -83,6 +83,16 @@ def test_what_is_kept_as_rows_is_what_was_computed(top_k: int) -> None:
     assert known.without_experts().old is None and torch.equal(known.without_experts().inputs, known.inputs)
 
 
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_a_rank_without_rows_takes_part(top_k: int) -> None:
+    past, now = students(top_k)
+    inputs = [column[:0] for column in windows()]
+    known, answers = past.precompute(*inputs)
+    actions, balance, gate = now(*inputs, precomputed=known)
+    assert answers.shape == (0, 3) and actions.shape == (0, HISTORY, 3) and gate.shape == (0, HISTORY, 1, 5)
+    (actions.sum() + balance).backward()
+
+
 def test_of_equal_logits_only_experts_whose_outputs_are_known_are_chosen() -> None:
     past, now = students(2)
     with torch.no_grad():

@@ -134,6 +134,7 @@ class Mixture(nn.Module):
         rows = tokens.index_select(0, order // selected.shape[1])
         counts = torch.bincount(selected.flatten(), minlength=len(experts)).tolist()
         done = [expert(part) for expert, part in zip(experts, rows.split(counts), strict=True) if len(part)]
+        done.append(tokens.new_empty(0, self.output_size))  # of a rank without rows
         results = tokens.new_empty(len(rows), self.output_size).index_copy_(0, order, torch.cat(done))
         return OldExperts(logits, selected, results.view(*selected.shape, self.output_size))
 
