@@ -227,7 +227,7 @@ class Mixture(nn.Module):
         asked = asked.index_select(0, plan.outgoing)
         done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan, self._local(first))
         answers = old.of_pairs(selected).flatten(0, 1).index_copy(0, asked, done)
-        outputs: Tensor = (answers.view(*selected.shape, -1) * routing.weights.unsqueeze(-1)).sum(dim=1)
+        outputs: Tensor = (answers.view(*selected.shape, self.output_size) * routing.weights.unsqueeze(-1)).sum(dim=1)
         return outputs
 
     def _asked(self, rows: Tensor, plan: RowPlan, experts: list[nn.Module]) -> Tensor:
