@@ -220,7 +220,7 @@ class DistillSettings(Settings):
     in_memory_gigabytes: float = resumable(
         8.0,
         ge=0,
-        description="trajectories of a stage beyond this are mapped from their files instead of held by every rank",
+        description="trajectories of a stage, and what is computed of them once, are mapped from files beyond this",
     )
     collective_timeout_seconds: float = resumable(
         45.0, gt=0, description="a rank that keeps the others waiting longer is lost"

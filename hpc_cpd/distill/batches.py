@@ -63,7 +63,6 @@ class StageBatches:
 
     def __init__(self, rows: Sequence[Rows], data: StageData, seed: int, stage: int, device: torch.device) -> None:
         """`rows`: the sources of every batch, in the order in which they draw."""
-        # those that ask the student before the stage stand last in a batch
         self.rows, self.data = list(rows), data
         self.seed, self.stage = seed, stage
         self.device = device
@@ -146,15 +145,13 @@ class StageBatches:
         frozen, precomputed = self.frozen, list[Precomputed]()
         asked = [columns for (row, _), columns in zip(sources, tensors, strict=True) if row.asks_past_student]
         for (row, parts), (observations, _, valid, told) in zip(sources, tensors, strict=True):
-            if frozen is not None and not row.asks_past_student:
+            if frozen is None or row.asks_past_student:
+                continue
+            if row.as_recorded:
                 steps = np.concatenate([part.origin[1] for part in parts])
-                whole = row.as_recorded
-                known = (
-                    frozen.of_steps(parts[0].origin[0], steps)
-                    if whole
-                    else frozen.of_rows(observations, told, valid)[0]
-                )
-                precomputed.append(known)
+                precomputed.append(frozen.of_steps(parts[0].origin[0], steps))
+            else:
+                precomputed.append(frozen.of_rows(observations, told, valid)[0])
         if asked:
             assert self.data.past is not None
             observations, _, valid, told = (torch.cat(column) for column in zip(*asked, strict=True))
