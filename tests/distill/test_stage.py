@@ -47,10 +47,11 @@ VARIANTS: dict[str, tuple[dict[str, str], int | None]] = {
     "ZeRO 2": ({"zero_stage: 0": "zero_stage: 2", "expert_parallel_size: 0": "expert_parallel_size: 1"}, None),
     "stopped in phase 1": ({}, 7),
     "stopped in phase 2": ({"in_memory_gigabytes: 8.0": "in_memory_gigabytes: 0.0"}, 31),  # its data stay in files
+    "stopped with old ones frozen": ({"freeze_old_experts: false": "freeze_old_experts: true"}, 13),
     "stopped in between": ({}, 20),
     "stopped in bfloat16": ({"precision: float32": "precision: bfloat16"}, 35),
 }
-RESUMED = ("stopped in phase 1", "stopped in phase 2")
+RESUMED = ("stopped in phase 1", "stopped in phase 2", "stopped with old ones frozen")
 
 
 @pytest.fixture(scope="module")
@@ -232,13 +233,13 @@ def test_ranks_expert_parallel_size_and_zero_do_not_change_the_student(
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_stopped_ranks_save_together_and_the_resumed_student_has_the_same_bits(
-    undisturbed: Run, resumed: dict[str, Run], name: str
+    undisturbed: Run, variants: dict[str, Run], resumed: dict[str, Run], name: str
 ) -> None:
-    """Also when the trajectories stay in their files."""
-    run = resumed[name]
-    assert student_hash(run, 2) == student_hash(undisturbed, 2)
+    """Also when the trajectories, and what is computed of them once, stay in files."""
+    run, whole = resumed[name], variants["old ones frozen"] if "frozen" in name else undisturbed
+    assert student_hash(run, 2) == student_hash(whole, 2)
     for file in ("metrics.jsonl", "evaluation.json", "memory/selection.json", "routing.json"):
-        assert (run.stage(2) / file).read_bytes() == (undisturbed.stage(2) / file).read_bytes()
+        assert (run.stage(2) / file).read_bytes() == (whole.stage(2) / file).read_bytes()
 
 
 def test_a_student_killed_at_any_moment_ends_with_the_same_bits(undisturbed: Run, tmp_path: Path) -> None:
