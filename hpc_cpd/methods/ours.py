@@ -1,8 +1,9 @@
 """Our method: experts that grow with every task and never move again, a replay memory, and self-distillation.
 
-After arXiv 2601.22475: a gate bias of -5 at birth, phase 1 (old experts frozen, new experts and gate learn), phase 2
-(gate frozen), shared layers frozen after stage 1, a replay memory chosen by a determinantal point process. Different
-from it: old experts stay frozen in phase 2, and half of the rows about old tasks ask the student before the stage.
+After arXiv 2601.22475: an initial gate bias of -5 for new experts, phase 1 (old experts frozen, new experts and gate
+learn), phase 2 (gate frozen), shared layers frozen after stage 1, a replay memory chosen by a determinantal point
+process. Different from it: old experts stay frozen in phase 2, and half of the rows about old tasks ask the student
+before the stage.
 """
 
 from __future__ import annotations

@@ -211,7 +211,7 @@ def routing(facts: RunResults, theme: Theme) -> Figure | None:
     ax.set_xlim(-0.6, len(experts) - 0.4)
     marks = range(0, len(experts), 1 if len(experts) <= 30 else 5)
     ax.set_xticks(list(marks), [str(experts[i].get("id", i)) for i in marks])
-    ax.set_xlabel("expert, in order of birth: mean gate probability in %")
+    ax.set_xlabel("expert, oldest first: mean gate probability in %")
     return figure
 
 
