@@ -10,25 +10,21 @@ import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
-
-import torch
 
 from hpc_cpd.distill.batches import StageBatches, shares_of
 from hpc_cpd.distill.dagger import open_new, play_and_answer
+from hpc_cpd.distill.evaluate import evaluate, evaluate_before
 from hpc_cpd.distill.finalize import episode_errors, routing_by_task, samples_of
-from hpc_cpd.distill.initialize import initialize_stage, untrained
+from hpc_cpd.distill.initialize import initialize_stage
 from hpc_cpd.distill.train import expert_parallel_size, train_phases
 from hpc_cpd.distill.validation import check_settings, do_without_missing, require_stage
 from hpc_cpd.distributed.torch import (
     device_of_rank,
     finish_distributed,
-    gather,
     run_on_rank,
     start_distributed,
     stop_together,
 )
-from hpc_cpd.evaluation.rollouts import evaluate_policy, evaluation_json, task_record
 from hpc_cpd.evaluation.schedule import tasks_after
 from hpc_cpd.methods.base import Method, Phase, Stage, StageData, method_of, phases_of
 from hpc_cpd.progress import Progress
@@ -36,8 +32,7 @@ from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, mark_done, read_json, write_json
 from hpc_cpd.student.checkpoint import MethodState, gather_method_state, of_this_rank
 from hpc_cpd.student.network import Student
-from hpc_cpd.student.policy import StudentPolicy, TaskAgnosticPolicy, load_student, load_student_parts, save_student
-from hpc_cpd.tasks.policy import Policy
+from hpc_cpd.student.policy import TaskAgnosticPolicy, load_student, load_student_parts, save_student
 from hpc_cpd.tasks.registry import run_plan
 from hpc_cpd.trajectories.store import TrajectoryStore
 
@@ -78,7 +73,7 @@ def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bo
         run_on_rank(lambda: initialize_stage(stage, method, new, memory))
     if config.evaluation.forward_transfer and lacks("evaluation_before.json"):
         progress.update("evaluating the new tasks before they are learnt")
-        _evaluate_before(stage)
+        evaluate_before(stage)
     if lacks("student"):
         *parts, last = _cut_before_dagger(phases_of(method, number))
         begin = "start"
@@ -100,11 +95,11 @@ def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bo
     count = len(tasks_after(config, plan, number))
     if lacks("evaluation.json"):
         progress.update(f"evaluating {count} tasks")
-        _evaluate(stage, load_student(folder / "student", device_of_rank()), "evaluation.json")
+        evaluate(stage, load_student(folder / "student", device_of_rank()), "evaluation.json")
     if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
         progress.update(f"evaluating {count} tasks that the student is not told")
         untold = TaskAgnosticPolicy(load_student(folder / "student", device_of_rank()))
-        _evaluate(stage, untold, "evaluation_inferred.json")
+        evaluate(stage, untold, "evaluation_inferred.json")
     # a published student needs no checkpoints, and those of every stage would stay for ever
     run_on_rank(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
     run_on_rank(lambda: mark_done(folder, {"stage": number, "tasks": stage.seen}))
@@ -160,35 +155,3 @@ def _teacher_success(stage: Stage) -> dict[str, float]:
     """The success rate of every task's teacher, as it was evaluated when it was published."""
     records = {task: read_json(stage.run.teacher(task) / "evaluation.json")["tasks"][task] for task in stage.seen}
     return {task: record["successes"] / record["episodes"] for task, record in records.items()}
-
-
-def _evaluate_before(stage: Stage) -> None:
-    """Zero-shot success of the student so far, and of one that never learnt: what forward transfer compares."""
-    folder = stage.run.stage(stage.number)
-    start = load_student_parts(folder / "start")
-    never = untrained(start, load_student_parts(stage.run.stage(1) / "start"))
-    zero = _records(stage, StudentPolicy(never, device_of_rank()), stage.tasks)
-    before = zero if stage.number == 1 else _records(stage, StudentPolicy(start, device_of_rank()), stage.tasks)
-    answer = {"stage": stage.number - 1, "untrained": zero, "before": before}
-    run_on_rank(lambda: write_json(folder / "evaluation_before.json", answer))
-
-
-def _evaluate(stage: Stage, policy: Policy, name: str) -> None:
-    """Write the file `name` with the record of every task that is due after this stage."""
-    records = _records(stage, policy, tasks_after(stage.config, stage.plan, stage.number))
-    answer = evaluation_json(stage.number, stage.config.evaluation, records)
-    answer |= {"new_tasks": stage.tasks, "tasks_learnt": len(stage.seen)}  # what the records stand for
-    run_on_rank(lambda: write_json(stage.run.stage(stage.number) / name, answer))
-
-
-def _records(stage: Stage, policy: Policy, tasks: list[str]) -> dict[str, dict[str, Any]]:
-    """The record of every task; the episodes are shared out over the ranks (a collective)."""
-    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    episodes, seed = stage.config.evaluation.episodes, stage.config.evaluation.seed
-    mine = {}
-    for task in tasks:
-        stop_together(stage.stop, "an evaluation stops and will be played again")
-        mine[task] = evaluate_policy(policy, task, episodes, seed, range(episodes)[rank::world_size])
-    gathered = gather(mine)
-    results = {task: [result for part in gathered for result in part[task]] for task in tasks}
-    return {task: task_record(sorted(results[task], key=lambda result: result.episode)) for task in tasks}

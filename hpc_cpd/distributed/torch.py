@@ -6,12 +6,14 @@ import gc
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from itertools import count
 from typing import TypeVar
 
 import torch
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 
 from hpc_cpd.distributed import outcome
 from hpc_cpd.errors import StopRequested, UserError
@@ -19,6 +21,7 @@ from hpc_cpd.optimizers import AdamW
 
 COLLECTIVE_TIMEOUT_SECONDS = 300.0
 Result = TypeVar("Result")
+_turns = count()  # every rank asks for turns equally often
 
 
 def start_distributed(timeout_seconds: float = COLLECTIVE_TIMEOUT_SECONDS) -> tuple[int, int]:
@@ -111,6 +114,16 @@ def stop_together(stop: Callable[[], bool], what: str) -> None:
     """Raise StopRequested on all ranks when any was asked to stop (a collective)."""
     if all_ranks_max([float(stop())])[0]:
         raise StopRequested(f"{what}; run it again to go on")
+
+
+def taken_in_turn(pieces: Sequence[Result], stop: Callable[[], bool]) -> Iterator[Result]:
+    """`pieces` of work, each for one rank: whoever is free takes the next. All ranks must ask, with equally many.
+
+    Ends on all ranks, between two pieces, once `stop` says so on any.
+    """
+    store, key = distributed_c10d._get_default_store(), f"turns/{next(_turns)}"
+    while (piece := store.add(key, len(pieces) + 1 if stop() else 1) - 1) < len(pieces):
+        yield pieces[piece]
 
 
 class _Group:

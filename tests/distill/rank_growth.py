@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from hpc_cpd.distill import evaluate as distill_evaluate
 from hpc_cpd.distill import stage, train
 from hpc_cpd.distill.engine import PhaseEngine
 from hpc_cpd.distributed.torch import finish_distributed, start_distributed
@@ -59,7 +60,7 @@ def main() -> int:
     train.PhaseEngine = WatchedEngine  # type: ignore[misc]
     # DeepSpeed keeps its groups for the life of the process, so the ranks must not part between two stages
     stage.finish_distributed = lambda: None
-    stage.evaluate_policy = evaluate
+    distill_evaluate.evaluate_policy = evaluate
     result: dict[str, list[Any]] = {"gradients": [], "megabytes": []}
     for number in range(1, arguments["stages"] + 1):
         steps_with_gradient.clear()

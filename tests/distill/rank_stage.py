@@ -12,6 +12,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from hpc_cpd.distill import evaluate as distill_evaluate
 from hpc_cpd.distill import stage as distill_stage
 from hpc_cpd.distributed.torch import finish_distributed
 from hpc_cpd.errors import EXIT_DONE, run_command
@@ -42,7 +43,7 @@ def learn(folder: str, stage: str, stop_after: str = "-1") -> int:
 def main() -> int:
     # DeepSpeed keeps its groups for the life of the process, so the ranks must not part between two stages
     distill_stage.finish_distributed = lambda: None
-    distill_stage.evaluate_policy = evaluate
+    distill_evaluate.evaluate_policy = evaluate
     wishes = [list(words) for dashes, words in groupby(sys.argv[1:], "--".__eq__) if not dashes]
     code = max(run_command(partial(learn, *wish)) for wish in wishes)
     if code == EXIT_DONE:
