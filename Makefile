@@ -59,7 +59,7 @@ bench: bench-student bench-teachers
 
 # Half an hour on an idle machine: the student's engine against DeepSpeed's layer, DDP, other checkpoints, robomimic's
 # layout and the plain ways. OUT=FOLDER keeps the figures there.
-STUDENT_BENCHMARKS := mixture student_step stage_step checkpoints windows dpp acting
+STUDENT_BENCHMARKS := mixture expert_curve student_step stage_step checkpoints windows dpp acting
 bench-student: $(READY)
 	set -e; for name in $(STUDENT_BENCHMARKS); do \
 	  OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py $(if $(OUT),--json $(OUT)/$$name.json); \

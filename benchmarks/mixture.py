@@ -120,7 +120,7 @@ def make_ours(width: int, hidden: int, experts: int, k: int, routing: str, ranks
     with torch.no_grad():
         for number, stage in enumerate(layer.gate.stages):
             rows = layer.gate.get_parameter(f"weight_{stage}")
-            rows.copy_(torch.eye(width)[: len(rows)] if number == 0 else torch.zeros_like(rows))
+            rows.copy_(torch.eye(len(rows), width) if number == 0 else torch.zeros_like(rows))
     return layer
 
 

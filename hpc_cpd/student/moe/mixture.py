@@ -213,7 +213,7 @@ class Mixture(nn.Module):
         k = selected.shape[1]
         pairs = tokens.repeat_interleave(k, dim=0) if k > 1 else tokens
         rows = Reorder.apply(pairs, plan.outgoing, plan.returning)
-        outputs: Tensor = Combine.apply(self._asked(rows, plan, self._local(0)), routing.weights, plan)
+        outputs: Tensor = Combine.apply(self._asked(rows, plan, table), routing.weights, plan)
         return outputs
 
     def _mix_with_old(
@@ -225,23 +225,26 @@ class Mixture(nn.Module):
         counts = self._peers(table)[:, 1 + len(self.ids) :].astype(np.int64)
         plan = plan_rows(columns[asked], counts, self.owners, self.expert_parallel_rank)
         asked = asked.index_select(0, plan.outgoing)
-        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan, self._local(first))
+        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan, table)
         answers = old.of_pairs(selected).flatten(0, 1).index_copy(0, asked, done)
         outputs: Tensor = (answers.view(*selected.shape, self.output_size) * routing.weights.unsqueeze(-1)).sum(dim=1)
         return outputs
 
-    def _asked(self, rows: Tensor, plan: RowPlan, experts: list[nn.Module]) -> Tensor:
-        """What `experts`, the last ones on this rank, say of `rows`, which are in the order of `plan`."""
+    def _asked(self, rows: Tensor, plan: RowPlan, table: Tensor) -> Tensor:
+        """What the experts say of `rows`, which are in the order of `plan`."""
         if self.expert_parallel_size > 1:
             rows = ExchangeRows.apply(rows, plan.send, plan.receive, self._group)
         arrived = rows
         if plan.by_expert is not None:
             rows = Reorder.apply(rows, plan.by_expert, plan.by_peer)
-        # to learn, every local expert is called, also with no rows: a parameter without a gradient on one replica alone
-        # would leave the ranks with gradients of different sizes
-        parts = rows.split(plan.expert_rows[len(plan.expert_rows) - len(experts) :])
+        # An expert that no rank asks is not called. Without rows here, it is if it learns from those of another rank: a
+        # parameter without a gradient on one replica alone would leave the ranks with gradients of different sizes.
+        wanted = table[:, 1 + len(self.ids) :].sum(dim=0)[self.owners == self.expert_parallel_rank].tolist()
+        parts = rows.split(plan.expert_rows)
         results = [
-            expert(part) for expert, part in zip(experts, parts, strict=True) if len(part) or torch.is_grad_enabled()
+            expert(part)
+            for expert, part, number in zip(self.experts.values(), parts, wanted, strict=True)
+            if len(part) or (number and torch.is_grad_enabled())
         ]
         if results:
             done = torch.cat(results)
