@@ -178,16 +178,16 @@ class PhaseEngine:
         dense, expert = (
             [parameter.grad for parameter in part if parameter.grad is not None] for part in (self._dense, self._expert)
         )
-        squares = torch.zeros(2, dtype=torch.float64)
+        squares = torch.zeros(2, dtype=torch.float64, device=device_of_rank())
         for slot, gradients in enumerate((dense, expert)):
             if gradients:
                 norms = torch.stack(torch._foreach_norm(gradients)).double()
-                squares[slot] = (norms * norms).sum().cpu()
-        expert_square = squares[1].to(device_of_rank())
+                squares[slot] = (norms * norms).sum()
         if self.world_size > 1:
-            torch.distributed.all_reduce(expert_square)  # every expert is held by world / expert-parallel-size ranks
+            torch.distributed.all_reduce(squares[1:])  # every expert is held by world / expert-parallel-size ranks
         replicas = self.world_size // self.student.expert_parallel_size
-        norm = math.sqrt(float(squares[0]) + float(expert_square) / replicas)
+        dense_square, expert_square = squares.tolist()  # the one time that every step waits for a GPU
+        norm = math.sqrt(dense_square + expert_square / replicas)
         scale = self.settings.max_gradient_norm / (norm + 1e-6)
         if scale < 1.0:
             torch._foreach_mul_(dense + expert, scale)

@@ -162,7 +162,7 @@ class Student(nn.Module):
         mixture = cast(Mixture, self.mixtures[0])
         mixed, balance, gate = mixture(known.inputs, None, override, known.old)
         features = self.backbone.finish(known.inputs[:, : self.shape.width] + mixed)
-        positions = valid.reshape(-1).nonzero().squeeze(1)
+        positions = torch.arange(0, valid.numel(), valid.shape[1], device=valid.device) + valid.int().argmax(dim=1)
         actions, gate = (
             values.new_zeros(valid.numel(), values.shape[1]).index_copy(0, positions, values)
             for values in (self.head(features), gate)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from hpc_cpd.config import load_config
 from hpc_cpd.distill.batches import Batch
 from hpc_cpd.losses import action_mean_error
 from hpc_cpd.methods.base import method_of
-from hpc_cpd.student.moe.gate import Routing
 from hpc_cpd.student.moe.mixture import Mixture
 from hpc_cpd.student.network import Executor, Student, StudentShape
 
@@ -27,10 +27,10 @@ OTHER = torch.device("meta")
 
 @pytest.fixture(autouse=True)
 def counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    def known(mixture: Mixture, routing: Routing, first: int) -> Tensor:
-        return torch.ones(1, 1 + 2 * len(mixture.ids), dtype=torch.float64)
+    def known(mixture: Mixture, table: Tensor) -> np.ndarray:
+        return np.ones((1, 1 + 2 * len(mixture.ids)))
 
-    monkeypatch.setattr(Mixture, "_counts", known)
+    monkeypatch.setattr(Mixture, "_peers", known)
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())  # there is none on `meta`
 
 

@@ -37,7 +37,8 @@ def plan_rows(selected: Tensor, counts: np.ndarray, owners: np.ndarray, me: int)
     """
     device = selected.device
     place = np.argsort(np.argsort(owners, kind="stable"))  # of columns by owner: rows for one peer then lie together
-    outgoing = torch.tensor(place, device=device)[selected.reshape(-1)].argsort(stable=True)
+    columns = selected.reshape(-1)
+    outgoing = (torch.tensor(place, device=device)[columns] if len(counts) > 1 else columns).argsort(stable=True)
     returning = torch.empty_like(outgoing)
     returning[outgoing] = torch.arange(len(outgoing), device=device)
     peers = len(counts)

@@ -103,7 +103,7 @@ class Gate(nn.Module):
             return Routing(probabilities, None, probabilities, probabilities.detach().sum(dim=0).double())
         # Where the bias was overridden the gate did not choose: as load, such tokens would push new experts down again.
         wished = self._highest(logits.detach(), old)
-        load = torch.bincount(wished.reshape(-1), minlength=self.num_experts).double()
+        load = counted(wished, self.num_experts)
         selected = wished if chooser is None else self._highest(chooser, old)
         if self.top_k == 1:
             weights = OneByLogProbability.apply(logits, probabilities.detach(), selected)
@@ -132,6 +132,12 @@ class Gate(nn.Module):
         if self.top_k == 1:
             return logits.argmax(dim=-1, keepdim=True)  # topk takes up to ten times as long
         return logits.topk(self.top_k, dim=-1).indices
+
+
+def counted(columns: Tensor, count: int) -> Tensor:
+    """How often each of the numbers below `count` is in `columns`, float64 [count]; torch.bincount waits for a GPU."""
+    ones = torch.ones(columns.numel(), dtype=torch.float64, device=columns.device)
+    return ones.new_zeros(count).scatter_add_(0, columns.reshape(-1), ones)
 
 
 class OneByLogProbability(torch.autograd.Function):

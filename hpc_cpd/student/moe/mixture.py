@@ -17,7 +17,7 @@ from torch import distributed as dist
 from hpc_cpd.layers import seeded_linear
 from hpc_cpd.randomness import torch_generator
 from hpc_cpd.student.moe.dispatch import Combine, ExchangeRows, Group, Reorder, RowPlan, SendToAll, Tie, plan_rows
-from hpc_cpd.student.moe.gate import Gate, Routing
+from hpc_cpd.student.moe.gate import Gate, Routing, counted
 from hpc_cpd.student.moe.precomputed import OldExperts
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ class Mixture(nn.Module):
         """The parameters were given other values: whoever keeps copies makes new ones."""
 
     def _counts(self, routing: Routing, first: int) -> Tensor:
-        """float64 [ranks, 1 + 2 E] on the CPU: valid tokens, load of every expert, rows sent to every expert.
+        """float64 [ranks, 1 + 2 E]: valid tokens, load of every expert, rows sent to every expert.
 
         One small exchange serves both the split sizes of the dispatch and the global load-balancing loss.
         """
@@ -155,28 +155,29 @@ class Mixture(nn.Module):
         if routing.selected is None:
             rows = torch.zeros_like(load)
         else:
-            rows = torch.bincount(routing.selected.reshape(-1), minlength=len(self.ids)).double()
+            rows = counted(routing.selected, len(self.ids))
             rows[:first] = 0.0
         own = torch.cat([load.new_full((1,), float(routing.probabilities.shape[0])), load, rows])
         if self._group is None or dist.get_world_size() == 1 or not (self.training or self.expert_parallel_size > 1):
-            return own[None].cpu()
+            return own[None]
         table = [torch.empty_like(own) for _ in range(dist.get_world_size())]
         dist.all_gather(table, own)
-        return torch.stack(table).cpu()
+        return torch.stack(table)
 
     def _peers(self, table: Tensor) -> np.ndarray:
         """Rows of `table` of the ranks that share one set of experts with this one, this rank's group order."""
+        on_cpu = table.cpu().numpy()
         if self.expert_parallel_size == 1:
-            return table[this_rank() if len(table) > 1 else 0].numpy()[None]
-        return table[dist.get_process_group_ranks(self._group)].numpy()
+            return on_cpu[this_rank() if len(table) > 1 else 0][None]
+        return on_cpu[dist.get_process_group_ranks(self._group)]
 
     def _load_balancing_loss(self, routing: Routing, table: Tensor) -> Tensor:
         """E * sum over experts of (share of the load, no gradient) * (mean probability) (arXiv 2101.03961)."""
         total = table.sum(dim=0)
-        tokens, load = max(1.0, float(total[0])), total[1 : 1 + len(self.ids)]
+        tokens, load = total[0].clamp_min(1.0), total[1 : 1 + len(self.ids)]
         share = (load / load.sum().clamp_min(1e-30)).to(routing.probabilities)
         own = (routing.probabilities.sum(dim=0) * share).sum()
-        return own * (len(self.ids) * len(table) / tokens)
+        return own * (len(self.ids) * len(table) / tokens).to(own)
 
     def _mix_all(self, tokens: Tensor, weights: Tensor, table: Tensor, first: int) -> Tensor:
         """The experts of the columns from `first` on, with `weights` [n, those]."""
@@ -221,8 +222,8 @@ class Mixture(nn.Module):
     ) -> Tensor:
         """`_mix_selected` where the answers of `old` experts are known, and nothing before the experts learns."""
         columns, first = selected.flatten(), old.logits.shape[1]
-        asked = (columns >= first).nonzero().squeeze(1)
         counts = self._peers(table)[:, 1 + len(self.ids) :].astype(np.int64)
+        asked = (columns >= first).nonzero_static(size=int(counts[self.expert_parallel_rank].sum())).squeeze(1)
         plan = plan_rows(columns[asked], counts, self.owners, self.expert_parallel_rank)
         asked = asked.index_select(0, plan.outgoing)
         done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan, table)
