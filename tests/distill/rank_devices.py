@@ -106,7 +106,7 @@ def main() -> int:
     if sys.argv[1] != "--left":
         return rank_stage.main()
     rank_stage.distill_stage.finish_distributed = lambda: None
-    rank_stage.distill_stage.evaluate_policy = rank_stage.evaluate
+    rank_stage.distill_evaluate.evaluate_policy = rank_stage.evaluate
     for what, run in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
         leave_on_the_cpu(what, run)
     return 0

@@ -12,13 +12,13 @@ from hpc_cpd.student.policy import load_student_parts
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import make_run
 
-CLIP, FORWARD, PEERS = "distill/engine.py _clip", "student/network.py forward", "student/moe/mixture.py _peers"
+CLIP, FORWARD, ROWS = "distill/engine.py _clip", "student/network.py forward", "student/moe/mixture.py _rows"
 AGAIN = [CLIP, FORWARD]  # where a step waits that computes everything
 # Settings, and where a step of stage 2 waits for the device, on one rank.
 CASES: dict[str, tuple[list[str], list[str]]] = {
     "ours": ([], [CLIP]),
-    "ours, two experts chosen": (["student.top_k=2", "method.growth.freeze_old_experts=true"], [CLIP, PEERS]),
-    "paper, one expert chosen": (["method=paper", "student.top_k=1"], [CLIP, PEERS]),
+    "ours, two experts chosen": (["student.top_k=2", "method.growth.freeze_old_experts=true"], [CLIP, ROWS]),
+    "paper, one expert chosen": (["method=paper", "student.top_k=1"], [CLIP, ROWS]),
     "a backbone that learns": (["method.freeze_shared_layers=false", "distill.precision=bfloat16"], AGAIN),
     "ewc": (["method=ewc"], AGAIN),
     "a_gem": (["method=a_gem"], [*AGAIN, FORWARD, "distill/batches.py split", "methods/a_gem.py gradients"]),

@@ -27,13 +27,15 @@ class RowPlan:
     by_expert: Tensor | None  # int64 [received]: puts received rows in order of local expert; None: they are
     by_peer: Tensor | None  # int64 [received]: the inverse
     expert_rows: list[int]  # rows of each local expert
+    asked: list[bool]  # whether any rank at all has rows for each local expert
 
 
-def plan_rows(selected: Tensor, counts: np.ndarray, owners: np.ndarray, me: int) -> RowPlan:
+def plan_rows(selected: Tensor, counts: np.ndarray, total: np.ndarray, owners: np.ndarray, me: int) -> RowPlan:
     """Plan the exchange.
 
     `selected` int64 [n, k]: columns chosen by each token; `counts` int [peers, E]: rows of every peer for every
-    column; `owners` int [E]: peer holding each column; `me`: this rank's number among the peers.
+    column; `total` int [E]: those of all ranks, of other groups too; `owners` int [E]: peer holding each column; `me`:
+    this rank's number among the peers.
     """
     device = selected.device
     place = np.argsort(np.argsort(owners, kind="stable"))  # of columns by owner: rows for one peer then lie together
@@ -54,7 +56,9 @@ def plan_rows(selected: Tensor, counts: np.ndarray, owners: np.ndarray, me: int)
         by_peer[by_expert] = torch.arange(len(by_expert), device=device)
     send = [int(counts[me][owners == peer].sum()) for peer in range(peers)]
     receive = [int(rows) for rows in mine.sum(axis=1)]
-    return RowPlan(outgoing, returning, send, receive, by_expert, by_peer, expert_rows)
+    return RowPlan(
+        outgoing, returning, send, receive, by_expert, by_peer, expert_rows, (total[owners == me] > 0).tolist()
+    )
 
 
 def _all_to_all(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:

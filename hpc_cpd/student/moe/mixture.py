@@ -164,12 +164,16 @@ class Mixture(nn.Module):
         dist.all_gather(table, own)
         return torch.stack(table)
 
-    def _peers(self, table: Tensor) -> np.ndarray:
-        """Rows of `table` of the ranks that share one set of experts with this one, this rank's group order."""
-        on_cpu = table.cpu().numpy()
+    def _peers(self, table: np.ndarray) -> np.ndarray:
+        """Rows of `table` [ranks, ...] of the ranks that share one set of experts with this one, in their order."""
         if self.expert_parallel_size == 1:
-            return on_cpu[this_rank() if len(table) > 1 else 0][None]
-        return on_cpu[dist.get_process_group_ranks(self._group)]
+            return table[this_rank() if len(table) > 1 else 0][None]
+        return table[dist.get_process_group_ranks(self._group)]
+
+    def _rows(self, table: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        """Rows for every expert of each of the `_peers`, int64 [peers, E], and of all ranks, int64 [E]."""
+        rows = table[:, 1 + len(self.ids) :].cpu().numpy().astype(np.int64)
+        return self._peers(rows), rows.sum(axis=0)
 
     def _load_balancing_loss(self, routing: Routing, table: Tensor) -> Tensor:
         """E * sum over experts of (share of the load, no gradient) * (mean probability) (arXiv 2101.03961)."""
@@ -185,7 +189,7 @@ class Mixture(nn.Module):
         if self.expert_parallel_size == 1:
             columns = weights.unsqueeze(-1).unbind(1)
             return self._tied(self._weighted_sum(tokens, columns, experts))
-        counts, owners = [int(count) for count in self._peers(table)[:, 0]], self.owners[first:]
+        counts, owners = [int(count) for count in self._peers(table.cpu().numpy())[:, 0]], self.owners[first:]
         blocks = [weights[:, torch.from_numpy(np.flatnonzero(owners == peer))] for peer in range(len(counts))]
         most = max(block.shape[1] for block in blocks)
         padded = torch.stack([F.pad(block, (0, most - block.shape[1])) for block in blocks])
@@ -208,13 +212,11 @@ class Mixture(nn.Module):
         return tokens.new_zeros(tokens.shape[0], self.output_size) if total is None else total
 
     def _mix_selected(self, tokens: Tensor, routing: Routing, selected: Tensor, table: Tensor) -> Tensor:
-        peers = self._peers(table)
-        counts = peers[:, 1 + len(self.ids) :].astype(np.int64)
-        plan = plan_rows(selected, counts, self.owners, self.expert_parallel_rank)
+        plan = plan_rows(selected, *self._rows(table), self.owners, self.expert_parallel_rank)
         k = selected.shape[1]
         pairs = tokens.repeat_interleave(k, dim=0) if k > 1 else tokens
         rows = Reorder.apply(pairs, plan.outgoing, plan.returning)
-        outputs: Tensor = Combine.apply(self._asked(rows, plan, table), routing.weights, plan)
+        outputs: Tensor = Combine.apply(self._asked(rows, plan), routing.weights, plan)
         return outputs
 
     def _mix_with_old(
@@ -222,16 +224,16 @@ class Mixture(nn.Module):
     ) -> Tensor:
         """`_mix_selected` where the answers of `old` experts are known, and nothing before the experts learns."""
         columns, first = selected.flatten(), old.logits.shape[1]
-        counts = self._peers(table)[:, 1 + len(self.ids) :].astype(np.int64)
-        asked = (columns >= first).nonzero_static(size=int(counts[self.expert_parallel_rank].sum())).squeeze(1)
-        plan = plan_rows(columns[asked], counts, self.owners, self.expert_parallel_rank)
+        rows, me = self._rows(table), self.expert_parallel_rank
+        asked = (columns >= first).nonzero_static(size=int(rows[0][me].sum())).squeeze(1)
+        plan = plan_rows(columns[asked], *rows, self.owners, me)
         asked = asked.index_select(0, plan.outgoing)
-        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan, table)
+        done = self._asked(tokens.index_select(0, asked // selected.shape[1]), plan)
         answers = old.of_pairs(selected).flatten(0, 1).index_copy(0, asked, done)
         outputs: Tensor = (answers.view(*selected.shape, self.output_size) * routing.weights.unsqueeze(-1)).sum(dim=1)
         return outputs
 
-    def _asked(self, rows: Tensor, plan: RowPlan, table: Tensor) -> Tensor:
+    def _asked(self, rows: Tensor, plan: RowPlan) -> Tensor:
         """What the experts say of `rows`, which are in the order of `plan`."""
         if self.expert_parallel_size > 1:
             rows = ExchangeRows.apply(rows, plan.send, plan.receive, self._group)
@@ -240,13 +242,8 @@ class Mixture(nn.Module):
             rows = Reorder.apply(rows, plan.by_expert, plan.by_peer)
         # An expert that no rank asks is not called. Without rows here, it is if it learns from those of another rank: a
         # parameter without a gradient on one replica alone would leave the ranks with gradients of different sizes.
-        wanted = table[:, 1 + len(self.ids) :].sum(dim=0)[self.owners == self.expert_parallel_rank].tolist()
-        parts = rows.split(plan.expert_rows)
-        results = [
-            expert(part)
-            for expert, part, number in zip(self.experts.values(), parts, wanted, strict=True)
-            if len(part) or (number and torch.is_grad_enabled())
-        ]
+        parts = zip(self.experts.values(), rows.split(plan.expert_rows), plan.asked, strict=True)
+        results = [expert(part) for expert, part, asked in parts if len(part) or (asked and torch.is_grad_enabled())]
         if results:
             done = torch.cat(results)
             if plan.by_peer is not None:
