@@ -13,7 +13,7 @@ from hpc_cpd.report.figures import FIGURES
 from hpc_cpd.report.render import write_page
 from hpc_cpd.report.run_results import RunResults, read_results, shown
 from hpc_cpd.report.style import draw
-from hpc_cpd.report.table import headings, interval, percent, points
+from hpc_cpd.report.table import headings
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import write_json
 
@@ -39,7 +39,6 @@ def build_report(run: Run) -> Path:
         drawn=drawn,
         numbers=numbers,
         headings=headings(facts),
-        cards=_cards(facts.metrics) if facts.metrics else [],
         selections=list(facts.memories().values()),
         provenance={key: _plain(value) for key, value in facts.provenance.items()},
         config_as_yaml=config_as_yaml(facts.config),
@@ -65,33 +64,6 @@ def report_numbers(facts: RunResults) -> dict[str, Any]:
         "memory": {str(stage): _memory(record) for stage, record in facts.memories().items()},
         "notes": facts.notes,
     }
-
-
-def _cards(m: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Label, value, 95% interval, and what else there is to say."""
-    on = f" on {m['forgetting_worst_task']}" if (m["forgetting_worst"] or 0) > 0 else ""
-    later = m["forward_transfer_later_stages"]
-    alone = "not measured" if later is None else f"later stages alone: {points(later, signed=True)}"
-    cards = {  # name of the number -> its label, what else there is to say, and whether only old tasks have it
-        "average_success": ("Average success", f"teachers: {percent(m['teacher_success'])}", False),
-        "recovery": ("Recovery of the teachers", f"ratio of the means: {percent(m['recovery_of_means'])}", False),
-        "forgetting_mean": ("Mean forgetting", f"worst: {points(m['forgetting_worst'])}{on}", True),
-        "forgetting_from_best_mean": ("Forgetting from the best", "", True),
-        "backward_transfer": ("Backward transfer", "minus the mean forgetting", True),
-        "forward_transfer": ("Forward transfer", alone, False),
-    }
-    told = []
-    for name, (label, more, of_old) in cards.items():
-        rate = name in ("average_success", "recovery")
-        value = percent(m[name]) if rate else points(m[name], signed=name.endswith("transfer"))
-        sure = interval(m["intervals"].get(name), "%" if rate else " pp", 0)
-        about = "nothing to forget after one stage" if of_old and m["stages"] == 1 else more
-        if m[name] is None and name == "forgetting_from_best_mean" and m["stages"] > 1:
-            about = "not all tasks were evaluated after every stage"
-        elif m[name] is None and name != "forward_transfer" and m["evaluated_by_stage"][-1] < m["tasks"]:
-            about = "not all tasks were evaluated yet"
-        told.append((label, value, f"95%: {sure}" if sure and m[name] is not None else "", about))
-    return told
 
 
 def _files(facts: RunResults) -> list[str]:
