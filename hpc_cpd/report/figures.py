@@ -88,8 +88,7 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
         value, interval = row["forgetting"], row["forgetting_interval"]
         ax.barh(y, value, height=0.56, color=theme.loss if value > 0 else theme.gain, alpha=0.9, zorder=2)
         if interval:
-            ax.plot(interval, [y, y], color=theme.muted, linewidth=1.1, zorder=3)
-            ax.plot(interval, [y, y], "|", color=theme.muted, markersize=4, zorder=3)
+            ax.plot(interval, [y, y], "|-", color=theme.muted, linewidth=1.1, markersize=4, zorder=3)
         if value == 0:
             ax.plot([0], [y], "o", color=theme.muted, markersize=3, zorder=4)
     mean, interval = facts.metrics["forgetting_mean"], facts.metrics["intervals"]["forgetting_mean"]
