@@ -88,8 +88,7 @@ def forgetting(facts: RunResults, theme: Theme) -> Figure | None:
         value, interval = row["forgetting"], row["forgetting_interval"]
         ax.barh(y, value, height=0.56, color=theme.loss if value > 0 else theme.gain, alpha=0.9, zorder=2)
         if interval:
-            ax.plot(interval, [y, y], color=theme.muted, linewidth=1.1, zorder=3)
-            ax.plot(interval, [y, y], "|", color=theme.muted, markersize=4, zorder=3)
+            ax.plot(interval, [y, y], "|-", color=theme.muted, linewidth=1.1, markersize=4, zorder=3)
         if value == 0:
             ax.plot([0], [y], "o", color=theme.muted, markersize=3, zorder=4)
     mean, interval = facts.metrics["forgetting_mean"], facts.metrics["intervals"]["forgetting_mean"]
@@ -337,10 +336,5 @@ def _running_steps(lines: list[Record]) -> np.ndarray:
 
 def _smooth(values: np.ndarray) -> np.ndarray:
     """Centred moving average over about a twentieth of the curve, shorter at the ends."""
-    half = len(values) // 40
-    if half == 0:
-        return values
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    low, high = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
+    window = np.ones(2 * (len(values) // 40) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")

@@ -1,16 +1,11 @@
-"""How pictures and pages look: two themes (light, dark), tile maps, task axes, and the frame and parts of an HTML page.
-
-Pages are styled for light, dark and print, and fetch nothing from anywhere.
-"""
+"""How pictures look: two themes (light, dark), tile maps and task axes."""
 
 from __future__ import annotations
 
-import html
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any, Literal, TypeVar
 
 import matplotlib
@@ -181,16 +176,6 @@ def _ink(colour: ColorType) -> str:
     return "#10151b" if luminance > 0.18 else "#ffffff"
 
 
-PAGE = Template(Path(__file__).with_name("page.html").read_text())
-
-
-def write_page(folder: Path, title: str, parts: Iterable[str]) -> Path:
-    """Write ``index.html``, whose body is `parts`, into `folder`; return it."""
-    page = PAGE.substitute(title=text(title), body="\n".join(part for part in parts if part))
-    write_bytes(folder / "index.html", page.encode())
-    return folder / "index.html"
-
-
 def draw(figures: Mapping[str, Drawing[T]], results: T, folder: Path, themes: Iterable[Theme] = THEMES) -> list[str]:
     """Write the pictures of `results` in each theme, or delete what is left of earlier ones; return those drawn."""
     drawn = []
@@ -203,57 +188,3 @@ def draw(figures: Mapping[str, Drawing[T]], results: T, folder: Path, themes: It
                 write_bytes(path, png(figure))
                 drawn.append(name)
     return list(dict.fromkeys(drawn))
-
-
-def opening(title: str, lead: str, anchors: Mapping[str, str], notes: Iterable[str]) -> list[str]:
-    """The parts above the first section. `anchors`: id of a place -> what the link to it is called."""
-    links = "".join(f'<a href="#{anchor}">{name}</a>' for anchor, name in anchors.items())
-    warnings = "".join(f"<li>{text(note)}</li>" for note in notes)
-    return [
-        f'<header><h1>{text(title)}</h1><p class="lead">{text(lead)}</p></header>',
-        f"<nav>{links}</nav>",
-        f'<div class="notes" role="note"><ul>{warnings}</ul></div>' if warnings else "",
-    ]
-
-
-def section(anchor: str, title: str, content: str) -> str:
-    """`content` is HTML; `anchor`: the id of the place, empty: none."""
-    place = f' id="{anchor}"' if anchor else ""
-    return f"<section{place}><h2>{text(title)}</h2>{content}</section>"
-
-
-def again(commands: str) -> str:
-    """The section with what to type."""
-    return section("again", "Run it again", f"<p>From the root of the repository:</p><pre>{text(commands)}</pre>")
-
-
-def table(headings: Iterable[str], rows: Iterable[str], foot: str = "") -> str:
-    """A table that scrolls where it is too wide; `rows` and `foot` are HTML."""
-    head = "".join(f"<th>{text(heading)}</th>" for heading in headings)
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>{foot}"
-    return f'<div class="scroll"><table>{body}</table></div>'
-
-
-def tr(cells: Iterable[str]) -> str:
-    """One row of a table; each cell is HTML."""
-    return f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
-
-
-def small(words: str) -> str:
-    """What stands behind a number in small letters; nothing for nothing."""
-    return f"<small>{text(words)}</small>" if words else ""
-
-
-def text(value: Any) -> str:
-    """As HTML, in which nothing of it is markup."""
-    return html.escape(str(value), quote=True)
-
-
-def picture(name: str, title: str, caption: str) -> str:
-    """A section around NAME.png, and its dark twin for who prefers it."""
-    return (
-        f'<section><h2>{text(title)}</h2><figure><a href="{name}.png"><picture>'
-        f'<source srcset="{name}{DARK.suffix}.png" media="screen and (prefers-color-scheme: dark)">'
-        f'<img src="{name}.png" alt="{text(title)}" loading="lazy"></picture></a>'
-        f"<figcaption><p>{text(caption)}</p></figcaption></figure></section>"
-    )

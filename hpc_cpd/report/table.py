@@ -53,5 +53,4 @@ def interval(bounds: list[float] | None, unit: str, decimals: int) -> str:
 
 
 def _hundredfold(value: float) -> str:
-    rounded = round(100 * value, 1) + 0.0  # no minus sign before a zero
-    return f"{rounded:.0f}" if rounded == int(rounded) else f"{rounded:.1f}"
+    return f"{round(100 * value, 1) + 0.0:g}"  # no minus sign before a zero

@@ -18,16 +18,15 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import secrets
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from hpc_cpd.cluster.units import TeacherUnit
 from hpc_cpd.config import changed_keys, flat_settings, load_config, parse_config, read_mapping
@@ -36,14 +35,48 @@ from hpc_cpd.errors import UserError
 from hpc_cpd.plugins import hint
 from hpc_cpd.report.run_results import shown
 from hpc_cpd.run.paths import Run
-from hpc_cpd.settings import Config, PluginSettings, group_within
+from hpc_cpd.settings import Config, PluginSettings, Settings, group_within, mistake
 from hpc_cpd.tasks.registry import resolve_tasks, stage_plan
 
-ROW_KEYS = ("config", "settings", "seeds", "title", "teaches")
-FILE_KEYS = ("name", "config", "settings", "seeds", "rows")
 SHARED = "shared"
 RESERVED = (SHARED, "report", "logs")
 LAUNCHER = ("python", "-m", "hpc_cpd.launch")
+
+
+def _different(seeds: list[int]) -> list[int]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("one is there twice")
+    return seeds
+
+
+FolderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Seeds = Annotated[list[Annotated[int, Field(strict=True, ge=0)]], Field(min_length=1), AfterValidator(_different)]
+SEEDS = "different whole numbers from 0, such as [0, 1, 2]"
+
+
+class _RowOfFile(Settings):
+    """What the file says of one row; it may say nothing."""
+
+    config: str | None = None
+    settings: dict[str, Any] | None = None
+    seeds: Seeds | None = Field(None, description=SEEDS)
+    title: str | None = None
+    teaches: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing(cls, values: Any) -> Any:
+        return {} if values is None else values
+
+
+class _File(Settings):
+    """What the file says."""
+
+    name: FolderName = Field(description="of the sweep, whose folder is runs/NAME")
+    config: str | None = None
+    settings: dict[str, Any] | None = None
+    seeds: Seeds = Field([0], description=SEEDS)
+    rows: dict[FolderName, _RowOfFile] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,33 +131,26 @@ def read_sweep(file: Path, folder: Path | None = None) -> Sweep:
     """
     absent = "there is no sweep file {}; give one of configs/sweeps/*.yaml"
     values = read_mapping(file, absent, "a sweep: 'name:', 'config:' and 'rows:'")
-    _check_keys(file, "", values, FILE_KEYS)
-    name = _name(file, "name", values.get("name", file.stem))
-    folder = Path("runs") / name if folder is None else folder
-    shared_words = _words(file, "settings", values.get("settings"))
-    seeds = _seeds(file, "seeds", values.get("seeds", [0]))
-    rows = _mapping(file, "rows", values.get("rows"))
-    if not rows:
+    try:
+        asked = _File.model_validate({"name": file.stem} | values)
+    except ValidationError as failure:
+        raise UserError(f"{file}: {mistake(failure.errors()[0], _File)}") from None
+    if not asked.rows:
         raise UserError(f"{file}: 'rows' is missing or empty; name at least one row, for example rows: {{ours: {{}}}}")
+    folder = Path("runs") / asked.name if folder is None else folder
+    shared_words = _words(file, "settings", asked.settings)
     made = []
-    for key, value in rows.items():
-        where = f"rows.{key}"
-        row = _mapping(file, where, value)
-        _check_keys(file, where, row, ROW_KEYS)
-        _name(file, where, key)
+    for key, row in asked.rows.items():
         if key in RESERVED:
             raise UserError(f"{file}: a row cannot be called '{key}', for that folder has another use; choose another")
-        config = _text(file, f"{where}.config", row.get("config", values.get("config")))
+        config = row.config or asked.config
         if config is None:
-            raise UserError(f"{file}: '{where}' has no config; write 'config: ../mt25.yaml' above the rows")
-        words = shared_words | _words(file, f"{where}.settings", row.get("settings"))
-        entries = tuple(
-            _entry(file, key, seed, file.parent / config, words, folder)
-            for seed in _seeds(file, f"{where}.seeds", row.get("seeds", seeds))
-        )
-        title, teaches = (_text(file, f"{where}.{part}", row.get(part)) or "" for part in ("title", "teaches"))
-        made.append(Row(key, title, teaches, entries))
-    return Sweep(name, file, folder, seeds[0], tuple(made))
+            raise UserError(f"{file}: 'rows.{key}' has no config; write 'config: ../mt25.yaml' above the rows")
+        words = shared_words | _words(file, f"rows.{key}.settings", row.settings)
+        seeds = row.seeds or asked.seeds
+        entries = tuple(_entry(file, key, seed, file.parent / config, words, folder) for seed in seeds)
+        made.append(Row(key, row.title or "", row.teaches or "", entries))
+    return Sweep(asked.name, file, folder, asked.seeds[0], tuple(made))
 
 
 def in_turn(rows: Sequence[Row]) -> list[Entry]:
@@ -230,53 +256,17 @@ def _entry(file: Path, row: str, seed: int, config: Path, words: Mapping[str, st
     return Entry(row, seed, run, checked, (*LAUNCHER, *where, *settings))
 
 
-def _check_keys(file: Path, where: str, values: Mapping[Any, Any], known: Sequence[str]) -> None:
-    for key in values:
-        if key not in known:
-            full = f"{where}.{key}" if where else str(key)
-            raise UserError(
-                f"{file}: unknown key '{full}'; {hint(str(key), known, cutoffs=(0.5,))}known here: {', '.join(known)}"
-            )
-
-
-def _name(file: Path, key: str, name: Any) -> str:
-    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise UserError(f"{file}: '{key}' names a folder: letters, digits, '.', '_' and '-' only, but it is {name!r}")
-    return name
-
-
-def _mapping(file: Path, key: str, value: Any) -> dict[Any, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: '{key}' must hold 'key: value' pairs, but it is {value!r}")
-    return value
-
-
-def _text(file: Path, key: str, value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{file}: '{key}' must be text, but it is {value!r}")
-    return value
-
-
-def _seeds(file: Path, key: str, value: Any) -> list[int]:
-    whole = isinstance(value, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in value)
-    if not whole or not value or min(value) < 0 or len(set(value)) < len(value):
-        raise UserError(f"{file}: '{key}' must list different whole numbers from 0, such as [0, 1, 2]; it is {value!r}")
-    return list(value)
-
-
-def _words(file: Path, key: str, value: Any) -> dict[str, str]:
+def _words(file: Path, key: str, settings: Mapping[str, Any] | None) -> dict[str, str]:
     """Dotted settings as the launcher's words. The settings themselves are checked with the config they belong to."""
     words = {}
-    for name, setting in _mapping(file, key, value).items():
+    for name, setting in (settings or {}).items():
         if name == "seed":
             raise UserError(f"{file}: '{key}.seed' is no setting of a row; write 'seeds: [{setting}]'")
         kind: type[BaseModel] | None = Config
-        for part in str(name).split("."):
+        for part in name.split("."):
             kind = group_within(kind, part)
         if kind is not None and not issubclass(kind, PluginSettings):
             raise UserError(f"{file}: '{key}.{name}' is a group of settings; write '{name}.KEY: value', one by one")
         text = yaml.safe_dump(setting, default_flow_style=True, width=float("inf"), sort_keys=False)
-        words[str(name)] = text.removesuffix("...\n").strip()
+        words[name] = text.removesuffix("...\n").strip()
     return words

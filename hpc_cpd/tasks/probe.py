@@ -54,6 +54,8 @@ def probe(task_id: str) -> None:
 
     Nothing is made for a family that says ``trusted = True``. Raises UserError, one sentence for any mistake.
     """
+    from gymnasium.utils.env_checker import data_equivalence
+
     spec, family = describe(task_id), family_of(task_id)[0]
     if getattr(family, "trusted", False):
         return
@@ -82,7 +84,7 @@ def probe(task_id: str) -> None:
             if np.asarray(getattr(steps, word)).dtype != np.bool_:
                 raise refuse(f"step() must return {word} as a bool, but returns {_first(getattr(steps, word))}")
         again = ask(batch.reset, "reset", task_id, row, goal)
-        if not _equal(again, begun):
+        if not data_equivalence(mapped(np.asarray, again), begun, exact=True):
             raise refuse("the same goal does not begin with the same observation twice; draw from the seed and goal")
     finally:
         ask(batch.close, "close", task_id)
@@ -94,12 +96,6 @@ def _told(spec: Any) -> str:
 
 def _first(values: Any) -> str:
     return f"{np.asarray(values)[0]!r:.80}"
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, dict):
-        return all(_equal(one[key], other[key]) for key in one)
-    return np.array_equal(one, other, equal_nan=np.asarray(one).dtype.kind == "f")
 
 
 def _misfit(batch: Any, space: Space[Any], key: str = "") -> str | None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.report.comparison import cells, compare, headings, print_comparison
+from hpc_cpd.report.comparison import SWEEP_FILE, cells, compare, headings, print_comparison, write_sweep_file
 from hpc_cpd.report.comparison_page import build_comparison, results_page, write_results
 from hpc_cpd.report.run_results import read_results
 from hpc_cpd.report.table import percent
@@ -127,6 +127,23 @@ def test_the_page_shows_every_row_setting_and_command_and_opens_without_a_networ
     numbers = read_json(page.parent / "metrics.json")
     assert numbers["settings"] == {"method.freeze_shared_layers": {"ours": True, "other": False}}
     assert [row["seeds_finished"] for row in numbers["rows"]] == [[0, 1], [0]]
+
+
+def test_the_names_and_sentences_of_rows_cannot_become_markup(own, tmp_path):
+    evil = "<script>alert(1)<!--"
+    rows = read_json(own / SWEEP_FILE)["rows"]
+    (own / "other").rename(own / evil)
+    other = rows.pop("other") | {"title": evil, "teaches": evil, "command": evil}
+    write_sweep_file(own, "made-up", rows | {evil: other})
+    text = build_comparison(compare([own]), tmp_path / "page").read_text()
+    assert "<script" not in text and "<!--" not in text
+    escaped = "&lt;script&gt;alert(1)&lt;!--"
+    for place in (
+        f"<td>{escaped}<small>{escaped}</small></td>",
+        f"<b>{escaped}</b>: {escaped}",
+        f"# {escaped}\n{escaped}",
+    ):
+        assert place in text
 
 
 def test_runs_of_different_tasks_stand_on_one_page_and_it_says_so(sweep, tmp_path):

@@ -117,6 +117,14 @@ def test_text_from_a_run_cannot_become_markup(make_run: MakeRun) -> None:
     assert "git checkout abc" not in text
 
 
+def test_the_name_of_a_task_cannot_become_markup(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = read_results(make_run([PUSH], 1))
+    facts.rows[0]["task"] = "<script>alert(1)</script>"  # as a task family of somebody else's may call it
+    monkeypatch.setattr("hpc_cpd.report.page.read_results", lambda run: facts)
+    text = build_report(facts.run).read_text()
+    assert "<script" not in text and "<td>&lt;script&gt;alert(1)&lt;/script&gt;</td>" in text
+
+
 @pytest.mark.parametrize("finished", [0, 1])
 def test_unfinished_run_has_a_report_that_says_so(make_run: MakeRun, finished: int) -> None:
     run = make_run("MT10", 5, finished)

@@ -129,26 +129,34 @@ def test_nothing_is_published_before_a_run_is_finished(write):
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [
-        (("seeds: [3, 1]", "seed: [3, 1]"), "unknown key 'rows.ours.seed'; did you mean 'seeds'?"),
-        (("settings: {ev", "setings: {ev"), "unknown key 'setings'; did you mean 'settings'?"),
+        (("seeds: [3, 1]", "seed: [3, 1]"), "unknown setting 'rows.ours.seed'; did you mean 'rows.ours.seeds'?"),
+        (("settings: {ev", "setings: {ev"), "unknown setting 'setings'; did you mean 'settings'?"),
         (
             ("distill.learning_rate", "distill.learning_rat"),
             "rows.hot: unknown setting 'distill.learning_rat'; did you",
         ),
         (("distill.learning_rate: 0.00001", "seed: 4"), "'rows.hot.settings.seed' is no setting of a row"),
         (("distill.learning_rate: 0.00001", "distill: {ranks: 1}"), "'rows.hot.settings.distill' is a group"),
-        (("[3, 1]", "[3, 3]"), "'rows.ours.seeds' must list different whole numbers"),
-        (("[3, 1]", "3"), "'rows.ours.seeds' must list"),
+        (
+            ("[3, 1]", "[3, 3]"),
+            "'rows.ours.seeds' (different whole numbers from 0, such as [0, 1, 2]): value error, one is there twice",
+        ),
+        (
+            ("[3, 1]", "3"),
+            "'rows.ours.seeds' (different whole numbers from 0, such as [0, 1, 2]): input should be a valid list",
+        ),
         (
             ("config: configs/base.yaml\nset", "config: configs/bas.yaml\nset"),
             "there is no config file configs/bas.yaml",
         ),
         (("config: configs/base.yaml\nset", "set"), "'rows.ours' has no config"),
         (("  hot:", "  shared:"), "a row cannot be called 'shared'"),
-        (("  hot:", "  a/b:"), "names a folder"),
-        (('It works."', 'It works.", title: 5'), "'rows.ours.title' must be text"),
-        (("rows:", "row:"), "unknown key 'row'; did you mean 'rows'?"),
-        (("{evaluation.episodes: 7}", "7"), "'settings' must hold"),
+        (("  hot:", "  a/b:"), "'rows.a/b.[key]': string should match pattern"),
+        (('It works."', 'It works.", title: 5'), "'rows.ours.title': input should be a valid string, but it is 5"),
+        (("[3, 1]", "[3, true]"), "input should be a valid integer, but it is True"),
+        (("[3, 1]", "[]"), "should have at least 1 item"),
+        (("rows:", "row:"), "unknown setting 'row'; did you mean 'rows'?"),
+        (("{evaluation.episodes: 7}", "7"), "'settings': input should be a valid dictionary, but it is 7"),
         (("name: two", "name: [two"), "is not valid YAML"),
     ],
 )
