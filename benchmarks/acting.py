@@ -63,7 +63,7 @@ KEPT, WINDOW, NEWEST = "kept", "window", "newest"
 READING, MULTIPLYING = "reading", "multiplying"
 SECONDS = 0.005
 """Least duration of a turn."""
-PATIENCE_SECONDS = 1.5
+PATIENCE_SECONDS = 0.6
 """A contender whose ticks took this long takes no further turn."""
 TARGET, LEAST_HISTORY = 10.0, 16
 SIDE = 1024
