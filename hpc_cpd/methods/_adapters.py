@@ -72,8 +72,8 @@ class AdaptedGate(Gate):
     weight_1_up: nn.Parameter
     weight_1_down: nn.Parameter
 
-    def _logits(self, tokens: Tensor, old: OldExperts | None) -> Tensor:
-        return super()._logits(tokens, old) + F.linear(F.linear(tokens, self.weight_1_down), self.weight_1_up)
+    def logits(self, tokens: Tensor, old: OldExperts | None = None) -> Tensor:
+        return super().logits(tokens, old) + F.linear(F.linear(tokens, self.weight_1_down), self.weight_1_up)
 
 
 def _adapt(module: nn.Module, kind: type[nn.Module], place: str, name: str, rank: int, seed: int, stage: int) -> None:

@@ -13,13 +13,15 @@ picks since the last time. That is the same arithmetic, but it reads the rows a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 CANDIDATES = 4096
 """Rows whose gains are kept up to date."""
-ROWS_AT_ONCE = 8192
-"""Rows of which a scaled copy is held."""
+ROWS_AT_ONCE = 512
+"""Rows of which a scaled copy is held: with 256 numbers each, a megabyte, which stays in a core's cache."""
 
 
 def greedy_map(features: ArrayLike, k: int, relative_tolerance: float = 1e-10) -> NDArray[np.int64]:
@@ -74,13 +76,11 @@ class _Gains:
         self._rows = rows
         self._scale = scale  # no overflow in the squares; the order of the gains is the same
         self._bounds = np.zeros(len(rows))
-        for piece in self._pieces():
-            part = self.scaled(piece)
-            self._bounds[piece] = np.einsum("nd,nd->n", part, part)
+        self._subtract(lambda part: -np.einsum("nd,nd->n", part, part))
         self._behind: list[NDArray[np.float64]] = []  # directions that the bounds do not know of yet
         self._choose_candidates()
 
-    def scaled(self, which: int | slice | NDArray[np.int64]) -> NDArray[np.float64]:
+    def scaled(self, which: int | NDArray[np.int64]) -> NDArray[np.float64]:
         return np.divide(self._rows[which], self._scale, dtype=np.float64)
 
     def highest(self) -> tuple[int, float]:
@@ -90,9 +90,7 @@ class _Gains:
             return int(self._candidates[place]), float(self._gains[place])
         if self._behind:
             directions = np.stack(self._behind, axis=1)
-            for piece in self._pieces():
-                shares = self.scaled(piece) @ directions
-                self._bounds[piece] -= np.einsum("nk,nk->n", shares, shares)
+            self._subtract(lambda part: np.einsum("nk,nk->n", shares := part @ directions, shares))
             self._behind = []
         self._choose_candidates()
         best = int(self._bounds.argmax())
@@ -120,5 +118,9 @@ class _Gains:
         self._candidate_rows = self.scaled(self._candidates)
         self._gains = self._bounds[self._candidates]
 
-    def _pieces(self) -> list[slice]:
-        return [slice(first, first + ROWS_AT_ONCE) for first in range(0, len(self._rows), ROWS_AT_ONCE)]
+    def _subtract(self, explained: Callable[[NDArray[np.float64]], NDArray[np.float64]]) -> None:
+        """Take `explained` of the scaled rows off the bounds."""
+        part = np.empty((min(ROWS_AT_ONCE, len(self._rows)), self._rows.shape[1]))
+        for first in range(0, len(self._rows), ROWS_AT_ONCE):
+            rows, bounds = (each[first : first + ROWS_AT_ONCE] for each in (self._rows, self._bounds))
+            bounds -= explained(np.divide(rows, self._scale, out=part[: len(rows)], dtype=np.float64))

@@ -8,7 +8,7 @@ student that acts computes one observation per control step instead of the windo
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,15 +76,15 @@ class Transformer(Backbone):
         self, tokens: Tensor, experts: Experts, positions: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
         """See :class:`Backbone`."""
+        if cache is not None:
+            return self._newest(tokens.squeeze(1), experts, cache)
         shape, last = tokens.shape, len(self.blocks) - 1
-        times = torch.arange(shape[1], device=tokens.device) if cache is None else cache.ages[:, None]
-        angles = rotary(times, self.head_size)
+        angles = rotary(torch.arange(shape[1], device=tokens.device), self.head_size)
         for number, block in enumerate(self.blocks):
             # behind the last block's attention no position looks at another: only those that are wanted go on
             wanted = positions if number == last else None
-            past = (cache.kept[number], cache.ages) if cache is not None else None
             early = None if self.functional else wanted  # single samples: their gradients are rounded so
-            tokens = block(tokens, angles, early, past).flatten(0, -2)
+            tokens = block(tokens, angles, early).flatten(0, -2)
             if early is not wanted and wanted is not None:
                 tokens = tokens.index_select(0, wanted)
             mixture = number - (len(self.blocks) - self.mixtures)
@@ -92,6 +92,19 @@ class Transformer(Backbone):
                 tokens = experts(mixture, self.norms_features[mixture](tokens), wanted)
             if number != last:
                 tokens = tokens.view(shape)
+        return self.finish(tokens)
+
+    def _newest(self, tokens: Tensor, experts: Experts, cache: Cache) -> Tensor:
+        """`forward` with a cache, tokens [rows, width]: few calls, which cost more than what they compute."""
+        frequencies = _frequencies(self.head_size // 2, tokens.device)
+        angles = cache.ages[:, None] * torch.cat([-frequencies, frequencies])
+        turn = [part.float()[:, None, None] for part in (angles.cos(), angles.sin())]
+        age = int(cache.ages) if len(tokens) == 1 and tokens.device.type == "cpu" else None
+        for number, (block, kept) in enumerate(zip(self.blocks, cache.kept, strict=True), self.mixtures):
+            tokens = cast(Block, block).newest(tokens, turn, kept, cache.ages, age)
+            if number >= len(self.blocks):
+                mixture = number - len(self.blocks)
+                tokens = experts(mixture, self.norms_features[mixture](tokens))
         return self.finish(tokens)
 
     def finish(self, features: Tensor) -> Tensor:
@@ -124,26 +137,37 @@ class Block(nn.Module):
         self.feed_forward_in = seeded_linear(width, FEED_FORWARD_FACTOR * width, generator)
         self.feed_forward_out = seeded_linear(FEED_FORWARD_FACTOR * width, width, generator)
 
-    def forward(
-        self,
-        tokens: Tensor,
-        angles: Tensor,
-        positions: Tensor | None = None,
-        past: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        """`angles`: `rotary` of the positions, [2, L, head size / 2], or [2, B, 1, head size / 2] with a cache.
+    def forward(self, tokens: Tensor, angles: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`angles`: `rotary` of the positions, [2, L, head size / 2].
 
-        `positions` int64 [n] (into B * L): only these come out, [n, width]; what nobody reads is not computed. `past`:
-        keys and values that are kept, and the rows' ages; then L is 1.
+        `positions` int64 [n] (into B * L): only these come out, [n, width]; what nobody reads is not computed.
         """
-        query, key, value = self.query_key_and_value(tokens, angles)
-        inputs = (query, key, value)
-        attended = self._within_window(*inputs) if past is None else self._with_past(*inputs, *past)
-        attended = attended.transpose(1, 2).flatten(2)
+        attended = self._within_window(*self.query_key_and_value(tokens, angles)).transpose(1, 2).flatten(2)
         if positions is not None:
             tokens, attended = (each.flatten(0, 1).index_select(0, positions) for each in (tokens, attended))
-        elif past is not None:  # of one token each: a product of matrices costs less than one of three dimensions
-            tokens, attended = tokens.squeeze(1), attended.squeeze(1)
+        return self._after_attention(tokens, attended)
+
+    def newest(self, tokens: Tensor, turn: list[Tensor], kept: Tensor, ages: Tensor, age: int | None) -> Tensor:
+        """Tokens [rows, width], one of each row, whose past is `kept`, and which is kept with it.
+
+        `turn` [2][rows, 1, 1, head size]: cosines of the rows' angles, and sines, those of the first halves negative.
+        `age`: that of the only row, where there is one alone.
+        """
+        mixed = self.query_key_value(self.norm_attention(tokens)).view(len(tokens), 3, self.heads, -1)
+        both = mixed[:, :2]
+        swapped = both.roll(both.shape[3] // 2, 3)
+        both.mul_(turn[0]).addcmul_(swapped, turn[1])  # as `rotated`, in place
+        written = None
+        if age is not None:  # nothing has to be looked up or masked
+            kept[:, :, :, age % self.window] = mixed[:, 1:].transpose(0, 1)
+            kept = kept[:, :, :, : age + 1]
+        else:
+            kept[:, torch.arange(len(ages), device=ages.device), :, ages % self.window] = mixed[:, 1:]
+            written = (torch.arange(self.window, device=ages.device) <= ages[:, None])[:, None, None]
+        attended = F.scaled_dot_product_attention(mixed[:, 0, :, None], kept[0], kept[1], attn_mask=written)
+        return self._after_attention(tokens, attended.flatten(1))
+
+    def _after_attention(self, tokens: Tensor, attended: Tensor) -> Tensor:
         tokens = tokens + self.attention_out(attended)
         hidden = F.gelu(self.feed_forward_in(self.norm_feed_forward(tokens)))
         after: Tensor = tokens + self.feed_forward_out(hidden)
@@ -156,13 +180,6 @@ class Block(nn.Module):
             apart = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
             allowed = (apart >= 0) & (apart < self.window)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, is_causal=allowed is None)
-
-    def _with_past(self, query: Tensor, key: Tensor, value: Tensor, kept: Tensor, ages: Tensor) -> Tensor:
-        rows, slots = torch.arange(len(ages), device=ages.device), ages % self.window
-        kept[0, rows, :, slots] = key[:, :, 0]
-        kept[1, rows, :, slots] = value[:, :, 0]
-        written = torch.arange(self.window, device=ages.device) <= ages[:, None]
-        return F.scaled_dot_product_attention(query, kept[0], kept[1], attn_mask=written[:, None, None])
 
     def query_key_and_value(self, tokens: Tensor, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, L, width] -> three times [B, heads, L, head size]."""

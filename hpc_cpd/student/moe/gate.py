@@ -73,14 +73,15 @@ class Gate(nn.Module):
         starts at -5 would never be among the top k, and would get no gradient.
         """
         with torch.autocast(tokens.device.type, enabled=False):  # who serves a token must not be a matter of rounding
-            logits = self._logits(tokens.float(), old)
+            logits = self.logits(tokens.float(), old)
         if override is None or not self.selects or len(self.stages) == 1:
             return logits, None
         change = logits.new_zeros(self.num_experts)
         change[-self.newest :] = -self.initial_bias_of(self.newest)
         return logits, logits.detach() + override[:, None] * change
 
-    def _logits(self, tokens: Tensor, old: OldExperts | None) -> Tensor:
+    def logits(self, tokens: Tensor, old: OldExperts | None = None) -> Tensor:
+        """Those of all experts, float [n, E], for `tokens` [n, input]."""
         # stage by stage: one product over all rows would round the old logits otherwise once there are more rows
         parts = [] if old is None else [old.logits]
         parts += [
@@ -102,9 +103,9 @@ class Gate(nn.Module):
         if not self.selects:
             return Routing(probabilities, None, probabilities, probabilities.detach().sum(dim=0).double())
         # Where the bias was overridden the gate did not choose: as load, such tokens would push new experts down again.
-        wished = self._highest(logits.detach(), old)
+        wished = self.highest(logits.detach(), old)
         load = counted(wished, self.num_experts)
-        selected = wished if chooser is None else self._highest(chooser, old)
+        selected = wished if chooser is None else self.highest(chooser, old)
         if self.top_k == 1:
             weights = OneByLogProbability.apply(logits, probabilities.detach(), selected)
         else:
@@ -118,7 +119,7 @@ class Gate(nn.Module):
         """
         if not self.selects:
             return F.softmax(logits, dim=-1)
-        selected = self._highest(logits.detach())
+        selected = self.highest(logits.detach())
         if self.top_k == 1:
             logarithms = F.log_softmax(logits, dim=-1).gather(1, selected)
             weights = 1.0 + logarithms - logarithms.detach()
@@ -126,7 +127,8 @@ class Gate(nn.Module):
             weights = F.softmax(logits.gather(1, selected), dim=-1)
         return torch.zeros_like(logits).scatter(1, selected, weights)
 
-    def _highest(self, logits: Tensor, old: OldExperts | None = None) -> Tensor:
+    def highest(self, logits: Tensor, old: OldExperts | None = None) -> Tensor:
+        """Columns int64 [n, k] of the highest `logits` [n, E]."""
         if old is not None:
             logits = old.only_selected(logits)
         if self.top_k == 1:
