@@ -1,5 +1,5 @@
-# make setup | demo | test | check | lint | bench | bench-student | bench-teachers | cluster-up | cluster-down | clean,
-# and for who maintains it: lock | check-lowest.
+# make setup | demo | test | check | lint | bench | bench-student | bench-teachers | gpu | cluster-up | cluster-down |
+# clean, and for who maintains it: lock | check-lowest.
 # Needs python3 >= 3.11 with its venv module, and nothing else; cluster-up brings Slurm itself where it is root.
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,8 @@ READY  := $(VENV)/.ready
 
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup demo test check lint lock check-lowest bench bench-student bench-teachers cluster-up cluster-down clean
+.PHONY: setup demo test check lint lock check-lowest bench bench-student bench-teachers gpu cluster-up
+.PHONY: cluster-down clean
 
 setup: $(READY)
 
@@ -70,6 +71,11 @@ bench-student: $(READY)
 bench-teachers: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/simulator.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/teachers.py $(if $(CLEANRL),--cleanrl $(CLEANRL))
+
+# On a machine with a GPU, under nine minutes: the tests that need one, the quickstart, steps of the student as a share of
+# the peak, DeepSpeed's layer beside ours, acting. Figures go to docs/gpu (OUT=FOLDER: there). Without a GPU it says so.
+gpu: $(READY)
+	@$(BIN)/python benchmarks/gpu.py $(if $(OUT),--out $(OUT))
 
 # A private Slurm cluster on this machine, to try things on: eval "$(make -s cluster-up)"
 cluster-up: $(READY)

@@ -69,12 +69,13 @@ TARGET, LEAST_HISTORY = 10.0, 16
 SIDE = 1024
 
 
-def make_policy(settings: StudentSettings) -> StudentPolicy:
+def make_policy(settings: StudentSettings, device: str | torch.device = "cpu") -> StudentPolicy:
     shape = StudentShape.from_settings(settings, **DIMENSIONS)
     experts = [list(range(EXPERTS))]
     state = Student(shape, experts, for_training=False).state_dict()
     vector = np.ones(shape.task_vector_size, np.float32) / shape.task_vector_size**0.5
-    return StudentPolicy(StudentParts(state, shape, experts, {TASK: vector}, {}, OneHotSettings()))
+    parts = StudentParts(state, shape, experts, {TASK: vector}, {}, OneHotSettings())
+    return StudentPolicy(parts, device)
 
 
 class Window:

@@ -21,7 +21,8 @@ def test_make_targets():
     text = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):", text, re.M))
     known = (
-        "setup demo test check lint lock check-lowest bench bench-student bench-teachers clean cluster-up cluster-down"
+        "setup demo test check lint lock check-lowest bench bench-student bench-teachers gpu clean "
+        "cluster-up cluster-down"
     )
     assert targets == set(known.split())
     shown = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout

@@ -9,11 +9,17 @@ from pathlib import Path
 from tests.rank_environments import rank_environments
 
 
-def start_ranks(world_size: int, *arguments: object, script: str = "rank_stage.py") -> list[subprocess.Popen[str]]:
-    """Start `world_size` ranks of a stage on a free port of this machine; `arguments` are those of rank_stage.py."""
+def start_ranks(
+    world_size: int, *arguments: object, script: str = "rank_stage.py", **variables: str
+) -> list[subprocess.Popen[str]]:
+    """Start `world_size` ranks of a stage on a free port of this machine; `arguments` are those of rank_stage.py.
+
+    `variables`: of the environment, besides.
+    """
     ranks = []
     for environment in rank_environments(world_size):
         command = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+        environment |= variables
         ranks.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         )
