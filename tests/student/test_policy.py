@@ -107,6 +107,39 @@ def test_acting_equals_the_training_forward_at_each_position(
     np.testing.assert_allclose(policy.act(seen[0]), expected_actions(student, seen[:1], vector), rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, DEEP, {"history": 1}], ids=["default", "deep", "no history"])
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_acting_in_one_environment_equals_the_training_forward(
+    top_k: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    student = publish(tmp_path / "student", top_k, **changes)
+    policy = load_student(tmp_path / "student")
+    policy.reset("metaworld/push-v3", 1)
+    seen, vector = observations()[:, :1], policy.task_vectors["metaworld/push-v3"]
+    for step in range(STEPS):
+        if step == 9:
+            policy.reset_rows(np.array([True]))
+        expected = expected_actions(student, seen[9 * (step >= 9) : step + 1], vector)
+        np.testing.assert_allclose(policy.act(seen[step]), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, ENVS])
+def test_experts_that_nobody_chose_are_not_read(rows: int, tmp_path: Path) -> None:
+    publish(tmp_path / "student", top_k=1)
+    policy = load_student(tmp_path / "student")
+    policy.reset("metaworld/push-v3", rows)
+    seen = torch.tensor(observations()[0, :1]).repeat(rows, 1)  # one expert is chosen by all
+    with torch.no_grad():
+        cache = policy.student.backbone.new_cache(rows)
+        chosen = int(policy.student(seen[:, None], policy._vectors, cache=cache)[2][0, 0, 0].argmax())
+    expected = policy.act(seen.numpy())
+    for _, parameter in policy.student.expert_parameters({0, 1, 2, 3, 4} - {chosen}):
+        parameter.fill_(torch.nan)
+    policy.student.load_canonical(policy.student.state_dict())
+    policy.reset("metaworld/push-v3", rows)
+    np.testing.assert_array_equal(policy.act(seen.numpy()), expected)
+
+
 def test_what_neighbours_do_changes_no_bit(tmp_path: Path) -> None:
     publish(tmp_path / "student")
     policy = load_student(tmp_path / "student")
