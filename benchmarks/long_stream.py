@@ -164,7 +164,7 @@ def rank() -> None:
 
 
 def bytes_of(folder: Path, seen: set[int], students: bool) -> int:
-    """Bytes of the blocks of files under `folder` that are not in `seen` yet; `students`: of the published ones alone."""
+    """Bytes of the files under `folder` that are not in `seen` (inodes) yet; `students`: of the published ones alone."""
     total = 0
     for path in folder.rglob("*"):
         if ("stages" in path.parts and path.parent.name == "student") == students and path.is_file():
@@ -186,7 +186,6 @@ def learn(run: Any, stage: int) -> dict[str, Any] | None:
     os.environ["LONG_STREAM_OUT"] = str(out.absolute())
     words = ["stage", "--run", str(run.folder), "--stage", str(stage)]
     job = RankedJob(f"stage {stage}", words, 2, False, run.logs / f"stage-{stage}", run.stage(stage), module=MODULE)
-    job.module = f"{MODULE}"
     began = time.perf_counter()
     (outcome,) = supervise([job], 1, StopFlag().install(), lambda name, line: None)
     seconds = time.perf_counter() - began
@@ -241,7 +240,6 @@ def main() -> None:
 
     until, began, notes = given.until or given.stages, time.monotonic(), given.run / "long_stream.jsonl"
     run = make_run(given.run, given.stages)
-    # trajectories are what the stream is learnt from: there before the first stage, so no stage adds to them
     for stage in range(1, until + 1):
         if is_done(run.stage(stage)):
             continue
@@ -250,7 +248,8 @@ def main() -> None:
             break
         seen: set[int] = set()
         line["student_bytes"] = bytes_of(run.folder / "stages", seen, students=True)
-        line["run_bytes"] = bytes_of(run.folder / "stages", seen, students=False)
+        line["run_bytes"] = bytes_of(run.folder, seen, students=False)
+        line["load"] = os.getloadavg()[0]
         with open(notes, "a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)

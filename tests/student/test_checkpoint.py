@@ -172,7 +172,7 @@ def publish(folder: Path, student: Student, before: Path | None = None) -> None:
 
 @pytest.fixture
 def chain(tmp_path: Path) -> tuple[Path, Student]:
-    """A published student, two checkpoints of a stage that goes on from it, and the student that the stage ends with."""
+    """A published student, two checkpoints of a stage that goes on from it, and the student that it ends with."""
     student = make_student(small_shape(0), [[0, 1], [2]], for_training=False)
     publish(tmp_path / "before", student)
     for name in ("first", "second"):
