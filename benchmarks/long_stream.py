@@ -8,7 +8,8 @@ two processes that begin with it and end with it. Teachers are linear policies, 
 
 Run it again and it goes on where it stood, in the middle of a stage too; `--minutes` lets it stop before the next
 stage. RUN/long_stream.jsonl has a line per stage: the largest memory of a rank (ru_maxrss), the median time of a step
-of the last phase on rank 0, the seconds of the stage, and the bytes of the run, of which hard links count once.
+of the last phase (wall-clock on rank 0; processor time, of the rank that needs more), the seconds of the stage, and the
+bytes of the run, of which hard links count once.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def rank() -> None:
     from hpc_cpd.distill.engine import PhaseEngine
     from hpc_cpd.errors import EXIT_DONE
 
-    ends: list[list[float]] = []
+    ends: list[list[tuple[float, float]]] = []
     step, begin, leave = PhaseEngine.step, PhaseEngine.__init__, worker.leave
 
     def noted_begin(self: Any, *given: Any) -> None:
@@ -148,14 +149,16 @@ def rank() -> None:
 
     def noted_step(self: Any, *given: Any) -> float:
         norm = step(self, *given)
-        ends[-1].append(time.perf_counter())
+        ends[-1].append((time.perf_counter(), time.process_time()))
         return norm
 
     def noted_leave(code: int) -> Any:
         if code == EXIT_DONE:
             usage = resource.getrusage(resource.RUSAGE_SELF)
             facts = {"rank_mb": usage.ru_maxrss / 1024, "cpu": usage.ru_utime + usage.ru_stime}
-            facts["step_ms"] = 1000.0 * median(np.diff(ends[-1])) if ends and len(ends[-1]) > 1 else None
+            if ends and len(ends[-1]) > 1:
+                wall, processor = np.diff(np.array(ends[-1]), axis=0).T
+                facts |= {"step_ms": 1000.0 * median(wall), "step_cpu_ms": 1000.0 * median(processor)}
             Path(os.environ["LONG_STREAM_OUT"] + os.environ["RANK"]).write_text(json.dumps(facts))
         leave(code)
 
@@ -164,7 +167,7 @@ def rank() -> None:
 
 
 def bytes_of(folder: Path, seen: set[int], students: bool) -> int:
-    """Bytes of the files under `folder` that are not in `seen` (inodes) yet; `students`: of the published ones alone."""
+    """Bytes of files under `folder` whose inodes are not in `seen` yet; `students`: of the published ones alone."""
     total = 0
     for path in folder.rglob("*"):
         if ("stages" in path.parts and path.parent.name == "student") == students and path.is_file():
@@ -196,7 +199,9 @@ def learn(run: Any, stage: int) -> dict[str, Any] | None:
     return {
         "stage": stage,
         "rank_mb": max(one["rank_mb"] for one in ranks),
-        "step_ms": ranks[0]["step_ms"],
+        "step_ms": ranks[0].get("step_ms"),
+        # the rank with the newest expert has more to do, and each stage's is on another
+        "step_cpu_ms": max(one.get("step_cpu_ms", 0.0) for one in ranks),
         "seconds": seconds,
         "cpu_seconds": sum(one["cpu"] for one in ranks),
     }
@@ -212,8 +217,10 @@ def plot(lines: list[dict[str, Any]], path: Path) -> None:
     stages = [line["stage"] for line in lines]
     axes[0].plot(stages, [line["rank_mb"] for line in lines])
     axes[0].set(title="largest memory of a rank", ylabel="MB")
-    axes[1].plot(stages, [line["step_ms"] for line in lines])
+    axes[1].plot(stages, [line["step_ms"] for line in lines], linewidth=0.6, label="wall-clock")
+    axes[1].plot(stages, [line["step_cpu_ms"] for line in lines], label="processor time")
     axes[1].set(title="a gradient step of the last phase (median)", ylabel="ms")
+    axes[1].legend()
     axes[2].plot(stages, [line["run_bytes"] / 1e6 for line in lines], label="run without published students")
     axes[2].plot(stages, [line["student_bytes"] / 1e6 for line in lines], label="published students")
     axes[2].set(title="on disk (hard links count once)", ylabel="MB")
