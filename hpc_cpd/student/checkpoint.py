@@ -176,8 +176,10 @@ def write_tensors(folder: Path, files: Mapping[str, Tensors], earlier: Iterable[
     A file that one of the folders has whose lists (JSON with ``files``) are `earlier`, by the SHA-256 in that list, is
     linked; where that cannot be (another file system, too many links), it is written.
     """
-    lists = [(path.parent, read_json(path)["files"]) for path in earlier if path.is_file()]
-    there = {digest: place / name for place, found in lists for name, digest in found.items()}
+    there: dict[str, Path] = {}
+    for path in earlier:
+        with suppress(UserError):  # rank 0 may have removed an older checkpoint meanwhile
+            there |= {digest: path.parent / name for name, digest in read_json(path)["files"].items()}
     hashes = {}
     for name, tensors in files.items():
         digest = hashlib.sha256()
