@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 from safetensors.numpy import load_file
 
@@ -26,12 +27,20 @@ def today(stored: str) -> str:
     }.get(group, stored)
 
 
+def tensors_of(student: Path) -> dict[str, Any]:
+    """All tensors of a published student, whose experts have had files of their own since schema 4."""
+    found = load_file(student / "model.safetensors")
+    for path in student.glob("mixture-*.safetensors"):
+        found |= {f"student/{name}": tensor for name, tensor in load_file(path).items()}
+    return found
+
+
 def main(old_run: Path, new_run: Path) -> int:
     differing = total = 0
     print(f"| stage | tensor of {old_run} | tensor of {new_run} | SHA-256 | |")
     print("|---|---|---|---|---|")
     for stage in sorted(path.name for path in (old_run / "stages").iterdir()):
-        old, new = (load_file(run / "stages" / stage / "student" / "model.safetensors") for run in (old_run, new_run))
+        old, new = (tensors_of(run / "stages" / stage / "student") for run in (old_run, new_run))
         if unknown := set(new) - {today(name) for name in old}:
             print(f"only in {new_run}, stage {stage}: {sorted(unknown)}")
             differing += len(unknown)

@@ -118,7 +118,8 @@ def test_the_doors_open(run, tmp_path):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["stages/1/student/model.safetensors", f"teachers/{TASK}/policy.safetensors", f"trajectories/{TASK}/shard-*.h5"],
+    [f"stages/1/student/{name}.safetensors" for name in ("model", "mixture-0-expert-0000")]
+    + [f"teachers/{TASK}/policy.safetensors", f"trajectories/{TASK}/shard-*.h5"],
 )
 def test_verify_finds_a_changed_byte_and_names_the_file(run, pattern):
     (path, *_) = sorted(run.glob(pattern))

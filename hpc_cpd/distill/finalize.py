@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,12 @@ def episode_errors(student_folder: Path, store: TrajectoryStore) -> np.ndarray:
     return store.episode_means(errors.numpy())
 
 
-def routing_by_task(student_folder: Path, stores: list[TrajectoryStore]) -> dict[str, Any]:
-    """Mean gate probability of every expert at steps of each task (drawn with a fixed seed)."""
+def routing_by_task(student_folder: Path, stores: list[TrajectoryStore], due: Collection[str]) -> dict[str, Any]:
+    """Mean gate probability of every expert at steps of each of the tasks `due` (drawn with a fixed seed)."""
     policy = load_student(student_folder, device_of_rank())
     tasks: dict[str, list[float]] = {}
     for store in stores:
-        for task in store.task_ids:
+        for task in filter(due.__contains__, store.task_ids):
             steps = store.steps(task)
             drawn = np.random.default_rng(0).integers(steps.start, steps.stop, ROUTING_STEPS)
             total = torch.zeros(sum(map(len, policy.experts_by_stage)), dtype=torch.float64)

@@ -23,7 +23,8 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
     Old tasks' vectors are carried over unchanged.
     """
     config, tasks = stage.config, stage.tasks
-    previous = load_student_parts(stage.run.stage(stage.number - 1) / "student") if stage.number > 1 else None
+    before = stage.run.stage(stage.number - 1) / "student" if stage.number > 1 else None
+    previous = load_student_parts(before) if before is not None else None
     if previous is None:
         mean, deviation = new.observation_statistics()
         # What stands still in stage 1 may move in a later task, and the normaliser is fixed after stage 1: without a
@@ -63,7 +64,7 @@ def initialize_stage(stage: Stage, method: Method, new: TrajectoryStore, memory:
         task_embedding_state=embedding_state,
         metadata={**metadata, "trained": False},
     )
-    save_student(stage.run.stage(stage.number) / "start", parts)
+    save_student(stage.run.stage(stage.number) / "start", parts, before)
 
 
 def untrained(start: StudentParts, first: StudentParts) -> StudentParts:

@@ -85,25 +85,32 @@ def run_stage(run: Run, number: int, stop: Callable[[], bool], allow_missing: bo
             begin, new = "draft", open_new(stage)
         _learn(stage, method, (new, memory), last, begin, "student")
         run_on_rank(lambda: shutil.rmtree(folder / "draft", ignore_errors=True))
+    due = tasks_after(config, plan, number)
     if method.keeps_memory and lacks("memory"):
         progress.update("choosing the replay memory")
         errors = episode_errors(folder / "student", new)
         run_on_rank(lambda: method.keep_memory(stage, new, errors))
     if lacks("routing.json"):
         stores = [new] if memory is None else [new, memory]
-        run_on_rank(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores)))
-    count = len(tasks_after(config, plan, number))
+        run_on_rank(lambda: write_json(folder / "routing.json", routing_by_task(folder / "student", stores, due)))
     if lacks("evaluation.json"):
-        progress.update(f"evaluating {count} tasks")
+        progress.update(f"evaluating {len(due)} tasks")
         evaluate(stage, load_student(folder / "student", device_of_rank()), "evaluation.json")
     if config.evaluation.infer_task and lacks("evaluation_inferred.json"):
-        progress.update(f"evaluating {count} tasks that the student is not told")
+        progress.update(f"evaluating {len(due)} tasks that the student is not told")
         untold = TaskAgnosticPolicy(load_student(folder / "student", device_of_rank()))
         evaluate(stage, untold, "evaluation_inferred.json")
     # a published student needs no checkpoints, and those of every stage would stay for ever
     run_on_rank(lambda: shutil.rmtree(folder / "checkpoints", ignore_errors=True))
     run_on_rank(lambda: mark_done(folder, {"stage": number, "tasks": stage.seen}))
+    run_on_rank(lambda: forget_beginning(stage))
     finish_distributed()
+
+
+def forget_beginning(stage: Stage) -> None:
+    """Remove the student that a finished stage began with; forward transfer asks for that of stage 1 again."""
+    if stage.number > 1:
+        shutil.rmtree(stage.run.stage(stage.number) / "start", ignore_errors=True)
 
 
 def _cut_before_dagger(phases: Sequence[Phase]) -> list[list[Phase]]:
@@ -148,7 +155,7 @@ def _learn(stage: Stage, method: Method, stores: Stores, phases: Sequence[Phase]
         metadata={"stage": stage.number, "tasks_by_stage": stage.plan[: stage.number], "seed": config.seed},
         method_state=MethodState(config.method.name, kept) if kept or method.needs_task else None,
     )
-    run_on_rank(lambda: save_student(folder / end, parts))
+    run_on_rank(lambda: save_student(folder / end, parts, folder / begin))
 
 
 def _teacher_success(stage: Stage) -> dict[str, float]:

@@ -22,9 +22,9 @@ from hpc_cpd.progress import Progress
 from hpc_cpd.run.metrics_log import MetricsLog
 from hpc_cpd.run.save_due import SaveDue
 from hpc_cpd.settings import Config
-from hpc_cpd.student.checkpoint import Moments, PendingCheckpoint, gather_state, load_checkpoint
+from hpc_cpd.student.checkpoint import INDEX_FILE, Moments, PendingCheckpoint, gather_state, load_checkpoint
 from hpc_cpd.student.network import Student
-from hpc_cpd.student.policy import StudentParts
+from hpc_cpd.student.policy import JSON_FILE, StudentParts
 
 LOG_EVERY_STEPS = 50
 Record = dict[str, float | None]
@@ -109,7 +109,7 @@ def batch_loss(
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The furthest whole checkpoint: one without its index, which is written last, does not count."""
-    found = [path for path in folder.glob("phase-*-step-*") if (path / "index.json").is_file()]
+    found = [path for path in folder.glob("phase-*-step-*") if (path / INDEX_FILE).is_file()]
     return max(found, key=position_of, default=None)
 
 
@@ -226,7 +226,8 @@ class _Saver:
             if run_on_rank(lambda: not target.exists()):
                 moments, position = self.engine.moments() if step else {}, {"phase": phase, "step": step}
                 kept = self.engine.method.state_dict()
-                self.pending = PendingCheckpoint(target, self.engine.student, moments, position, kept)
+                earlier = [self.folder.parent / "start" / JSON_FILE, *self.folder.glob(f"phase-*/{INDEX_FILE}")]
+                self.pending = PendingCheckpoint(target, self.engine.student, moments, position, kept, earlier)
         self.due.saved()
 
     def finish(self) -> None:

@@ -5,6 +5,9 @@
     FOLDER/index.json                           sizes, position and the SHA-256 of each file, written last
 
 Keys are parameter names; the optimizer's state of a parameter stands beside it as ``NAME|exp_avg`` and so on.
+
+A file never changes once it is there: what a checkpoint before, or the student that the stage began with, has already
+is not written again but linked. A copy of a run that keeps no hard links has files of its own instead.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,7 @@ METHOD_PREFIX = "method:"
 DENSE_FILE = "dense.safetensors"
 INDEX_FILE = "index.json"
 _TYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL", torch.uint8: "U8"}
+_TYPES |= {torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 AGAIN = "delete its folder and run the command that makes it again"
 Tensors = Mapping[str, Tensor]
@@ -55,11 +59,18 @@ class PendingCheckpoint:
     """A checkpoint whose files are being written by a thread of every rank, while training goes on."""
 
     def __init__(
-        self, folder: Path, student: Student, moments: Moments, position: Mapping[str, Any], method_state: Tensors
+        self,
+        folder: Path,
+        student: Student,
+        moments: Moments,
+        position: Mapping[str, Any],
+        method_state: Tensors,
+        earlier: Iterable[Path] = (),
     ) -> None:
-        """Copy `student`, its optimizer's `moments`, `position` (plain JSON) and the method's state; begin to write.
+        """Copy what moves of `student`, its optimizer's `moments`, `position` (plain JSON) and the method's state.
 
-        A collective.
+        Begin to write the files that the checkpoints and students whose lists are `earlier` (`write_tensors`) do not
+        have. A collective.
         """
         self.folder = folder
         self._stack = ExitStack()
@@ -72,7 +83,7 @@ class PendingCheckpoint:
         }
         files = _files_of(student, moments, method_state)
         writer = ThreadPoolExecutor(1, "checkpoint")
-        self._written = writer.submit(_write_tensors, self._temporary, files)
+        self._written = writer.submit(write_tensors, self._temporary, files, tuple(earlier))
         writer.shutdown(wait=False)
 
     def written(self) -> bool:
@@ -137,55 +148,73 @@ def _parameter_of(key: str) -> str:
     return key.partition("|")[0] if "|" in key else ""
 
 
-def _file_of(name: str) -> str:
+def file_of(name: str, dense: str = DENSE_FILE) -> str:
+    """The file that a parameter of the student is in; `dense`: that of all which belong to no expert."""
     place = expert_place(name)
-    return DENSE_FILE if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
+    return dense if place is None else f"mixture-{place[0]}-expert-{place[1]:04d}.safetensors"
 
 
 def _files_of(student: Student, moments: Moments, method_state: Tensors) -> dict[str, dict[str, Tensor]]:
-    """Copies of what this rank has to write: dense things on rank 0, experts in the first group that holds them."""
+    """What this rank has to write: dense things on rank 0, experts in the first group that holds them.
+
+    Copies, but of what is frozen: that stays as it is until the checkpoint is published.
+    """
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     found = [(name, name, tensor) for name, tensor in student.state_dict().items()]
     found += [(name, f"{name}|{key}", value) for name, _, _ in found for key, value in moments.get(name, {}).items()]
     found += [(_parameter_of(key), METHOD_PREFIX + key, tensor) for key, tensor in method_state.items()]
     files: dict[str, dict[str, Tensor]] = {}
     for name, key, tensor in found:
         if this_rank() < (student.expert_parallel_size if expert_of(name) is not None else 1):
-            files.setdefault(_file_of(name), {})[key] = tensor.detach().to("cpu", copy=True).contiguous()
+            files.setdefault(file_of(name), {})[key] = tensor.detach().to("cpu", copy=key not in frozen).contiguous()
     return files
 
 
-def _write_tensors(folder: Path, files: Mapping[str, Tensors]) -> dict[str, str]:
-    """Write in the format of safetensors and fsync; return each file's SHA-256.
+def write_tensors(folder: Path, files: Mapping[str, Tensors], earlier: Iterable[Path]) -> dict[str, str]:
+    """Write `files` of CPU tensors in the format of safetensors and fsync; return each file's SHA-256.
 
-    Piece by piece: safetensors' own `save` copies everything twice, and no other thread runs meanwhile.
+    A file that one of the folders has whose lists (JSON with ``files``) are `earlier`, by the SHA-256 in that list, is
+    linked; where that cannot be (another file system, too many links), it is written.
     """
+    there: dict[str, Path] = {}
+    for path in earlier:
+        with suppress(UserError):  # rank 0 may have removed an older checkpoint meanwhile
+            there |= {digest: path.parent / name for name, digest in read_json(path)["files"].items()}
     hashes = {}
     for name, tensors in files.items():
         digest = hashlib.sha256()
+        for piece in _pieces(tensors):
+            digest.update(piece)
+        hashes[name] = digest.hexdigest()
+        with suppress(KeyError, OSError):
+            os.link(there[hashes[name]], folder / name)
+            continue
         try:
             with open(folder / name, "xb") as file:
-                for piece in _pieces(tensors):
-                    file.write(piece)
-                    digest.update(piece)
+                file.writelines(_pieces(tensors))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(folder / name)) from None
-        hashes[name] = digest.hexdigest()
     return hashes
 
 
 def _pieces(tensors: Tensors) -> Iterator[bytes | memoryview]:
-    """The bytes of a safetensors file: the length of the header, the header, the contiguous CPU tensors."""
+    """The bytes of a safetensors file: the length of the header, the header, the contiguous CPU tensors.
+
+    Piece by piece: safetensors' own `save` copies everything twice, and no other thread runs meanwhile. Sorted so that
+    each tensor is aligned, and the same tensors give the same bytes.
+    """
+    ordered = dict(sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])))
     header: dict[str, Any] = {}
     end = 0
-    for name, tensor in tensors.items():
+    for name, tensor in ordered.items():
         begin, end = end, end + tensor.nbytes
         header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
+    for tensor in ordered.values():
         yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -228,7 +257,7 @@ def _load(folder: Path, student: Student) -> tuple[dict[str, Any], Moments, dict
         if index[what] != wanted:
             raise UserError(f"{path} holds another student: its {what} is {index[what]}, wanted {wanted}")
     tensors: dict[str, Tensor] = {}
-    for name in sorted({_file_of(name) for name in student.state_dict()}):
+    for name in sorted({file_of(name) for name in student.state_dict()}):
         tensors |= read_tensors(folder / name, index["files"].get(name))
     try:
         student.load_canonical(tensors)

@@ -1,7 +1,8 @@
 """A published student: how it is stored, and how it acts. No other process is needed, and no DeepSpeed.
 
 FOLDER/model.safetensors    canonical student state, task vectors, how episodes begin, state of embedding and method
-FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256, metadata
+FOLDER/mixture-0-expert-0007.safetensors    one expert; the same file as in the stage before where it did not change
+FOLDER/student.json         schema version, shape, experts, tasks in the order learnt, SHA-256 of each file, metadata
 """
 
 from __future__ import annotations
@@ -12,24 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
 from hpc_cpd import plugins
 from hpc_cpd.errors import UserError
-from hpc_cpd.run.publish import atomic_folder, sha256, write_bytes, write_json
+from hpc_cpd.run.publish import atomic_folder, write_json
 from hpc_cpd.settings import Choice, PluginSettings
-from hpc_cpd.student.checkpoint import MethodState, read_description, read_tensors
+from hpc_cpd.student.checkpoint import MethodState, file_of, read_description, read_tensors, write_tensors
 from hpc_cpd.student.network import Student, StudentShape
 from hpc_cpd.student.task_inference import EpisodeStatistics, remember
 from hpc_cpd.tasks.policy import Policy
 
-STUDENT_SCHEMA_VERSION = 3
+STUDENT_SCHEMA_VERSION = 4
 MODEL_FILE = "model.safetensors"
 JSON_FILE = "student.json"
-_KEYS = ("shape", "experts_by_stage", "tasks", "task_steps", "task_embedding", "method", "model_sha256", "metadata")
+_KEYS = ("shape", "experts_by_stage", "tasks", "task_steps", "task_embedding", "method", "files", "metadata")
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,20 @@ class StudentParts:
         return self.state["tokenizer.observation_mean"].numpy(), self.state["tokenizer.observation_std"].numpy()
 
 
-def save_student(folder: Path, parts: StudentParts) -> None:
-    """Write a student folder atomically."""
+def save_student(folder: Path, parts: StudentParts, before: Path | None = None) -> None:
+    """Write a student folder atomically, with the files of experts that did not change since the student `before`."""
     method = parts.method_state
-    tensors = {f"student/{name}": value for name, value in parts.state.items()}
+    files: dict[str, dict[str, Tensor]] = {MODEL_FILE: {}}
+    for name, value in parts.state.items():
+        file = file_of(name, MODEL_FILE)
+        files.setdefault(file, {})[f"student/{name}" if file == MODEL_FILE else name] = value
+    tensors = files[MODEL_FILE]
     tensors |= {f"task_vector/{task}": torch.tensor(np.asarray(v)) for task, v in parts.task_vectors.items()}
     tensors |= {f"task_embedding/{name}": value for name, value in parts.task_embedding_state.items()}
     tensors |= {f"task_start/{task}": torch.tensor(known.start) for task, known in parts.episode_statistics.items()}
     tensors |= {f"method/{name}": value for name, value in method.tensors.items()} if method is not None else {}
+    ready = {file: {n: t.detach().cpu().contiguous() for n, t in found.items()} for file, found in files.items()}
     with atomic_folder(folder) as temporary:
-        model = temporary / MODEL_FILE
-        write_bytes(model, safetensors.torch.save({n: t.detach().cpu().contiguous() for n, t in tensors.items()}))
         description = {
             "schema_version": STUDENT_SCHEMA_VERSION,
             "shape": parts.shape.model_dump(),
@@ -70,7 +73,7 @@ def save_student(folder: Path, parts: StudentParts) -> None:
             "task_steps": {task: known.steps for task, known in parts.episode_statistics.items()},
             "task_embedding": parts.task_embedding.model_dump(),
             "method": method.method if method is not None else None,
-            "model_sha256": sha256(model),
+            "files": write_tensors(temporary, ready, [before / JSON_FILE] if before is not None else ()),
             "metadata": dict(parts.metadata),
         }
         write_json(temporary / JSON_FILE, description)
@@ -83,7 +86,11 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         raise UserError(f"{folder} is not a student folder (no {JSON_FILE}); give a run's stages/K/student")
     remedy = "load it with the version that its run's provenance.json names, or learn its stages again in a new run"
     description = read_description(path, STUDENT_SCHEMA_VERSION, _KEYS, remedy)
-    tensors = read_tensors(Path(folder) / MODEL_FILE, description["model_sha256"])
+    files = dict(description["files"])
+    tensors = read_tensors(Path(folder) / MODEL_FILE, files.pop(MODEL_FILE, None))
+    state = _with_prefix(tensors, "student/")
+    for name, digest in files.items():
+        state |= read_tensors(Path(folder) / name, digest)
     vectors, starts = _with_prefix(tensors, "task_vector/"), _with_prefix(tensors, "task_start/")
     tasks, steps, method = description["tasks"], description["task_steps"], description["method"]
     for task in tasks:
@@ -97,7 +104,7 @@ def load_student_parts(folder: str | Path) -> StudentParts:
         told = error if reason is None else f"{'.'.join(map(str, reason['loc']))}: {reason['msg']}"
         raise UserError(f"{path} does not describe a student that can be built here: {told}") from None
     return StudentParts(
-        state=_with_prefix(tensors, "student/"),
+        state=state,
         shape=shape,
         experts_by_stage=description["experts_by_stage"],
         task_vectors={task: vectors[task].numpy() for task in tasks},

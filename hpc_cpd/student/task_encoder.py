@@ -21,6 +21,8 @@ from hpc_cpd.student.tokenizers.base import OBSERVATION_CLIP
 
 POOL_WINDOWS = 1024
 """Windows drawn once per task; the steps sample from them, and their mean encoding is the task's vector."""
+MOST_REMEMBERED = 64
+"""Old tasks that a stage rehearses, drawn where there are more: no stage needs more time and memory than that takes."""
 
 
 class TaskEncoder(nn.Module):
@@ -58,14 +60,16 @@ def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[di
     Returns (encoder state, float32 [size] unit vector of each new task). A pure function of its arguments.
     """
     rng = numpy_generator(new.seed, "task embedding", new.stage)
-    new_tasks, old_tasks = new.tasks, list(new.old_vectors)
-    pools = {task: _pool(new, task, settings.window, rng) for task in [*new_tasks, *new.remembered]}
+    new_tasks, old_tasks, remembered = new.tasks, list(new.old_vectors), list(new.remembered)
+    if len(remembered) > MOST_REMEMBERED:
+        remembered = [remembered[n] for n in sorted(rng.permutation(len(remembered))[:MOST_REMEMBERED])]
+    pools = {task: _pool(new, task, settings.window, rng) for task in [*new_tasks, *remembered]}
     encoder = TaskEncoder(next(iter(pools.values())).shape[2], settings, new.seed)
     if new.state:
         encoder.load_state_dict(dict(new.state))
     stored = torch.tensor(np.array(list(new.old_vectors.values()), np.float32)).view(-1, settings.size)
     optimizer = Adam(encoder.parameters(), lr=settings.learning_rate)
-    places = torch.tensor([old_tasks.index(task) for task in new.remembered], dtype=torch.int64)
+    places = torch.tensor([old_tasks.index(task) for task in remembered], dtype=torch.int64)
     per_task = settings.windows_per_task
     new_index = torch.arange(len(new_tasks)).repeat_interleave(per_task)
     for _ in range(settings.gradient_steps):
@@ -74,7 +78,7 @@ def learn_task_vectors(settings: ContrastiveSettings, new: NewTasks) -> tuple[di
         ours = encoded[: len(new_tasks)]
         first, second = ours[:, 0].flatten(0, 1), ours[:, 1].flatten(0, 1)
         loss = info_nce(first, second, new_index, stored, settings.temperature)
-        if new.remembered:
+        if remembered:
             loss = loss + _pull(encoded[len(new_tasks) :], ours, stored, places, settings.temperature)
         optimizer.zero_grad()
         loss.backward()

@@ -126,4 +126,4 @@ def job_of(run: Run, unit: str) -> str:
 
 def student_hash(run: Run, stage: int = 1) -> str:
     assert is_done(run.stage(stage))
-    return hashlib.sha256((run.stage(stage) / "student" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((run.stage(stage) / "student" / "student.json").read_bytes()).hexdigest()

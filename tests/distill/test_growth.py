@@ -98,7 +98,7 @@ def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Ten
 def shares(grown: Grown, stage: int) -> tuple[np.ndarray, np.ndarray]:
     """Share of the gate that each new task gives to each newborn, [tasks, newborns]: at birth, and after phase 1."""
     tasks, old = grown.plan[stage - 1], EXPERTS[stage - 2]
-    birth = routing_by_task(grown.run.stage(stage) / "start", [grown.store(tasks)])
+    birth = routing_by_task(grown.run.stage(stage) / "start", [grown.store(tasks)], tasks)
     after = read_json(grown.run.stage(stage) / "routing.json")
     one, other = (np.array([routing["tasks"][task][old:] for task in tasks]) for routing in (birth, after))
     return one, other

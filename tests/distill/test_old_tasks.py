@@ -37,7 +37,9 @@ def test_both_evaluations_of_a_stage_are_of_the_tasks_that_are_due_and_say_what_
     assert [list(one["tasks"]) for one in evaluations(run, 2)] == [TASKS[:2]] * 2
     assert [list(one["tasks"]) for one in evaluations(run, 3)] == [TASKS[:3]] * 2, "the last stage evaluates all"
     for stage in (1, 2, 3):
+        routing = read_json(run.stage(stage) / "routing.json")["tasks"]
         for one in evaluations(run, stage):
+            assert list(one["tasks"]) == list(routing)
             assert (one["new_tasks"], one["tasks_learnt"]) == ([TASKS[stage - 1]], stage)
 
 

@@ -19,12 +19,13 @@ from hpc_cpd.run.metrics_log import read_metrics
 from hpc_cpd.run.paths import Run
 from hpc_cpd.run.publish import is_done, read_json
 from hpc_cpd.student.policy import load_student, load_student_parts
+from tests.distill.rank_forks import learn_on_forks
 from tests.distill.ranks import finish, in_turn, start_ranks
 from tests.distill.synthetic import TASKS, make_run
 
 
 def student_hash(run: Run, stage: int) -> str:
-    return hashlib.sha256((run.stage(stage) / "student" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((run.stage(stage) / "student" / "student.json").read_bytes()).hexdigest()
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,36 @@ def test_what_is_old_never_moves_by_a_bit_where_it_is_frozen(variants: dict[str,
         "mixtures.0.gate.weight_2",
         "mixtures.0.gate.bias_2",
     }
+
+
+def same_files(one: Path, other: Path) -> set[str]:
+    """Names of the tensors' files of two folders that are the same file."""
+    both = {path.name for path in one.glob("*.safetensors")} & {path.name for path in other.glob("*.safetensors")}
+    return {name for name in both if (one / name).samefile(other / name)}
+
+
+def test_files_of_experts_that_do_not_move_are_those_of_the_stage_before(variants: dict[str, Run]) -> None:
+    old = {f"mixture-0-expert-{expert:04d}.safetensors" for expert in (0, 1)}
+    run, stopped = variants["old ones frozen"], variants["stopped with old ones frozen"]
+    checkpoint = newest_checkpoint(stopped.stage(2) / "checkpoints")
+    assert checkpoint is not None
+    for before, after in (
+        (run.stage(1) / "student", run.stage(2) / "start"),
+        (run.stage(1) / "student", run.stage(2) / "student"),
+        (stopped.stage(1) / "student", checkpoint),
+    ):
+        assert same_files(before, after) == old
+    moving = variants["phase 2 alone"]
+    assert not same_files(moving.stage(1) / "student", moving.stage(2) / "student")
+
+
+def test_a_finished_stage_keeps_what_later_ones_need_and_no_more(undisturbed: Run, tmp_path: Path) -> None:
+    run = copy_of(undisturbed, tmp_path, 1)
+    learn_on_forks(1, tmp_path / "log", ("--forget", run.folder, 1), (run.folder, 2))
+    kept = {"DONE", "student", "memory", "routing.json", "metrics.jsonl", "progress.json"}
+    kept |= {"evaluation.json", "evaluation_inferred.json", "evaluation_before.json"}
+    assert {path.name for path in run.stage(2).iterdir()} == kept
+    assert {path.name for path in run.stage(1).iterdir()} == {*kept, "start"}  # for forward transfer
 
 
 def test_shared_layers_go_on_learning_when_the_freeze_is_switched_off(variants: dict[str, Run]) -> None:

@@ -47,7 +47,7 @@ def learns(folder: str) -> None:
     assert list((stopped.stage(2) / "checkpoints").glob("phase-1-step-*"))
     finish(start_ranks(2, stopped.folder, 2))
     one, other = (run.stage(2) / "student" for run in (whole, stopped))
-    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert (one / "student.json").read_bytes() == (other / "student.json").read_bytes()
     assert read_json(one / "student.json")["shape"]["backbone"] == {"name": "gru", "initial_update_bias": 1.0}
     policy = load_student(one)
     first = load_student(whole.stage(1) / "student").student.state_dict()

@@ -66,7 +66,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 
 def student(run: Run) -> str:
     assert is_done(run.stage(1))
-    return hashlib.sha256((run.stage(1) / "student" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((run.stage(1) / "student" / "student.json").read_bytes()).hexdigest()
 
 
 @pytest.mark.slow

@@ -256,7 +256,7 @@ def within_a_phase(run: Run, stage: int) -> int:
 
 def assert_same_bits(run: Run, wanted: Run, stage: int) -> None:
     assert is_done(run.stage(stage))
-    one, other = ((r.stage(stage) / "student" / "model.safetensors").read_bytes() for r in (run, wanted))
+    one, other = ((r.stage(stage) / "student" / "student.json").read_bytes() for r in (run, wanted))
     assert one == other
     mine, theirs = state_kept(run, stage), state_kept(wanted, stage)
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)

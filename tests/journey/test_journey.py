@@ -28,7 +28,7 @@ pytestmark = pytest.mark.ranks  # started by the command line
 
 
 def student_hash(run: Run, stage: int = 2) -> str:
-    return hashlib.sha256((run.stage(stage) / "student" / "model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((run.stage(stage) / "student" / "student.json").read_bytes()).hexdigest()
 
 
 def table_of(output: str) -> list[str]:

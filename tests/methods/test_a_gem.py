@@ -114,7 +114,7 @@ def test_a_stage_with_gradient_projection_goes_on_with_the_same_bits_and_needs_a
     finish(start_ranks(2, run.folder, 2))
     finish(start_ranks(2, stopped.folder, 2, 20), expected=3)
     finish(start_ranks(2, stopped.folder, 2))
-    whole, resumed = ((r.stage(2) / "student" / "model.safetensors").read_bytes() for r in (run, stopped))
+    whole, resumed = ((r.stage(2) / "student" / "student.json").read_bytes() for r in (run, stopped))
     assert whole == resumed
     assert all(line["replay_loss"] is not None for line in read_metrics(run.stage(2) / "metrics.jsonl"))
     text = without.config_file.read_text()

@@ -104,7 +104,7 @@ def test_routing_of_a_task_is_that_of_its_own_stage_also_beside_tasks_of_others(
 ) -> None:
     folders = [runs[method].stage(stage) for stage in range(1, STAGES + 1)]
     store = open_trajectories([runs[method].trajectories(task) for task in LEARNT[:2]])
-    routings = [routing_by_task(folder / "student", [store])["tasks"] for folder in folders[1:]]
+    routings = [routing_by_task(folder / "student", [store], LEARNT)["tasks"] for folder in folders[1:]]
     assert list(routings[0]) == LEARNT[:2]
     assert routings[0] == routings[1]
 
@@ -157,7 +157,7 @@ def test_a_stage_stopped_in_either_phase_or_between_them_publishes_the_same_bits
         checkpoint = newest_checkpoint(run.stage(2) / "checkpoints")
         assert checkpoint is not None and position_of(checkpoint) == place
     finish(start_ranks(2, run.folder, 2))
-    for name in ("student/model.safetensors", "metrics.jsonl", "routing.json"):
+    for name in ("student/student.json", "metrics.jsonl", "routing.json"):
         assert (run.stage(2) / name).read_bytes() == (runs[method].stage(2) / name).read_bytes()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from itertools import product
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from hpc_cpd.errors import UserError
-from hpc_cpd.student.checkpoint import PendingCheckpoint, load_checkpoint
-from hpc_cpd.student.network import Student
+from hpc_cpd.student.checkpoint import INDEX_FILE, PendingCheckpoint, load_checkpoint
+from hpc_cpd.student.embeddings.one_hot import OneHotSettings
+from hpc_cpd.student.network import Student, expert_of
+from hpc_cpd.student.policy import JSON_FILE, StudentParts, load_student_parts, save_student
 from tests.student.rank_checkpoint import DEEP
 from tests.student.ranks import run_ranks
 from tests.student.reference import make_student, small_shape
@@ -149,3 +152,92 @@ def test_damage_is_named(tmp_path: Path) -> None:
             load_checkpoint(changed, student)
     with pytest.raises(UserError, match=r"index\.json is missing"):
         load_checkpoint(tmp_path / "nowhere", student)
+
+
+NEW = "mixture-0-expert-0002.safetensors"
+
+
+def moves(student: Student) -> None:
+    """A gradient step in which the newest expert alone learns."""
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(expert_of(name) == 2)
+        if parameter.requires_grad:
+            parameter.data.add_(1.0)
+
+
+def publish(folder: Path, student: Student, before: Path | None = None) -> None:
+    state = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    save_student(folder, StudentParts(state, student.shape, student.experts_by_stage, {}, {}, OneHotSettings()), before)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> tuple[Path, Student]:
+    """A published student, two checkpoints of a stage that goes on from it, and the student that it ends with."""
+    student = make_student(small_shape(0), [[0, 1], [2]], for_training=False)
+    publish(tmp_path / "before", student)
+    for name in ("first", "second"):
+        moves(student)
+        lists = [tmp_path / "before" / JSON_FILE, tmp_path / "first" / INDEX_FILE]
+        PendingCheckpoint(tmp_path / name, student, {}, {"step": 7}, {}, lists).publish()
+    moves(student)
+    publish(tmp_path / "after", student, tmp_path / "before")
+    return tmp_path, student
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Name -> inode."""
+    return {path.name: path.stat().st_ino for path in folder.glob("*.safetensors")}
+
+
+def test_only_what_moved_is_written(chain: tuple[Path, Student]) -> None:
+    folder, _ = chain
+    seen: set[int] = set()
+    written = []
+    for name in ("before", "first", "second", "after"):
+        files = files_in(folder / name)
+        written.append({file for file, inode in files.items() if inode not in seen})
+        seen.update(files.values())
+    experts = {f"mixture-0-expert-000{expert}.safetensors" for expert in range(3)}
+    # all that belongs to no expert is in one file, which is another for a checkpoint than for a published student
+    assert written == [{"model.safetensors", *experts}, {"dense.safetensors", NEW}, {NEW}, {NEW}]
+
+
+@pytest.mark.parametrize("gone", ["before", "first"])
+def test_what_is_shared_outlives_those_who_wrote_it(chain: tuple[Path, Student], gone: str) -> None:
+    folder, student = chain
+    shutil.rmtree(folder / gone)
+    other = Student(student.shape, student.experts_by_stage, seed=99, for_training=False)
+    load_checkpoint(folder / "second", other)
+    published = load_student_parts(folder / "after").state
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(published[name], tensor)
+        assert torch.equal(other.state_dict()[name], tensor) == (expert_of(name) != 2)  # it moved once more
+
+
+def test_a_damaged_file_is_found_by_all_who_share_it_and_named(chain: tuple[Path, Student]) -> None:
+    folder, student = chain
+    with open(folder / "before" / "mixture-0-expert-0001.safetensors", "r+b") as file:
+        file.seek(-4, 2)
+        file.write(b"\x00\x01\x02\x03")
+    for name in ("first", "second"):
+        with pytest.raises(UserError, match=rf"{name}/mixture-0-expert-0001\.safetensors is damaged"):
+            load_checkpoint(folder / name, student)
+    for name in ("before", "after"):
+        with pytest.raises(UserError, match=rf"{name}/mixture-0-expert-0001\.safetensors is damaged"):
+            load_student_parts(folder / name)
+
+
+def test_where_nothing_can_be_linked_everything_is_written(
+    chain: tuple[Path, Student], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, student = chain
+
+    def refuse(*paths: Path) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr("hpc_cpd.student.checkpoint.os.link", refuse)
+    publish(folder / "elsewhere", student, folder / "before")
+    linked, written = files_in(folder / "after"), files_in(folder / "elsewhere")
+    assert linked.keys() == written.keys() and not set(linked.values()) & set(written.values())
+    for name in linked:
+        assert (folder / "after" / name).read_bytes() == (folder / "elsewhere" / name).read_bytes()

@@ -262,8 +262,8 @@ def test_a_folder_that_is_not_a_whole_student_is_refused(tmp_path: Path) -> None
     with pytest.raises(UserError, match="is not a student folder"):
         load_student(tmp_path)
     wrong = {
-        "schema_version": (2, r"schema_version 2, but .* reads 3; load it with the version"),
-        "model_sha256": ("0" * 64, r"model\.safetensors is damaged"),
+        "schema_version": (3, r"schema_version 3, but .* reads 4; load it with the version"),
+        "files": ({"model.safetensors": "0" * 64}, r"model\.safetensors is damaged"),
         "shape": ({"width": 3}, r"student\.json does not describe a student"),
         "task_embedding": ({"name": "psychic"}, "there is no task embedding 'psychic'"),
         "experts_by_stage": ([[0, 1, 2], [3, 4, 5]], "has no tensor|has shape"),

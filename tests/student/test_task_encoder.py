@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 from hpc_cpd.student.embeddings.base import NewTasks
 from hpc_cpd.student.embeddings.contrastive import ContrastiveSettings
-from hpc_cpd.student.task_encoder import TaskEncoder, info_nce, learn_task_vectors
+from hpc_cpd.student.task_encoder import MOST_REMEMBERED, TaskEncoder, info_nce, learn_task_vectors
 
 SETTINGS = ContrastiveSettings(size=16, window=6, width=64, gradient_steps=150)
 MEAN, STD = np.full(8, 1.0, np.float32), np.full(8, 2.0, np.float32)
@@ -85,6 +87,24 @@ def test_a_single_task_gets_a_vector() -> None:
     settings = SETTINGS.model_copy(update={"gradient_steps": 3})
     _, vectors = learn_task_vectors(settings, new_tasks(FIRST[:1]))
     assert np.linalg.norm(vectors[FIRST[0]]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_a_stage_rehearses_no_more_old_tasks_the_longer_the_stream() -> None:
+    settings = SETTINGS.model_copy(update={"gradient_steps": 1})
+    vectors = np.eye(16, dtype=np.float32)
+    asked: dict[int, set[str]] = {}
+    for stage, many in ((5, MOST_REMEMBERED), (6, 3 * MOST_REMEMBERED), (7, 3 * MOST_REMEMBERED)):
+        old = {f"synthetic/{n}": vectors[n % 16] for n in range(100, 100 + many)}
+        given = new_tasks(FIRST[:1], None, old)
+        seen = asked[stage] = set()
+
+        def noted(task: str, count: int, length: int, rng: np.random.Generator, seen: set[str] = seen) -> np.ndarray:
+            seen.add(task)
+            return windows_of(task, count, length, rng)
+
+        learn_task_vectors(settings, replace(given, windows_of=noted, stage=stage))
+        assert len(seen) == 1 + MOST_REMEMBERED
+    assert asked[6] != asked[7]  # others in another stage
 
 
 def test_windows_of_one_task_are_not_each_others_negatives() -> None:

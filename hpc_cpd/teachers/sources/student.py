@@ -80,12 +80,12 @@ def load_any_teacher(folder: Path) -> Policy:
 
 
 def weights_of(folder: Path) -> Path:
-    """The file whose SHA-256 tells teachers apart."""
-    from hpc_cpd.student.policy import MODEL_FILE
+    """The file whose SHA-256 tells teachers apart: that of a student lists the SHA-256 of the others."""
+    from hpc_cpd.student.policy import JSON_FILE
     from hpc_cpd.teachers.policy import WEIGHTS
 
     student = folder / STUDENT_FOLDER
-    return student / MODEL_FILE if student.is_dir() else folder / WEIGHTS
+    return student / JSON_FILE if student.is_dir() else folder / WEIGHTS
 
 
 plugin = StudentSource()
