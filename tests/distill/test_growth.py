@@ -58,7 +58,7 @@ def make_run(folder: Path, stream: list[str], recorded: list[str], *words: str) 
 
 @pytest.fixture(scope="module")
 def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Grown]:
-    """The run with a gate of this `top_k`; newborns have time to learn but for top_k=2."""
+    """The run with a gate of this `top_k`; new experts have time to learn but for top_k=2."""
 
     @cache
     def learn(top_k: int) -> Grown:
@@ -73,7 +73,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Grown]:
     return learn
 
 
-def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+def at_start(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Every recorded step of the old tasks, before and after the growth that begins `stage`.
 
     Returns pairs (before, after) of actions, of the pass that learns and of the one that acts at the beginning of an
@@ -96,11 +96,11 @@ def at_birth(grown: Grown, stage: int) -> tuple[list[tuple[Tensor, Tensor]], Ten
 
 
 def shares(grown: Grown, stage: int) -> tuple[np.ndarray, np.ndarray]:
-    """Share of the gate that each new task gives to each newborn, [tasks, newborns]: at birth, and after phase 1."""
+    """Share of the gate that each new task gives to each new expert, [tasks, new experts]: before and after phase 1."""
     tasks, old = grown.plan[stage - 1], EXPERTS[stage - 2]
-    birth = routing_by_task(grown.run.stage(stage) / "start", [grown.store(tasks)], tasks)
+    before = routing_by_task(grown.run.stage(stage) / "start", [grown.store(tasks)], tasks)
     after = read_json(grown.run.stage(stage) / "routing.json")
-    one, other = (np.array([routing["tasks"][task][old:] for task in tasks]) for routing in (birth, after))
+    one, other = (np.array([routing["tasks"][task][old:] for task in tasks]) for routing in (before, after))
     return one, other
 
 
@@ -108,7 +108,7 @@ def shares(grown: Grown, stage: int) -> tuple[np.ndarray, np.ndarray]:
 def test_growth_with_a_dense_gate_moves_old_tasks_by_less_than_one_percent(
     grown: Callable[[int], Grown], stage: int
 ) -> None:
-    pairs, gate = at_birth(grown(0), stage)
+    pairs, gate = at_start(grown(0), stage)
     assert float(gate[:, EXPERTS[stage - 2] :].sum(dim=1).min()) > 0
     for before, after in pairs:
         assert float((after - before).norm() / before.norm()) <= 1e-2
@@ -119,14 +119,14 @@ def test_growth_with_a_dense_gate_moves_old_tasks_by_less_than_one_percent(
 def test_growth_with_a_top_k_gate_leaves_old_tasks_to_the_last_bit(
     grown: Callable[[int], Grown], top_k: int, stage: int
 ) -> None:
-    pairs, gate = at_birth(grown(top_k), stage)
-    assert int(gate.topk(top_k, dim=1).indices.max()) < EXPERTS[stage - 2]  # no newborn is picked
+    pairs, gate = at_start(grown(top_k), stage)
+    assert int(gate.topk(top_k, dim=1).indices.max()) < EXPERTS[stage - 2]  # no new expert is picked
     for before, after in pairs:
         assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize("top_k", [0, 1])
-def test_every_newborn_receives_a_gradient_in_phase_1(grown: Callable[[int], Grown], top_k: int) -> None:
+def test_every_new_expert_receives_a_gradient_in_phase_1(grown: Callable[[int], Grown], top_k: int) -> None:
     for stage in (2, 3):
         old, new = EXPERTS[stage - 2 : stage]
         steps = grown(top_k).gradients[stage - 1]
@@ -135,11 +135,11 @@ def test_every_newborn_receives_a_gradient_in_phase_1(grown: Callable[[int], Gro
 
 
 @pytest.mark.parametrize("top_k", [0, 1])
-def test_newborns_carry_their_own_tasks_after_phase_1(grown: Callable[[int], Grown], top_k: int) -> None:
+def test_new_experts_carry_their_own_tasks_after_phase_1(grown: Callable[[int], Grown], top_k: int) -> None:
     for stage in (2, 3):
-        birth, after = shares(grown(top_k), stage)
-        assert after.sum(axis=1).mean() > 5 * birth.sum(axis=1).mean()
-        assert after.max(axis=0).min() > 0.005  # each newborn is of use to some new task; at birth it has 0.2% at most
+        before, after = shares(grown(top_k), stage)
+        assert after.sum(axis=1).mean() > 5 * before.sum(axis=1).mean()
+        assert after.max(axis=0).min() > 0.005  # each new expert is of use to some new task; before: 0.2% at most
         if top_k:  # the hard gate picks them
             assert after.sum(axis=1).min() > 0.5
 
