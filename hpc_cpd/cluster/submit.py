@@ -93,6 +93,11 @@ def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, stop: 
     submissions = Submissions.read(request.run, scheduler.name)
     states = scheduler.states(submissions.jobs())
     live = submissions.live(states)
+    watcher = submissions.resubmitter
+    if retry and watcher in states and states[watcher].live and watcher != scheduler.this_job():
+        # with the options of that launch: this one ran already when its job was to be cancelled
+        say(f"  nothing is submitted: a later launch is watched over by job {watcher}")
+        return
     if retry:
         todo = _worth_another_try(request, submissions, states, live)
     else:

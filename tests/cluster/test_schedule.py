@@ -43,8 +43,8 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return submitted
 
 
-def submit_all(work: LaunchRequest) -> None:
-    submit.submit_all(work, scheduler_of(work.config), retry=False, stop=lambda: False)
+def submit_all(work: LaunchRequest, retry: bool = False) -> None:
+    submit.submit_all(work, scheduler_of(work.config), retry=retry, stop=lambda: False)
 
 
 def test_links_that_were_submitted_before_a_refusal_are_known(tmp_path, scripts, monkeypatch):
@@ -76,6 +76,22 @@ def test_a_stage_that_may_do_without_teachers_waits_until_none_of_them_can_go_on
     """A teacher that was stopped or failed once goes on in another job, unless its jobs are a chain."""
     submit_all(work_of(tmp_path, allow_missing=True, cluster={"scheduler": {"continuation": way, "chain_length": 1}}))
     assert f"--dependency={waits}:1_0:1_1\n" in scripts[1]
+
+
+@pytest.mark.parametrize(("own", "watches"), [("7", False), ("3", True), ("8", True)])
+def test_a_resubmitter_leaves_the_run_to_that_of_a_later_launch(tmp_path, scripts, monkeypatch, own, watches):
+    """Job 3 watches. Its own process goes on, and so does job 8, to which job 3 has handed over; job 7 is of before."""
+    work = work_of(tmp_path)
+    submit_all(work)
+    assert Submissions.read(work.run).resubmitter == "3"
+    failed = {job: JobState("FAILED", "failed") for job in ("1_0", "1_1", "2")}
+    there = failed if own == "8" else failed | {"3": JobState("PENDING", "waiting")}
+    monkeypatch.setattr(commands, "job_states", lambda jobs, accounting: there)
+    monkeypatch.setattr(commands, "cancel", lambda jobs, environment: None)
+    monkeypatch.setenv("SLURM_JOB_ID", own)
+    before = len(scripts)
+    submit_all(work, retry=True)
+    assert (len(scripts) > before) == watches
 
 
 def answering(*answers: bool) -> Callable[..., dict[str, JobState]]:

@@ -143,6 +143,10 @@ class Scheduler(ABC):
         """
         return None
 
+    def this_job(self) -> str | None:
+        """The id of the job that this process is; None: it is none."""
+        return None
+
     @abstractmethod
     def cancel(self, jobs: Sequence[str]) -> None:
         """Cancel jobs that wait; those that run or have ended are left alone."""

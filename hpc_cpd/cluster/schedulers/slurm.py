@@ -135,6 +135,9 @@ class Slurm(Scheduler):
         waits = "?".join(f"afternotok:{job}" for job in jobs)
         return self._submit(request.run.logs.absolute() / "slurm", "resubmitter", script, waits, [])
 
+    def this_job(self) -> str | None:
+        return os.environ.get("SLURM_JOB_ID")
+
     def cancel(self, jobs: Sequence[str]) -> None:
         commands.cancel(jobs, self._environment())
 
