@@ -95,7 +95,7 @@ def submit_all(request: LaunchRequest, scheduler: Scheduler, retry: bool, stop: 
     live = submissions.live(states)
     watcher = submissions.resubmitter
     if retry and watcher in states and states[watcher].live and watcher != scheduler.this_job():
-        # with the options of that launch: this one ran already when its job was to be cancelled
+        # this job was running when that launch wanted to cancel it, and has the options of an earlier one
         say(f"  nothing is submitted: a later launch is watched over by job {watcher}")
         return
     if retry:

@@ -144,7 +144,7 @@ class Scheduler(ABC):
         return None
 
     def this_job(self) -> str | None:
-        """The id of the job that this process is; None: it is none."""
+        """The id of the job in which this process runs; None: in none."""
         return None
 
     @abstractmethod
